@@ -1,0 +1,38 @@
+"""ullage: keep a PyTorch training step inside a memory budget, in bytes, at the lowest step time.
+
+The way of the data: `Workload` -> `profile` -> `plan` -> `Plan.apply` -> `measure` / `Handle.report`; `verify` proves
+that gradients are bitwise those of the plain step.
+"""
+
+import os as _os
+
+_os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
+
+from ullage._bytes import parse_budget
+from ullage._errors import (
+    AlreadyCheckpointed,
+    ApplyError,
+    BudgetError,
+    BudgetInfeasible,
+    CaptureError,
+    DeviceError,
+    PlanError,
+    PlanMismatch,
+    UllageError,
+    UllageWarning,
+    VerifyError,
+    WorkloadError,
+)
+from ullage.apply import Handle, Report
+from ullage.cost import devices
+from ullage.mechanisms import is_recomputing
+from ullage.planner import Decision, Forecast, Plan, Profile, plan, profile
+from ullage.workload import Workload, load_target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyCheckpointed", "ApplyError", "BudgetError", "BudgetInfeasible", "CaptureError", "Decision", "DeviceError",
+    "Forecast", "Handle", "Plan", "PlanError", "PlanMismatch", "Profile", "Report", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "devices", "is_recomputing", "load_target", "parse_budget", "plan", "profile",
+]  # fmt: skip

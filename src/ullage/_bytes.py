@@ -1,0 +1,75 @@
+"""Bytes in and out: budgets as a person writes them, sizes as a person reads them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ullage._errors import BudgetError
+
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_HINT = "give bytes (an int), a size with its unit such as '6GiB' or '6 GB', '60% of plain' or '90% of device'"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as written: either `bytes`, or `fraction` of the plain peak or of the device's memory."""
+
+    bytes: int | None = None
+    fraction: float | None = None
+    of: str | None = None
+
+    def resolve(self, plain_bytes: int, device_bytes: int | None) -> int:
+        """Return the budget in bytes."""
+        if self.bytes is not None:
+            return self.bytes
+        assert self.fraction is not None
+        if self.of == "plain":
+            return int(plain_bytes * self.fraction)
+        if device_bytes is None:
+            raise BudgetError("budget: '% of device' needs a device whose memory is known; name one or give bytes")
+        return int(device_bytes * self.fraction)
+
+
+def parse_budget(budget: int | str) -> Budget:
+    """Read a budget.
+
+    Raises:
+        BudgetError: not a positive size, no unit, an unknown unit, or a bare fraction.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise BudgetError(f"budget={budget!r}: a bare number that is not whole says nothing of its meaning; {_HINT}")
+    if isinstance(budget, int):
+        return _positive(budget, budget)
+    text = budget.strip()
+    if match := re.fullmatch(r"([0-9.]+)\s*%\s*of\s*(plain|device)", text):
+        fraction = float(match[1]) / 100
+        if not fraction > 0:
+            raise BudgetError(f"budget={budget!r}: must be above zero; {_HINT}")
+        return Budget(fraction=fraction, of=match[2])
+    if text.endswith("%"):
+        raise BudgetError(f"budget={budget!r}: percent of what? write '{text} of plain' or '{text} of device'")
+    match = re.fullmatch(r"(-?[0-9]*\.?[0-9]+)\s*([a-zA-Z]+)", text)
+    if not match or match[2].lower() not in _UNITS:
+        raise BudgetError(f"budget={budget!r}: not a size; {_HINT}")
+    return _positive(int(float(match[1]) * _UNITS[match[2].lower()]), budget)
+
+
+def _positive(value: int, budget: int | str) -> Budget:
+    if value <= 0:
+        raise BudgetError(f"budget={budget!r}: must be above zero; {_HINT}")
+    return Budget(bytes=value)
+
+
+def format_bytes(value: float) -> str:
+    """Return a size with its unit, GiB being 2^30."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= factor:
+            return f"{value / factor:.2f} {unit}"
+    return f"{int(value)} B"
+
+
+def format_seconds(value: float) -> str:
+    """Return a time with its unit."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"

@@ -1,0 +1,76 @@
+"""One tree of exceptions: everything ullage raises on purpose is an `UllageError`.
+
+UllageError
+├── WorkloadError        the model, batch, loss, step or target can't be used as given
+├── CaptureError         the step can't be run on fake tensors
+│   └── AlreadyCheckpointed
+├── BudgetError          the budget can't be read
+│   └── BudgetInfeasible no plan fits; carries the smallest peak any plan reaches
+├── PlanError            a plan file can't be read
+│   └── PlanMismatch     the plan was made for another model
+├── ApplyError           the plan can't be applied now
+├── DeviceError          unknown device name
+└── VerifyError          the planned step differs from the plain one
+"""
+
+from __future__ import annotations
+
+
+class UllageError(Exception):
+    """Base of every error ullage raises."""
+
+
+class WorkloadError(UllageError):
+    """The model, batch, loss, step or target can't be used as given."""
+
+
+class CaptureError(UllageError):
+    """The step can't be run on fake tensors; the message names the op and the source line."""
+
+
+class AlreadyCheckpointed(CaptureError):
+    """The model recomputes activations by itself already; plans do not stack on that."""
+
+
+class BudgetError(UllageError, ValueError):
+    """The budget can't be read."""
+
+
+class BudgetInfeasible(BudgetError):
+    """No plan fits the budget.
+
+    Attributes:
+        budget_bytes: the budget that was asked for.
+        smallest_bytes: the smallest peak any plan reaches, in bytes.
+        bound_by: (phase, module FQN, op) of the moment that holds that peak.
+    """
+
+    def __init__(self, message: str, budget_bytes: int, smallest_bytes: int, bound_by: tuple[str, str, str]) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+        self.bound_by = bound_by
+
+
+class PlanError(UllageError):
+    """A plan file can't be read."""
+
+
+class PlanMismatch(PlanError):
+    """The plan was made for another model, or `requires_grad` changed since planning."""
+
+
+class ApplyError(UllageError):
+    """The plan can't be applied to the model as it is now."""
+
+
+class DeviceError(UllageError):
+    """The device name is not in the table."""
+
+
+class VerifyError(UllageError):
+    """The planned step differs from the plain one."""
+
+
+class UllageWarning(UserWarning):
+    """Something a user should know; said once."""

@@ -1,0 +1,109 @@
+"""What must be different around a step on fake tensors so that the step can't tell.
+
+Each entry names the code that would take another branch. Everything is put back on exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ullage._errors import CaptureError
+
+
+def _mkldnn_lstm(
+    x: Tensor, hx: Any, weights: Any, bias: bool, layers: int, dropout: float, train: bool, both: bool, batch_first: bool
+) -> Any:
+    """What `at::lstm` runs on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
+    directions = 2 if both else 1
+    per = 4 if bias else 2
+    h0, c0 = hx
+    hidden = h0.shape[2]
+    if batch_first:
+        x = x.transpose(0, 1)
+    hs, cs = [], []
+    for layer in range(layers):
+        outs = []
+        for d in range(directions):
+            k = layer * directions + d
+            w = list(weights[k * per : (k + 1) * per])
+            if not bias:
+                w += [torch.zeros(w[0].shape[0], dtype=w[0].dtype)] * 2
+            out, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
+                x, *w, h0[k], c0[k], d == 1, [], 2, hidden, layers, bias, both, batch_first, train
+            )
+            outs.append(out)
+            hs.append(h)
+            cs.append(c)
+        x = outs[0] if directions == 1 else torch.cat(outs, -1)
+        if dropout and train and layer < layers - 1:
+            x = torch.dropout(x, dropout, True)
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x, torch.stack(hs), torch.stack(cs)
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+@contextlib.contextmanager
+def unnoticed(tracker: Any) -> Iterator[None]:
+    """Patch what would notice the fake tensors, for the time of a capture; RNG is put back as well."""
+    get_rng_state = torch.get_rng_state
+
+    def tracked_rng_state() -> Tensor:
+        state: Tensor = get_rng_state()
+        tracker.adopt(state)  # real bytes that checkpointing keeps per unit
+        return state
+
+    def refuse_real_optimizer(optimizer: Any, args: Any, kwargs: Any) -> None:
+        tracker.phase = "optimizer"
+        for group in optimizer.param_groups:
+            if any(not isinstance(p, FakeTensor) for p in group["params"]):
+                raise CaptureError(
+                    "step: an optimizer that is reached in a way that can't be copied would have stepped the real "
+                    "parameters; pass it by argument, closure or functools.partial, or use Workload.from_factory"
+                )
+
+    def optimizer_done(optimizer: Any, args: Any, kwargs: Any) -> None:
+        tracker.phase = "forward"
+
+    import torch.optim.optimizer as optim
+
+    rng = get_rng_state()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_patched(torch, "get_rng_state", tracked_rng_state))
+        hf = sys.modules.get("transformers.utils.import_utils")
+        if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
+            stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False))
+        types = getattr(optim, "_foreach_supported_types", None)
+        if types is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
+            stack.enter_context(_patched(optim, "_foreach_supported_types", [*types, FakeTensor]))
+        before = optim.register_optimizer_step_pre_hook(refuse_real_optimizer)
+        after = optim.register_optimizer_step_post_hook(optimizer_done)
+        stack.callback(before.remove)
+        stack.callback(after.remove)
+        stack.callback(torch.set_rng_state, rng)
+        if torch.backends.mkldnn.is_available():
+            lstm = torch._VF.lstm
+
+            def choose_lstm(*args: Any) -> Any:
+                """C++ asks for the backend, which is Meta for a fake tensor, and would unroll over time."""
+                fits = len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
+                return _mkldnn_lstm(*args) if fits else lstm(*args)
+
+            stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))
+        yield

@@ -1,0 +1,237 @@
+"""A capture session: one fake copy of a workload, on which steps are run under any assignment of options."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_flatten
+
+from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
+from ullage.apply._wrap import Unit, install, uninstall
+from ullage.capture._environment import unnoticed
+from ullage.capture._tracker import Signature, Trace, Tracker
+from ullage.capture._values import Values
+from ullage.mechanisms import UnitSettings, is_recomputing
+from ullage.workload import Instance, Workload, run_step
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module in the first micro-batch: op and autograd-sequence ranges, storages in and out."""
+
+    fqn: str
+    index: int
+    first_op: int
+    last_op: int
+    first_sequence: int
+    last_sequence: int
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class OptionFailed(CaptureError):
+    """A unit's option can't be run; carries the unit and the cause."""
+
+    def __init__(self, fqn: str, option: str, cause: Exception) -> None:
+        super().__init__(f"{fqn}: option {option} can't be used: {type(cause).__name__}: {cause}")
+        self.fqn, self.option, self.cause = fqn, option, cause
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    def note(value: Any) -> Any:
+        if isinstance(value, list | dict | set):
+            return (type(value), len(value), repr(value) if len(value) < 64 and not _has_tensor(value) else "")
+        return value if isinstance(value, bool | int | float | str | bytes | type(None)) else id(value)
+
+    skip = ("training", "forward")
+    return {
+        name: {k: note(v) for k, v in m.__dict__.items() if k not in skip and not k.startswith(("_parameters", "_buffers", "_modules", "_forward", "_backward", "_state_dict", "_load_state"))}
+        for name, m in model.named_modules()
+    }
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(v, Tensor | nn.Module) for v in tree_flatten(list(value) if isinstance(value, set) else value)[0])
+
+
+class Session:
+    """Runs steps of a workload on fake tensors and records them in one trace.
+
+    Args:
+        work: the workload; its real objects are not touched.
+        round_bytes: allocation granularity (512 for CUDA, 1 for CPU).
+    """
+
+    def __init__(self, work: Workload, round_bytes: int = 1) -> None:
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.values = Values()
+        self.tracker = Tracker(self.fake_mode, self.values, round_bytes)
+        self.calls: list[Call] = []
+        self.mutated_modules: set[str] = set()
+        self._failed: OptionFailed | None = None
+        self._settings: dict[str, UnitSettings] = {}
+        with self._active(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.tracker.calibrate()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
+        self._adopt(work)
+        self.names = {id(m): name for name, m in self.inst.model.named_modules()}
+
+    @property
+    def trace(self) -> Trace:
+        """Everything recorded so far."""
+        return self.tracker.trace
+
+    @property
+    def signatures(self) -> list[Signature]:
+        """The distinct op calls seen so far."""
+        return self.tracker.signatures
+
+    def _adopt(self, work: Workload) -> None:
+        tracker, inst = self.tracker, self.inst
+        tracker.trace = Trace()
+        tracker._alive = {}
+        for p in inst.model.parameters():
+            tracker.adopt(p, "parameter")
+        for name, b in inst.model.named_buffers():
+            tracker.adopt(b, "buffer")
+            tracker.buffer_names[b.untyped_storage()._cdata] = name
+        for t in tree_flatten(inst.batch)[0]:
+            if isinstance(t, Tensor):
+                tracker.adopt(t, "input")
+        if inst.optimizer is not None:
+            for t in tree_flatten([list(s.values()) for s in inst.optimizer.state.values()])[0]:
+                if isinstance(t, Tensor):
+                    tracker.adopt(t, "optimizer state")
+        if work.factory is None:
+            self.values.seed(inst.batch, work.batch)
+            self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
+            tracker.real_parameters = {id(p) for p in work.model.parameters()}
+            for p in work.model.parameters():
+                if p.grad is not None:  # held all the while, beside whatever the step makes
+                    tracker.adopt(p.grad, "gradient")
+            if isinstance(work.optimizer, torch.optim.Optimizer) and inst.optimizer is not None:
+                for fake, real in zip(inst.optimizer.state.values(), work.optimizer.state.values(), strict=True):
+                    keys = [k for k in real if isinstance(real[k], Tensor) and real[k].numel() == 1]
+                    self.values.seed([fake[k] for k in keys], [real[k] for k in keys])
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        with unnoticed(self.tracker), self.fake_mode, self.tracker:
+            yield
+
+    def run(self, settings: Mapping[str, UnitSettings] | None = None, steps: int = 1) -> None:
+        """Run steps with these units wrapped; each step's first op index is appended to `trace.marks`.
+
+        Raises:
+            CaptureError: the step can't be run on fake tensors.
+            OptionFailed: a wrapped unit's option can't be used.
+        """
+        self._settings = dict(settings or {})
+        modules = [(f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if s.option.action != "keep"]
+        for fqn, module in modules:
+            install(Unit(fqn, module, self._settings[fqn]), module)
+        before = _plain_attributes(self.inst.model) if not modules else {}
+        try:
+            with self._active(), self._hooks(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for _ in range(steps):
+                    self.trace.marks.append(self.tracker.clock)
+                    self._one_step()
+        except UllageError:
+            raise
+        except Exception as error:
+            raise self._explain(error) from error
+        finally:
+            for _, module in modules:
+                uninstall(module)
+            self.tracker.module_stack.clear()
+        if before:
+            after = _plain_attributes(self.inst.model)
+            self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
+
+    def _one_step(self) -> None:
+        def gradients() -> None:
+            for p in self.inst.model.parameters():
+                if p.grad is not None:
+                    self.tracker.adopt(p.grad, "gradient")
+
+        run_step(self.inst, gradients)
+        if self.inst.optimizer is not None:
+            for t in tree_flatten([list(s.values()) for s in self.inst.optimizer.state.values()])[0]:
+                if isinstance(t, Tensor):
+                    self.tracker.adopt(t, "optimizer state")
+
+    def _explain(self, error: Exception) -> CaptureError:
+        stack = self.tracker.module_stack
+        wrapped = [n for n in stack if n in self._settings]
+        options = {s.option.name for s in self._settings.values()}
+        if wrapped or (options and options != {"keep"}):
+            fqn = wrapped[-1] if wrapped else self._unit_of_node() or next(iter(self._settings))
+            return OptionFailed(fqn, self._settings[fqn].option.name, error)
+        where = f" in module {stack[-1] or '(root)'}" if stack else ""
+        return CaptureError(f"the step can't be run on fake tensors{where}: {type(error).__name__}: {error}")
+
+    def _unit_of_node(self) -> str | None:
+        last = self.tracker._source_of_sequence.get(self.trace.sequence[-1]) if self.trace.sequence else None
+        for fqn in reversed(self.tracker.stacks[last[1]] if last else ()):
+            if fqn in self._settings:
+                return fqn
+        return None
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        tracker, names = self.tracker, self.names
+        open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...]]] = []
+        counts: dict[str, int] = {}
+
+        def keys(value: Any) -> frozenset[int]:
+            return frozenset(t.untyped_storage()._cdata for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+
+        def before(module: nn.Module, args: Any) -> None:
+            fqn = names.get(id(module))
+            if fqn is None:
+                return
+            tracker.module_stack.append(fqn)
+            if torch._C._current_graph_task_id() != -1:
+                if not is_recomputing():
+                    raise AlreadyCheckpointed(
+                        f"{fqn or 'the model'}: runs its forward again in backward, so it is checkpointed already "
+                        "(Hugging Face's or torch's own switch); turn that off, plans do not stack on it"
+                    )
+                return
+            shapes = tuple(tuple(t.shape) for t in tree_flatten(args)[0] if isinstance(t, Tensor))
+            open_calls.append((tracker.clock, torch._C._autograd._get_sequence_nr(), keys(args), shapes))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            fqn = names.get(id(module))
+            if fqn is None or not tracker.module_stack:
+                return
+            tracker.module_stack.pop()
+            if torch._C._current_graph_task_id() != -1:
+                return
+            op, sequence, inputs, shapes = open_calls.pop()
+            index = counts[fqn] = counts.get(fqn, -1) + 1
+            end = torch._C._autograd._get_sequence_nr()
+            self.calls.append(Call(fqn, index, op, tracker.clock, sequence, end, inputs, keys(output), shapes))
+
+        handles = [
+            nn_module.register_module_forward_pre_hook(before),
+            nn_module.register_module_forward_hook(after, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

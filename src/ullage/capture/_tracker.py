@@ -1,0 +1,315 @@
+"""A dispatch mode that follows every storage of a step from birth to death, on fake tensors.
+
+Sits above a `FakeTensorMode`. Storages are followed by weak references to their Python objects, as torch's own
+`MemTracker` does. Two things differ between a real step and one seen by a dispatch mode, and are put right here: the
+autograd engine accumulates gradients in place only when no mode is active, and kernels allocate inside themselves
+(see `ullage.cost`, which measures that per op signature).
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
+
+from ullage._errors import CaptureError
+from ullage.capture._values import Values
+from ullage.mechanisms import is_recomputing
+
+aten = torch.ops.aten
+_DEVICE_QUERY = torch.ops.prim.device.default
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # frames that are not the model's
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What an op signature keeps of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A distinct op call: the op, its tensors' specs and its other arguments."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    outputs: tuple[TensorSpec, ...]
+    output_bytes: int
+
+
+@dataclass
+class Storage:
+    """One storage's life, in op indices: alive from `birth` (during that op) to after op `death`."""
+
+    nbytes: int
+    birth: int
+    death: int = sys.maxsize
+    position: int = 0
+    category: str = ""
+
+
+@dataclass
+class Trace:
+    """One run's ops and storages. Parallel lists, one entry per op."""
+
+    signature: list[int] = field(default_factory=list)
+    phase: list[str] = field(default_factory=list)
+    stack: list[int] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    recomputed: list[bool] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    calls: list[tuple[str, int, int, int, int]] = field(default_factory=list)  # fqn, first/last op, first/last seq
+    marks: list[int] = field(default_factory=list)  # op index at which each step starts
+
+
+def spec_of(value: Any) -> Any:
+    """A hashable description of an op argument."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return TensorSpec(tuple(value.shape), (), value.dtype, str(value.device))
+        return TensorSpec(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
+    if isinstance(value, list | tuple):
+        return tuple(spec_of(v) for v in value)
+    if isinstance(value, torch.Generator):
+        return None
+    return value
+
+
+class Tracker(TorchDispatchMode):
+    """Records a `Trace`; see the module's docstring."""
+
+    def __init__(self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1) -> None:
+        super().__init__()
+        self.fake_mode, self.values, self.round_bytes = fake_mode, values, round_bytes
+        self.trace = Trace()
+        self.signatures: list[Signature] = []
+        self.stacks: list[tuple[str, ...]] = [()]
+        self.phase = "forward"
+        self.module_stack: list[str] = []
+        self.real_parameters: set[int] = set()
+        self.buffer_names: dict[int, str] = {}
+        self.mutated_buffers: dict[str, None] = {}
+        self._signature_ids: dict[Any, int] = {}
+        self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
+        self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
+        self._queried: set[int] = set()
+        self._source_of_sequence: dict[int, tuple[str, int]] = {}
+        self._unique = (0, 0, 0)
+
+    @property
+    def clock(self) -> int:
+        """Index of the op that comes next."""
+        return len(self.trace.signature)
+
+    def adopt(self, tensor: Tensor, category: str = "") -> None:
+        """Follow a tensor's storage from now on (no-op if it is followed already)."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        nbytes = -(-storage.nbytes() // self.round_bytes) * self.round_bytes
+        known = self._alive.get(key)
+        if known is not None and known[0]() is not None:
+            if known[1].nbytes == nbytes:
+                if category and not known[1].category:
+                    known[1].category = category
+                return
+            known[1].death = self.clock - 1
+        if nbytes == 0:
+            return
+        record = Storage(nbytes, self.clock - 1 if category else self.clock, category=category)
+        self.trace.storages.append(record)
+
+        def died(_: Any, record: Storage = record, key: int = key) -> None:
+            record.death = self.clock - 1
+            current = self._alive.get(key)
+            if current is not None and current[1] is record:
+                del self._alive[key]
+
+        self._alive[key] = (weakref.ref(storage, died), record)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op on fakes and record it."""
+        kwargs = kwargs or {}
+        if func is _DEVICE_QUERY:
+            self._queried.add(id(args[0]))
+            return func(*args, **kwargs)
+        in_engine = torch._C._current_graph_task_id() != -1
+        if in_engine and func is aten.add.Tensor and self._accumulates_in_place(args, kwargs):
+            func = aten.add_.Tensor
+        self._queried.clear()
+        self._refuse_real(func, args)
+        out = self._run(func, args, kwargs)
+        self._record(func, args, kwargs, out, in_engine)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten._local_scalar_dense.default or torch.Tag.dynamic_output_shape in func.tags or func is aten.equal.default:
+            return self._with_values(func, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return self._with_values(func, args, kwargs)
+        except (RuntimeError, TypeError) as error:
+            out = _lenient(func, args, error)
+        self.values.follow(func, args, kwargs, out)
+        return out
+
+    def _with_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An op whose result depends on values: compute it from the real twins."""
+        given = self.values.reals(args, kwargs)
+        if given is None and func is aten.index.Tensor:
+            flat = [i for i in args[1] if isinstance(i, Tensor)]
+            if all(self.values.get(i) is not None for i in flat):
+                index = [None if i is None else self.values.get(i) for i in args[1]]
+                with _disable_current_modes():
+                    shape = torch.empty(args[0].shape, device="meta")[
+                        tuple(slice(None) if i is None else i.nonzero(as_tuple=True)[0].to("meta") if i.dtype == torch.bool and i.dim() == 1 else i.to("meta") for i in index)
+                    ].shape
+                return args[0].new_empty(shape)
+        if given is None:
+            raise CaptureError(
+                f"{self._source()}: {func} needs values that depend on activations (data-dependent control flow or "
+                "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
+                "as several units"
+            )
+        with _disable_current_modes(), torch.no_grad():
+            real = func(*given[0], **given[1])
+        if not isinstance(real, Tensor):
+            return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)
+        return self._to_fake(real)
+
+    def _to_fake(self, real: Tensor) -> Tensor:
+        with _disable_current_modes():
+            fake = self.fake_mode.from_tensor(real)
+        self.values.attach(fake, real)
+        return fake
+
+    def _accumulates_in_place(self, args: Any, kwargs: Any) -> bool:
+        """Is this the engine adding into a gradient buffer that nothing else holds?
+
+        The engine asks every gradient for its device right after the node that made it, so its own add is the one
+        whose second argument was just asked for. The conditions are those of `can_accumulate_inplace` in torch's
+        `input_buffer.cpp`.
+        """
+        buffer, new = args[0], args[1]
+        if kwargs or len(args) != 2 or not isinstance(new, Tensor) or torch.is_grad_enabled():
+            return False
+        if id(new) not in self._queried or buffer.shape != new.shape:
+            return False
+        counts = (buffer._use_count(), torch._C._storage_Use_Count(buffer.untyped_storage()._cdata), sys.getrefcount(buffer))
+        del new
+        if self._unique == (0, 0, 0):  # the calibration run: a gradient that is certainly unique
+            self._unique = counts
+        dense = is_non_overlapping_and_dense_or_false(buffer)
+        return dense and all(c <= u for c, u in zip(counts, self._unique, strict=True))
+
+    def calibrate(self) -> None:
+        """Learn what the reference counts of a gradient that only the engine holds look like from here."""
+        x = torch.ones(2, requires_grad=True)
+        y = x * 1.0
+        (y * y).sum().backward()  # type: ignore[no-untyped-call]
+        del x, y
+        self.trace, self._alive = Trace(), {}
+
+    def _refuse_real(self, func: Any, args: Any) -> None:
+        if not self.real_parameters:
+            return
+        for a in tree_flatten(args)[0]:
+            if isinstance(a, Tensor) and id(a) in self.real_parameters:
+                raise CaptureError(
+                    f"{self._source()}: {func} uses a parameter of the real model; the loss or step reaches the model "
+                    "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"
+                )
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any, in_engine: bool) -> None:
+        trace = self.trace
+        outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        before = len(trace.storages)
+        for tensor in outs:
+            self.adopt(tensor)
+        if func._schema.is_mutable or func in _BATCH_NORMS:
+            self._note_mutation(func, args)
+        allocated = trace.storages[before:]
+        for position, storage in enumerate(allocated):
+            storage.position = position
+        key = (func, spec_of(args), tuple(sorted((k, spec_of(v)) for k, v in kwargs.items())))
+        try:
+            index = self._signature_ids.get(key)
+        except TypeError:
+            key, index = (func, repr(key)), self._signature_ids.get((func, repr(key)))
+        if index is None:
+            index = len(self.signatures)
+            specs = tuple(spec_of(o) for o in outs)
+            fixed = {k: spec_of(v) for k, v in kwargs.items()}
+            self.signatures.append(Signature(func, spec_of(args), fixed, specs, sum(s.nbytes for s in allocated)))
+            self._signature_ids[key] = index
+        sequence, source, stack = -1, "", tuple(self.module_stack)
+        if in_engine:
+            node = torch._C._current_autograd_node()
+            sequence = node._sequence_nr() if node is not None else -1  # type: ignore[attr-defined]
+            known = self._source_of_sequence.get(sequence)
+            if known is not None:
+                source, stack_id = known
+                stack = self.stacks[stack_id] if not is_recomputing() else stack
+        else:
+            sequence = torch._C._autograd._get_sequence_nr()
+            source = self._source()
+        stack_id = self._stack_ids.setdefault(stack, len(self.stacks))
+        if stack_id == len(self.stacks):
+            self.stacks.append(stack)
+        if not in_engine:
+            self._source_of_sequence[sequence - 1] = (source, stack_id)
+        trace.signature.append(index)
+        trace.phase.append("backward" if in_engine else self.phase)
+        trace.stack.append(stack_id)
+        trace.sequence.append(sequence)
+        trace.source.append(source)
+        trace.recomputed.append(is_recomputing())
+
+    def _note_mutation(self, func: Any, args: Any) -> None:
+        written = [v for s, v in zip(func._schema.arguments, args, strict=False) if s.alias_info and s.alias_info.is_write]
+        if func in _BATCH_NORMS and len(args) > 5 and args[5]:
+            written += [args[3], args[4]]
+        for tensor in tree_flatten(written)[0]:
+            if isinstance(tensor, Tensor):
+                name = self.buffer_names.get(tensor.untyped_storage()._cdata)
+                if name is not None and self.phase == "forward":
+                    self.mutated_buffers[name] = None
+
+    def _source(self) -> str:
+        frame = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if not name.startswith(_OWN) and not name.startswith("<"):
+                return f"{'/'.join(name.split('/')[-2:])}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return ""
+
+
+_BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
+_BATCH_NORMS |= {aten._batch_norm_with_update.default}
+
+
+def _lenient(func: Any, args: Any, error: Exception) -> Any:
+    """Fake kernels that are stricter than the real ones: give their shapes here, else raise what they raised."""
+    if func is torch.ops.aten._grouped_mm.default:
+        a, b = args[0], args[1]
+        if a.dim() == 2 and b.dim() == 3:
+            return a.new_empty(a.shape[0], b.shape[2])
+        if a.dim() == 2 and b.dim() == 2:
+            return a.new_empty(args[2].shape[0], a.shape[0], b.shape[1])
+    raise error

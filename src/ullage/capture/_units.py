@@ -1,0 +1,120 @@
+"""Find the units of a model: the repeated blocks its architecture shows, plus what large remains."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ullage._errors import WorkloadError
+from ullage.capture._session import Call, Session
+
+SMALL_SHARE = 0.01  # a remainder that saves less than this share of all activations is not worth a unit
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """A unit: a module call that can be wrapped.
+
+    Attributes:
+        fqn: the module's fully qualified name.
+        class_name: its class.
+        calls: calls per micro-batch.
+        block: one of the repeated blocks (as opposed to a large remainder).
+        saved_bytes: activations one micro-batch's calls save for backward in the plain step.
+        buffers: buffers its forward changes, named below the unit.
+        keep_reason: why it can only be kept, or "".
+        routing: it has routing or index outputs, which are always kept.
+    """
+
+    fqn: str
+    class_name: str
+    calls: int
+    block: bool
+    saved_bytes: int
+    buffers: tuple[str, ...] = ()
+    keep_reason: str = ""
+    routing: bool = False
+
+
+def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Return (blocks, remainders): FQNs of repeated blocks and of other called modules outside them."""
+    called = {c.fqn: c for c in reversed(calls)}
+    if patterns is not None:
+        named = [n for n, _ in model.named_modules() if n in called and any(fnmatchcase(n, p) for p in patterns)]
+        outer = [n for n in named if not any(n.startswith(o + ".") for o in named if o != n)]
+        if not outer:
+            raise WorkloadError(f"units={list(patterns)}: no module that the step calls matches")
+        return outer, []
+    blocks: list[str] = []
+    rest: list[str] = []
+
+    def repeated(prefix: str, module: nn.Module) -> list[str]:
+        """Called children of a list-like module whose class repeats."""
+        if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            return []
+        children = [(f"{prefix}.{n}" if prefix else n, m) for n, m in module.named_children()]
+        classes = Counter(type(m) for f, m in children if f in called)
+        leaf = not any(True for _, m in children for _ in m.children())
+        return [] if leaf else [f for f, m in children if f in called and classes[type(m)] > 1]
+
+    def chained(fqns: Sequence[str]) -> bool:
+        pairs = list(zip(fqns, fqns[1:], strict=False))
+        return bool(pairs) and all(called[a].outputs & called[b].inputs for a, b in pairs)
+
+    def has_chain(prefix: str, module: nn.Module) -> bool:
+        return any(chained(repeated(f"{prefix}.{n}" if n else prefix, m)) for n, m in module.named_modules())
+
+    def has_blocks(prefix: str, module: nn.Module) -> bool:
+        return any(repeated((f"{prefix}.{n}" if n else prefix).strip("."), m) for n, m in module.named_modules())
+
+    def descend(prefix: str, module: nn.Module) -> None:
+        inner = set(repeated(prefix, module))
+        if not has_blocks(prefix, module):
+            if prefix in called and prefix:
+                rest.append(prefix)
+            elif prefix not in called or not prefix:
+                for name, child in module.named_children():
+                    descend(f"{prefix}.{name}" if prefix else name, child)
+            return
+        for name, child in module.named_children():
+            fqn = f"{prefix}.{name}" if prefix else name
+            if fqn in inner and not has_chain(fqn, child):
+                blocks.append(fqn)
+            else:
+                descend(fqn, child)
+
+    descend("", model)
+    return blocks, rest
+
+
+def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] | None) -> list[UnitFacts]:
+    """Units in order of first call. `saved`: bytes each module's calls save for backward in one micro-batch."""
+    calls = [c for c in session.calls if c.first_op < session.trace.marks[1]] if len(session.trace.marks) > 1 else session.calls
+    blocks, rest = find_blocks(session.inst.model, calls, patterns)
+    total = max(saved.get("", 0), 1)
+    wanted = set(blocks) | {f for f in rest if saved.get(f, 0) >= SMALL_SHARE * total}
+    if not wanted:  # no repeated blocks and nothing large: the children of the root
+        wanted = {f for f in rest if saved.get(f, 0) > 0}
+    order: dict[str, int] = {}
+    for c in calls:
+        if c.fqn in wanted:
+            order.setdefault(c.fqn, c.first_op)
+    counts = Counter(c.fqn for c in calls if c.fqn in wanted)
+    micro = max(session.inst.accumulate, 1)
+    facts = []
+    for fqn in sorted(order, key=order.__getitem__):
+        module = session.inst.model.get_submodule(fqn)
+        below = fqn + "."
+        buffers = tuple(sorted(n.removeprefix(below) for n in session.tracker.mutated_buffers if n.startswith(below)))
+        changed = sorted(n for n in session.mutated_modules if n == fqn or n.startswith(below))
+        reason = f"its forward changes attributes of {changed[0]}, which a replay would change again" if changed else ""
+        facts.append(
+            UnitFacts(
+                fqn, type(module).__name__, max(counts[fqn] // micro, 1), fqn in set(blocks), saved.get(fqn, 0), buffers, reason
+            )
+        )
+    return facts

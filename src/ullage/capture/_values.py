@@ -1,0 +1,123 @@
+"""Real values of small tensors that steer the step, carried beside their fake twins.
+
+Fake tensors have no values, yet model code asks for some: masks, positions, step counters, sizes. What does not depend
+on activations is computed for real on the side. What does depend on them gets a recorded assumption (balanced routing,
+all finite) or stays unknown; asking for an unknown value is a `CaptureError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+aten = torch.ops.aten
+MAX_NUMEL = 1 << 18
+MAX_FLOAT_NUMEL = 1 << 12
+
+_INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
+_KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
+
+
+def _limit(tensor: Tensor) -> bool:
+    return tensor.numel() <= (MAX_FLOAT_NUMEL if tensor.is_floating_point() else MAX_NUMEL)
+
+
+class Values:
+    """Maps fake tensors to their real twins; views of one fake storage map to views of one real storage."""
+
+    def __init__(self) -> None:
+        self._real: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._poisoned: set[int] = set()
+        self.assumptions: dict[str, None] = {}
+
+    def get(self, fake: Any) -> Tensor | None:
+        """The real twin of a fake tensor, or None if its values are not known."""
+        if not isinstance(fake, FakeTensor):  # a constant on its way in (`torch.tensor(0.0)` lifts a real one)
+            return fake if isinstance(fake, Tensor) else None
+        real: Tensor | None = self._real.get(fake)
+        if real is None or real.untyped_storage()._cdata in self._poisoned:
+            return None
+        return real
+
+    def attach(self, fake: Tensor, real: Tensor) -> None:
+        """Note that `fake` has the values of `real`."""
+        self._real[fake] = real
+
+    def seed(self, fake: Any, real: Any) -> None:
+        """Attach small integer, boolean and scalar tensors of a real structure to its fake copy."""
+        for f, r in zip(tree_flatten(fake)[0], tree_flatten(real)[0], strict=True):
+            if isinstance(r, Tensor) and isinstance(f, Tensor) and r is not f and _limit(r) and r.device.type == "cpu":
+                self.attach(f, r.detach().clone())
+
+    def reals(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The arguments with real twins in place of fakes; None if one is unknown."""
+        flat, _ = tree_flatten((args, kwargs))
+        if any(isinstance(a, Tensor) and self.get(a) is None for a in flat):
+            return None
+        return tree_map(lambda a: self.get(a) if isinstance(a, Tensor) else a, (args, kwargs))  # type: ignore[no-any-return]
+
+    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Carry values through one op that already ran on fakes."""
+        outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        if not outs:
+            return
+        mutates = func._schema.is_mutable
+        if func in _KEEPS_VALUES:
+            self.assumptions["all gradients are finite"] = None
+            return
+        given = self.reals(args, kwargs) if all(_limit(o) for o in outs) else None
+        if given is None:
+            if mutates:
+                self._poison(func, args)
+            else:
+                self._assume(func, args, outs)
+            return
+        with _disable_current_modes(), torch.no_grad():
+            given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
+            real = func(*given[0], **given_kwargs)
+        for f, r in zip(outs, [o for o in tree_flatten(real)[0] if isinstance(o, Tensor)], strict=True):
+            self.attach(f, r)
+
+    def _poison(self, func: Any, args: Any) -> None:
+        for schema, value in zip(func._schema.arguments, args, strict=False):
+            if schema.alias_info is None or not schema.alias_info.is_write:
+                continue
+            for tensor in tree_flatten(value)[0]:
+                real = self._real.get(tensor) if isinstance(tensor, Tensor) else None
+                if real is not None:
+                    self._poisoned.add(real.untyped_storage()._cdata)
+
+    def _assume(self, func: Any, args: Any, outs: list[Tensor]) -> None:
+        """Balanced routing for index outputs; no infinities and no NaN."""
+        if func in _INDEX_OUTPUTS or func is aten.argmax.default:
+            index = outs[-1]
+            if _limit(index) and index.dim() > 0 and not index.is_floating_point():
+                dim = args[2] if func is aten.topk.default and len(args) > 2 else (args[1] if len(args) > 1 else -1)
+                dim = dim if isinstance(dim, int) and func is not aten.argmax.default else -1
+                size = args[0].shape[dim] if args[0].dim() else 1
+                with _disable_current_modes():
+                    real = (torch.arange(index.numel()) % max(size, 1)).reshape(index.shape)
+                self.attach(index, real)
+                self.assumptions[f"balanced routing: indices of {func} spread evenly"] = None
+            return
+        constant: bool | None = None
+        if func is aten.eq.Scalar and args[1] == float("inf"):
+            constant = False
+        elif func is aten.ne.Scalar and args[1] == float("inf"):
+            constant = True
+        elif func in (aten.ne.Tensor, aten.eq.Tensor) and args[0] is args[1]:
+            constant = func is aten.eq.Tensor
+        elif func is aten.isnan.default:
+            constant = False
+        if constant is not None and outs[0].numel() <= (1 << 24):
+            with _disable_current_modes():
+                self.attach(outs[0], torch.full(outs[0].shape, constant))
+            self.assumptions["all activations are finite"] = None
+        elif constant is not None:
+            self.attach(outs[0], torch.full((1,), constant).expand(outs[0].shape))

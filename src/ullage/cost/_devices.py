@@ -1,0 +1,50 @@
+"""The device table: a data file with its sources, never code."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+
+import msgspec
+
+from ullage._errors import DeviceError
+
+
+class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One device: memory in bytes, rates in FLOP/s, bandwidths in bytes/s, times in seconds."""
+
+    title: str
+    kind: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_s: float
+    flops: dict[str, float]
+    host_link_bytes_per_s: float
+    launch_seconds: float
+    context_bytes: int
+    blas_workspace_bytes: int
+    margin: float
+    sources: list[str]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    devices: dict[str, Device]
+
+
+@functools.cache
+def devices() -> dict[str, Device]:
+    """Every device by name."""
+    text = importlib.resources.files("ullage.cost").joinpath("devices.json").read_bytes()
+    return msgspec.json.decode(text, type=_Table).devices
+
+
+def find_device(name: str) -> Device:
+    """The device of this name.
+
+    Raises:
+        DeviceError: no such device; the message lists the names.
+    """
+    table = devices()
+    if name not in table:
+        raise DeviceError(f"device={name!r}: not in the table; known: {', '.join(sorted(table))}")
+    return table[name]

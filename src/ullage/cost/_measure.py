@@ -1,0 +1,138 @@
+"""Run each distinct op alone on the device: its time, what it allocates inside, and its outputs' real sizes.
+
+Kernels allocate below the dispatcher (a convolution's backward converts memory formats, attention takes scratch), which
+no dispatch mode sees; the allocator's own record of one call shows it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ullage.capture._timeline import OpCost
+from ullage.capture._tracker import Signature, TensorSpec
+from ullage.cost._devices import Device
+from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
+from ullage.measure._allocator import MemoryEvent, record_allocations
+
+aten = torch.ops.aten
+MAX_BYTES = 8 * 2**30
+_INDEXED = {aten.embedding.default: 0, aten.nll_loss_forward.default: 0}
+_SKIP = {aten._local_scalar_dense.default, aten._pin_memory.default}
+
+
+def _make(spec: TensorSpec, high: int) -> Tensor:
+    span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if math.prod(spec.shape) else 0
+    if spec.dtype.is_floating_point:
+        base = torch.empty(span, dtype=spec.dtype, device=spec.device).fill_(0.5)
+    elif spec.dtype.is_complex or high <= 1:
+        base = torch.zeros(span, dtype=spec.dtype, device=spec.device)
+    else:
+        base = torch.randint(0, high, (span,), device=spec.device).to(spec.dtype)
+    return base.as_strided(spec.shape, spec.stride)
+
+
+def _arguments(s: Signature) -> tuple[Any, Any]:
+    high = 1
+    if s.func in _INDEXED:
+        high = s.args[0].shape[0] if s.func is aten.embedding.default else s.args[0].shape[-1]
+    if s.func is aten.embedding_dense_backward.default:
+        high = s.args[2]
+
+    def make(value: Any) -> Any:
+        return _make(value, high) if isinstance(value, TensorSpec) else value
+
+    def listed(value: Any) -> Any:
+        return [listed(v) for v in value] if isinstance(value, tuple) else value
+
+    args = [listed(a) for a in s.args]
+    return tree_map(make, args), {k: make(v) for k, v in s.kwargs.items()}
+
+
+def _measurable(s: Signature) -> bool:
+    if s.func in _SKIP or torch.Tag.dynamic_output_shape in s.func.tags or "c10d" in s.func.namespace:
+        return False
+    inputs = specs_in([s.args, s.kwargs])
+    if any(len(i.stride) != len(i.shape) for i in inputs):
+        return False
+    return sum(spec_bytes(i) for i in inputs) + s.output_bytes <= MAX_BYTES
+
+
+def _time(call: Callable[[], Any], device: str) -> float:
+    sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    best = math.inf
+    spent, rounds = 0.0, 0
+    while rounds < 3 or (spent < 2e-3 and rounds < 20):
+        sync()
+        start = time.perf_counter()
+        out = call()
+        sync()
+        took = time.perf_counter() - start
+        del out
+        best, spent, rounds = min(best, took), spent + took, rounds + 1
+        if took > 1.0 and rounds >= 2:
+            break
+    return best
+
+
+def measure_ops(
+    signatures: list[Signature], fallback: Device, known: list[OpCost], progress: Callable[[int, int], None] | None = None
+) -> list[OpCost]:
+    """Extend `known` (costs of the first signatures) to all. What can't be run alone takes the roofline's cost."""
+    costs = list(known)
+    todo = signatures[len(known) :]
+    for k, (s, rough) in enumerate(zip(todo, roofline_ops(todo, fallback), strict=True)):
+        if progress is not None:
+            progress(k, len(todo))
+        if is_free(s):
+            costs.append(OpCost(1e-6, 0))
+        else:
+            costs.append(_one(s, rough) if _measurable(s) else rough)
+    return costs
+
+
+def _one(s: Signature, rough: OpCost) -> OpCost:
+    devices = {i.device for i in specs_in([s.args, s.kwargs, s.outputs])}
+    device = "cuda" if "cuda" in devices else "cpu"
+    try:
+        with torch.no_grad():
+            args, kwargs = _arguments(s)
+
+            def call() -> Any:
+                return s.func(*args, **kwargs)
+
+            outputs: list[int] = []
+
+            def once() -> None:
+                known = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+                out = call()
+                for t in tree_flatten(out)[0]:
+                    if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known and t.untyped_storage().nbytes():
+                        known.add(t.untyped_storage()._cdata)
+                        outputs.append(t.untyped_storage().nbytes())
+
+            peak = _peak(once, device)
+            return OpCost(max(_time(call, device), 1e-6), max(peak, s.output_bytes), tuple(outputs))
+    except Exception:  # an op that can't be run on made-up values: the roofline stands in
+        return rough
+
+
+def _peak(call: Callable[[], None], device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - start
+    events: list[MemoryEvent] = record_allocations(call)
+    live = peak = 0
+    for event in events:
+        live += event.nbytes
+        peak = max(peak, live)
+    return peak

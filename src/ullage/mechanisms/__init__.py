@@ -1,0 +1,15 @@
+"""What may be done with a unit's activations. The planner sees options, never a mechanism."""
+
+from ullage.mechanisms._options import KEEP, RECOMPUTE, SELECT_LEVELS, Option, option_from_name
+from ullage.mechanisms._run import UnitSettings, is_recomputing, run_unit
+
+__all__ = [
+    "KEEP",
+    "RECOMPUTE",
+    "SELECT_LEVELS",
+    "Option",
+    "UnitSettings",
+    "is_recomputing",
+    "option_from_name",
+    "run_unit",
+]

@@ -1,0 +1,166 @@
+"""Compose homogeneous captures into the timeline of any mixed assignment.
+
+For every segment k (a maximal run of ops of one unit call, or of none), with base[k] the live bytes at its start when
+every unit is recomputed:
+
+    peak(k, a) = base[k] + sum over units w active at k, w != own:  held[w][a_w]  +  own[k][a_own]
+
+`held` is what an option keeps alive between a unit's forward and backward beyond recompute; a unit is active from the
+end of its forward to the start of its backward. Backward visits units in reverse, so active sets are prefixes of the
+forward order, and the solver needs prefix sums only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ullage.capture._timeline import segment_keys
+from ullage.mechanisms import KEEP, Option
+from ullage.planner._study import StepCapture, Study
+
+
+@dataclass(frozen=True)
+class OptionFacts:
+    """One option of one unit: bytes held between forward and backward (beyond recompute), own peak, seconds added."""
+
+    option: Option
+    held_bytes: int
+    own_peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """What the solver sees: per unit its options; per prefix length the peak outside units. No mechanism, no module."""
+
+    units: tuple[str, ...]
+    options: tuple[tuple[OptionFacts, ...], ...]
+    outside_bytes: tuple[int, ...]
+    base_seconds: float
+
+    def peak(self, choice: list[int]) -> int:
+        """The peak of an assignment (an option index per unit)."""
+        held, worst = 0, self.outside_bytes[0]
+        for u, c in enumerate(choice):
+            option = self.options[u][c]
+            worst = max(worst, held + option.own_peak_bytes)
+            held += option.held_bytes
+            worst = max(worst, held + self.outside_bytes[u + 1])
+        return worst
+
+
+@dataclass
+class _Segment:
+    start: int
+    peak: int
+    seconds: float
+
+
+def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tuple[Any, _Segment]]:
+    session = capture.session
+    calls = sorted(
+        (c for c in session.calls if c.fqn in units and capture.ops.start <= c.first_op < capture.ops.stop),
+        key=lambda c: c.first_sequence,
+    )
+    seen: dict[str, int] = {}
+    for i, c in enumerate(calls):  # numbered within the step
+        seen[c.fqn] = seen.get(c.fqn, -1) + 1
+        calls[i] = replace(c, index=seen[c.fqn])
+    t = s.timeline(session)
+    return [
+        (key, _Segment(int(t.before[a]), int(t.peak[a:b].max()), float(t.seconds[a:b].sum())))
+        for key, a, b in segment_keys(session.trace, capture.ops, session.tracker.stacks, units, calls)
+    ]
+
+
+def build_model(s: Study) -> StepModel:
+    """Compose the study's captures; see the module's docstring."""
+    order = tuple(u.fqn for u in s.units)
+    rank = {f: i for i, f in enumerate(order)}
+    names = ["keep", *(n for n in s.captures if n != "keep")]
+    captured = {n: _segments(s, s.captures[n], frozenset(order)) for n in names}
+    keys = [k for k, _ in captured["keep"]]
+    table = {n: _align(keys, captured[n]) for n in names}
+    base_name = "recompute" if "recompute" in s.captures else "keep"
+    base = [table[base_name][k].start for k in keys]
+    delta = {n: [table[n][k].start - b for k, b in zip(keys, base, strict=True)] for n in names}
+    held = {n: _held(keys, delta[n], rank) for n in names}
+    active = _active(keys, rank)
+    workspace = s.device.facts.blas_workspace_bytes
+    facts: list[dict[str, OptionFacts]] = [{} for _ in order]
+    outside = [0] * (len(order) + 1)
+    own_peak: dict[tuple[int, str], int] = {}
+    for i, key in enumerate(keys):
+        unit = rank.get(key[1])
+        for n in names:
+            rest = table[n][key].peak - sum(held[n][w] for w in active[i] if w != unit)
+            if unit is None:
+                prefix = max(active[i], default=-1) + 1
+                outside[prefix] = max(outside[prefix], rest + workspace)
+            else:
+                later = sum(max(held[m][w] for m in names) for w in active[i] if w > unit)
+                own_peak[unit, n] = max(own_peak.get((unit, n), 0), rest + later + workspace)
+    for u, fqn in enumerate(order):
+        for option in s.options[fqn]:
+            n = option.name
+            if n not in table or (u, n) not in own_peak:
+                continue
+            seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
+            seconds = 0.0 if option == KEEP else max(seconds, 1e-9) * 1.0
+            facts[u][n] = OptionFacts(option, held[n][u], own_peak[u, n], seconds)
+    pruned = tuple(tuple(_prune(list(f.values()))) for f in facts)
+    return StepModel(order, pruned, tuple(outside), s.seconds(s.captures["keep"]))
+
+
+def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _Segment]:
+    """Segments by the plain step's keys; what has no counterpart is merged into the one before."""
+    wanted, found, last = set(keys), {}, None
+    for key, segment in segments:
+        if key in wanted:
+            found[key] = segment
+            last = key
+        elif last is not None:
+            f = found[last]
+            found[last] = _Segment(f.start, max(f.peak, segment.peak), f.seconds + segment.seconds)
+    before = _Segment(segments[0][1].start, segments[0][1].start, 0.0)
+    for key in keys:  # a segment without ops in this capture: as its predecessor ended
+        before = found.setdefault(key, _Segment(before.start, before.start, 0.0))
+    return found
+
+
+def _held(keys: list[Any], delta: list[int], rank: dict[str, int]) -> list[int]:
+    """Per unit: what its forward adds to the difference from the base, summed over a micro-batch's calls."""
+    held = [0] * len(rank)
+    for i, key in enumerate(keys[:-1]):
+        unit = rank.get(key[1])
+        if unit is not None and key[0] == "forward" and not any(k[0] == "backward" for k in keys[:i]):
+            held[unit] += delta[i + 1] - delta[i]
+    return held
+
+
+def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
+    """Per segment: units whose forward is done and whose (last) backward has not ended."""
+    last = {k[1:3]: i for i, k in enumerate(keys) if k[0] == "backward"}
+    alive: set[int] = set()
+    result = []
+    for i, key in enumerate(keys):
+        result.append(set(alive))
+        unit = rank.get(key[1])
+        if unit is None:
+            continue
+        if key[0] == "forward":
+            alive.add(unit)
+        elif last[key[1:3]] == i:
+            alive.discard(unit)
+    return result
+
+
+def _prune(options: list[OptionFacts]) -> list[OptionFacts]:
+    """Drop options that another one beats in time, held bytes and own peak; cheapest first, ties by name."""
+    options.sort(key=lambda o: (o.seconds, o.held_bytes, o.own_peak_bytes, o.option.name))
+    kept: list[OptionFacts] = []
+    for o in options:
+        if not any(k.held_bytes <= o.held_bytes and k.own_peak_bytes <= o.own_peak_bytes for k in kept):
+            kept.append(o)
+    return kept

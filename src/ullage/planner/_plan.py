@@ -1,0 +1,200 @@
+"""`Plan`: a decision as plain data. Versioned JSON, readable, hand-editable, with a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import nn
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage._errors import PlanError, PlanMismatch
+from ullage.mechanisms import UnitSettings, option_from_name
+
+if TYPE_CHECKING:
+    from ullage.apply import Handle
+
+VERSION = 1
+
+
+class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A step's peak in bytes and time in seconds; peaks of the first step and of a later one apart."""
+
+    peak_bytes: int
+    step_seconds: float
+    first_step_peak_bytes: int
+    later_step_peak_bytes: int
+    phase: str
+    module: str
+    op: str
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is done with one unit, what that frees and costs per micro-batch, and why."""
+
+    unit: str
+    action: str
+    bytes_freed: int
+    seconds_added: float
+    recomputed_ops: int
+    reason: str
+    buffers: list[str]
+    keeps_routing: bool
+    input_elements: int
+
+    def settings(self) -> UnitSettings:
+        """What the runtime needs to know."""
+        return UnitSettings(option_from_name(self.action), tuple(self.buffers), self.keeps_routing)
+
+
+class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A parameter or buffer as the fingerprint sees it."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    requires_grad: bool
+
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model a plan was made for: class, parameters and buffers."""
+
+    model_class: str
+    tensors: list[TensorFact]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a model; values do not matter."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    facts = [TensorFact(n, list(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for n, t in named]
+    return Fingerprint(f"{type(model).__module__}.{type(model).__qualname__}", facts)
+
+
+def environment() -> dict[str, str]:
+    """Versions that explain a plan; not part of its digest."""
+    import ullage
+
+    return {"ullage": ullage.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A plan: predictions, decisions per unit, and the model they are for. See `str(plan)`."""
+
+    version: int
+    budget_bytes: int | None
+    policy: str
+    device: str
+    costs: str
+    estimate: bool
+    predicted: Forecast
+    baseline: Forecast
+    lower_bound_seconds: float
+    gap: float
+    decisions: list[Decision]
+    shapes: dict[str, list[int]]
+    model: Fingerprint
+    notes: list[str]
+    environment: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything but the environment."""
+        data = msgspec.to_builtins(self)
+        data.pop("environment")
+        return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        data = msgspec.to_builtins(self) | {"digest": self.digest}
+        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
+        Path(path).write_bytes(text + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. The digest is not checked: plans may be edited by hand.
+
+        Raises:
+            PlanError: not readable, cut off, of a newer version, or with keys or actions this version does not know.
+        """
+        try:
+            raw = msgspec.json.decode(Path(path).read_bytes())
+        except OSError as error:
+            raise PlanError(f"plan {path}: can't be read: {error}") from error
+        except msgspec.DecodeError as error:
+            raise PlanError(f"plan {path}: not whole JSON ({error}); was it cut off? save it again") from error
+        if not isinstance(raw, dict) or not isinstance(raw.get("version"), int):
+            raise PlanError(f"plan {path}: not a plan of ullage: no version")
+        if raw["version"] > VERSION:
+            raise PlanError(f"plan {path}: version {raw['version']} is newer than this ullage reads ({VERSION}); upgrade ullage")
+        raw.pop("digest", None)
+        try:
+            plan = msgspec.convert(raw, cls)
+            for d in plan.decisions:
+                d.settings()
+        except msgspec.ValidationError as error:
+            raise PlanError(f"plan {path}: {error}") from error
+        except ValueError as error:
+            raise PlanError(f"plan {path}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
+        return plan
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PlanMismatch, naming what differs, unless the model is the one that was planned."""
+        now = fingerprint(model)
+        if now == self.model:
+            return
+        where = "the plan is for another model, or the model changed since planning: "
+        if now.model_class != self.model.model_class:
+            raise PlanMismatch(f"{where}class {now.model_class}, planned {self.model.model_class}")
+        old, new = ({t.name: t for t in f.tensors} for f in (self.model, now))
+        differences = [f"{n} is missing" for n in old if n not in new] + [f"{n} is new" for n in new if n not in old]
+        for n in old.keys() & new.keys():
+            a, b = old[n], new[n]
+            for field in ("shape", "dtype", "requires_grad"):
+                if getattr(a, field) != getattr(b, field):
+                    differences.append(f"{n}: {field} {getattr(b, field)}, planned {getattr(a, field)}")
+        shown = "; ".join(sorted(differences)[:5]) or "the order of parameters"
+        raise PlanMismatch(f"{where}{shown}{' ...' if len(differences) > 5 else ''}. Plan again")
+
+    def apply(self, model: nn.Module) -> Handle:
+        """Apply in place; see `ullage.apply.apply_plan`."""
+        from ullage.apply import apply_plan
+
+        return apply_plan(self, model)
+
+    def __str__(self) -> str:
+        p, b = self.predicted, self.baseline
+        title = f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
+        budget = "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)
+        slower = p.step_seconds / b.step_seconds - 1 if b.step_seconds else 0.0
+        lines = [
+            title,
+            f"  budget     {budget}",
+            f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
+            f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
+            f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
+            "  decisions",
+        ]
+        lines += [f"    {row}" for row in _grouped(self.decisions)]
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+def _grouped(decisions: list[Decision]) -> list[str]:
+    """One row per run of neighbours with the same action and effect."""
+    rows: list[list[Any]] = []
+    for d in decisions:
+        same = rows and rows[-1][0].action == d.action and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
+        if same and rows[-1][0].reason == d.reason:
+            rows[-1][1] = d
+            rows[-1][2] += 1
+        else:
+            rows.append([d, d, 1])
+    out = []
+    for first, last, n in rows:
+        name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
+        out.append(f"{name:<44} {first.action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}")
+    return out

@@ -1,0 +1,43 @@
+"""Policies by name, so that people can compare: each is an assignment of options to units, without a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from ullage.capture._units import UnitFacts
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
+
+NAMES = "optimal, none, every_block, every_n:K, sqrt, selective"
+
+
+def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str, list[Option]]) -> dict[str, Option]:
+    """The assignment of a named policy.
+
+    - none: keep everything.
+    - every_block: recompute every repeated block.
+    - every_n:K: recompute every K-th block.
+    - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, which
+      rebuilds runs of blocks together.)
+    - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    blocks = [u.fqn for u in units if u.block] or [u.fqn for u in units]
+    every = re.fullmatch(r"every_n:([1-9][0-9]*)", policy)
+    if policy == "none":
+        wanted: dict[str, Option] = {}
+    elif policy == "every_block":
+        wanted = dict.fromkeys(blocks, RECOMPUTE)
+    elif every:
+        wanted = dict.fromkeys(blocks[int(every[1]) - 1 :: int(every[1])], RECOMPUTE)
+    elif policy == "sqrt":
+        step = max(round(len(blocks) / max(round(math.sqrt(len(blocks))), 1)), 1)
+        wanted = {f: RECOMPUTE for i, f in enumerate(blocks) if i % step != step - 1}
+    elif policy == "selective":
+        wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
+    else:
+        raise ValueError(f"policy={policy!r}: expected one of {NAMES}")
+    return {u.fqn: o if (o := wanted.get(u.fqn, KEEP)) in options[u.fqn] else KEEP for u in units}

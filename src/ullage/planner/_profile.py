@@ -1,0 +1,226 @@
+"""`Profile`: facts about one workload's plain step; `profile()` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage._errors import PlanError
+from ullage.capture._timeline import OpCost, effective_bytes
+from ullage.planner._study import StepCapture, Study, capture_options, study
+from ullage.workload import Workload
+
+
+class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A unit: bytes one micro-batch saves in it, its forward and backward seconds per step, and its options."""
+
+    fqn: str
+    class_name: str
+    block: bool
+    calls: int
+    saved_bytes: int
+    seconds: float
+    options: list[str]
+    reason: str
+
+
+class LiveTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A storage alive at the peak."""
+
+    nbytes: int
+    category: str
+    module: str
+    op: str
+    source: str
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The plain step: peak, what holds it, live bytes over time, units. `str(profile)` is a table.
+
+    `timeline` holds (phase, module FQN, op, live bytes at the op's peak) for every op of the later step.
+    """
+
+    device: str
+    estimate: bool
+    costs: str
+    peak_bytes: int
+    first_step_peak_bytes: int
+    later_step_peak_bytes: int
+    start_bytes: int
+    step_seconds: float
+    phase: str
+    module: str
+    op: str
+    source: str
+    by_category: dict[str, int]
+    by_module: dict[str, int]
+    largest: list[LiveTensor]
+    units: list[UnitProfile]
+    timeline: list[tuple[str, str, str, int]]
+    notes: list[str]
+    op_cost_table: dict[str, tuple[float, int, list[int]]]
+
+    @property
+    def op_costs(self) -> dict[str, OpCost]:
+        """Cost of every distinct op signature."""
+        return {k: OpCost(s, i, tuple(o)) for k, (s, i, o) in self.op_cost_table.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON."""
+        Path(path).write_bytes(msgspec.json.encode(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile; PlanError if it is not one."""
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+        except (OSError, msgspec.DecodeError) as error:
+            raise PlanError(f"profile {path}: {error}") from error
+
+    def __str__(self) -> str:
+        label = ", an ESTIMATE: this device is not here" if self.estimate else ""
+        lines = [
+            f"profile on {self.device}{label}",
+            f"  peak {format_bytes(self.peak_bytes)} in {self.phase}, {self.module or '(root)'}, {self.op} ({self.source})",
+            f"  first step {format_bytes(self.first_step_peak_bytes)}, later {format_bytes(self.later_step_peak_bytes)}; "
+            f"step about {format_seconds(self.step_seconds)} (costs: {self.costs})",
+            "  alive at the peak",
+        ]
+        lines += [f"    {c:<18} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}" for c, n in self.by_category.items()]
+        lines.append("  by module")
+        lines += [f"    {m or '(root)':<40} {format_bytes(n):>12}" for m, n in list(self.by_module.items())[:12]]
+        lines.append("  units")
+        for u in self.units:
+            lines.append(f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(u.options)} {u.reason}")
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+def peak_op(s: Study, capture: StepCapture) -> int:
+    """Index of the op at which a captured step peaks."""
+    peak = s.timeline(capture.session).peak[capture.ops]
+    return capture.ops.start + int(peak.argmax())
+
+
+def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
+    """(phase, module FQN, op) of a captured step's peak."""
+    i = peak_op(s, capture)
+    trace = capture.session.trace
+    stack = capture.session.tracker.stacks[trace.stack[i]]
+    return trace.phase[i], next((f for f in reversed(stack) if f), ""), str(capture.session.signatures[trace.signature[i]].func)
+
+
+def profile(
+    work: Workload,
+    device: str | None = None,
+    costs: str = "auto",
+    *,
+    units: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Profile:
+    """Run a first and a later step on fake tensors and say what is alive when, and why.
+
+    Args:
+        work: what is trained; left as found, the model itself never runs.
+        device: None (where the model is) or a name of the device table.
+        costs: "auto" (single ops are timed) or "roofline" (nothing is run).
+        units: FQN globs, instead of the blocks the architecture shows.
+        progress: called with a line at each stage.
+    """
+    s = study(work, device, costs, units, None, progress)
+    first, later = StepCapture(s.session, s.plain_steps[0], {}), s.captures["keep"]
+    peaks = s.peak(first), s.peak(later)
+    worst = first if peaks[0] > peaks[1] else later
+    session, trace, tracker = s.session, s.session.trace, s.session.tracker
+    at = peak_op(s, worst)
+    live = _live(s, at)
+    by_category: dict[str, int] = {}
+    by_module: dict[str, int] = {}
+    for t in live:
+        by_category[t.category] = by_category.get(t.category, 0) + t.nbytes
+        by_module[t.module] = by_module.get(t.module, 0) + t.nbytes
+    line = s.timeline(session)
+    rest = max(peaks) - sum(by_category.values())
+    if rest > 0:
+        by_category["inside the op"] = rest
+    phase, module, op = peak_moment(s, worst)
+    seconds = _unit_seconds(s)
+    rows = [
+        UnitProfile(
+            fqn=u.fqn,
+            class_name=u.class_name,
+            block=u.block,
+            calls=u.calls,
+            saved_bytes=u.saved_bytes,
+            seconds=seconds.get(u.fqn, 0.0),
+            options=[o.name for o in s.options[u.fqn]],
+            reason=u.keep_reason,
+        )
+        for u in s.units
+    ]
+    ops = range(later.ops.start, later.ops.stop)
+    names = [str(x.func) for x in session.signatures]
+    return Profile(
+        device=s.device.name,
+        estimate=s.device.estimate,
+        costs=s.costs_mode,
+        peak_bytes=max(peaks),
+        first_step_peak_bytes=peaks[0],
+        later_step_peak_bytes=peaks[1],
+        start_bytes=int(line.before[later.ops.start]),
+        step_seconds=s.seconds(later),
+        phase=phase,
+        module=module,
+        op=op,
+        source=trace.source[at],
+        by_category=dict(sorted(by_category.items(), key=lambda kv: -kv[1])),
+        by_module=dict(sorted(by_module.items(), key=lambda kv: -kv[1])),
+        largest=sorted(live, key=lambda t: -t.nbytes)[:50],
+        units=rows,
+        timeline=[
+            (trace.phase[i], (tracker.stacks[trace.stack[i]] or ("",))[-1], names[trace.signature[i]], int(line.peak[i])) for i in ops
+        ],
+        notes=list(session.values.assumptions),
+        op_cost_table=_cost_table(s),
+    )
+
+
+def _cost_table(s: Study) -> dict[str, tuple[float, int, list[int]]]:
+    """Costs of the plain step's ops and of every option's, so that planning from the profile measures nothing."""
+    capture_options(s)
+    s.timeline(s.session)
+    s.costs(s.session)
+    return {k: (c.seconds, c.internal_bytes, list(c.output_bytes)) for k, c in s.known_costs.items()}
+
+
+def _unit_seconds(s: Study) -> dict[str, float]:
+    trace, tracker, seconds = s.session.trace, s.session.tracker, s.timeline(s.session).seconds
+    totals: dict[str, float] = {}
+    ops = s.captures["keep"].ops
+    for i in range(ops.start, ops.stop):
+        for fqn in tracker.stacks[trace.stack[i]]:
+            totals[fqn] = totals.get(fqn, 0.0) + float(seconds[i])
+    return totals
+
+
+def _live(s: Study, at: int) -> list[LiveTensor]:
+    session, trace = s.session, s.session.trace
+    costs, found = s.costs(session), []
+    for t in trace.storages:
+        if not (t.birth <= at <= t.death):
+            continue
+        category, module, op, source = t.category, "", "", ""
+        if 0 <= t.birth < len(trace.signature):
+            stack = session.tracker.stacks[trace.stack[t.birth]]
+            module, op, source = (stack or ("",))[-1], str(session.signatures[trace.signature[t.birth]].func), trace.source[t.birth]
+            dies = trace.phase[min(t.death, len(trace.phase) - 1)]
+            if not category:
+                crosses = trace.phase[t.birth] == "forward" and (dies == "backward" or trace.phase[at] == "backward")
+                category = "recomputed" if trace.recomputed[t.birth] else "activation" if crosses else "temporary"
+        found.append(LiveTensor(nbytes=effective_bytes(t, trace, costs), category=category or "other", module=module, op=op, source=source))
+    return found
+
+

@@ -1,0 +1,7 @@
+"""What is trained: a model, one micro-batch and how a step goes; and loading one from a target."""
+
+from ullage.workload._step import forward, run_step
+from ullage.workload._target import load_target
+from ullage.workload._workload import Instance, Workload
+
+__all__ = ["Instance", "Workload", "forward", "load_target", "run_step"]
