@@ -25,14 +25,17 @@ from ullage._errors import (
 )
 from ullage.apply import Handle, Report
 from ullage.cost import devices
+from ullage.measure._measure import Measurement, measure
 from ullage.mechanisms import is_recomputing
 from ullage.planner import Decision, Forecast, Plan, Profile, plan, profile
+from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlreadyCheckpointed", "ApplyError", "BudgetError", "BudgetInfeasible", "CaptureError", "Decision", "DeviceError",
-    "Forecast", "Handle", "Plan", "PlanError", "PlanMismatch", "Profile", "Report", "UllageError", "UllageWarning",
-    "VerifyError", "Workload", "WorkloadError", "devices", "is_recomputing", "load_target", "parse_budget", "plan", "profile",
+    "AlreadyCheckpointed", "ApplyError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
+    "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "Report", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
+    "verify",
 ]  # fmt: skip

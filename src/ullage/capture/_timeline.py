@@ -41,7 +41,7 @@ class Timeline:
 
 def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> int:
     """A storage's size, as the real kernel makes it where that was measured."""
-    if 0 <= storage.birth < len(trace.signature) and not storage.category.startswith("="):
+    if storage.position >= 0:
         real = costs[trace.signature[storage.birth]].output_bytes
         if storage.position < len(real) and real[storage.position] > storage.nbytes:
             return real[storage.position]

@@ -58,7 +58,7 @@ class Storage:
     nbytes: int
     birth: int
     death: int = sys.maxsize
-    position: int = 0
+    position: int = -1  # among the storages its op allocated; -1: not from an op
     category: str = ""
 
 

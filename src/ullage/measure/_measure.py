@@ -1,0 +1,155 @@
+"""`measure`: real steps of a workload, plain or under a plan: peak bytes and step times."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import resource
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage.measure._allocator import record_steps
+from ullage.measure._state import helpers_of, preserved
+from ullage.workload import Instance, Workload, run_step
+
+if TYPE_CHECKING:
+    from ullage.planner import Plan
+
+PEAK_STEPS = 3
+MAX_WARMUP = 8
+
+
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What was measured. `peak_bytes` is the largest of `step_peaks` (steps 1, 2 and 3); times in seconds.
+
+    On CUDA `peak_bytes` is what torch allocated; `reserved_bytes` is what its allocator held and `other_bytes` what the
+    driver counts beyond that. Both are 0 on a CPU.
+    """
+
+    peak_bytes: int
+    start_bytes: int
+    step_peaks: list[int]
+    step_seconds: float
+    p90: float
+    p99: float
+    samples_per_second: float
+    steps: int
+    reserved_bytes: int
+    other_bytes: int
+
+    def __str__(self) -> str:
+        extra = f", reserved {format_bytes(self.reserved_bytes)}, not PyTorch's {format_bytes(self.other_bytes)}" if self.reserved_bytes else ""
+        return (
+            f"peak {format_bytes(self.peak_bytes)}{extra}; step {format_seconds(self.step_seconds)} (p90 {format_seconds(self.p90)}, "
+            f"p99 {format_seconds(self.p99)}), {self.samples_per_second:.1f} samples/s over {self.steps} steps"
+        )
+
+
+def resident_bytes(inst: Instance) -> int:
+    """Bytes of parameters, buffers, gradients, batch and optimizer state: what a step starts with."""
+    tensors = [*inst.model.parameters(), *inst.model.buffers(), *tree_flatten(inst.batch)[0]]
+    tensors += [p.grad for p in inst.model.parameters() if p.grad is not None]
+    for helper in helpers_of(inst):
+        if isinstance(helper, torch.optim.Optimizer):
+            tensors += tree_flatten([list(s.values()) for s in helper.state.values()])[0]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
+    return sum(storages.values())
+
+
+def measure(work: Workload, plan: Plan | None = None, steps: int = 7) -> Measurement:
+    """Run real steps; model, optimizer, gradients, buffers and RNG are left as found.
+
+    Args:
+        work: what is trained.
+        plan: applied for the time of the measurement; None measures the plain step.
+        steps: timed steps, after warm-up (until a step makes no page faults, 8 at most).
+
+    Raises:
+        ApplyError, PlanMismatch: the plan can't be applied.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: expected 1 or more")
+    inst = work.instance()
+    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst):
+        start, peaks, reserved, other = _peaks(inst)
+        times = _times(inst, steps)
+    ordered = sorted(times)
+    median = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
+    samples = _samples(inst) * inst.accumulate
+    return Measurement(
+        peak_bytes=max(peaks),
+        start_bytes=start,
+        step_peaks=peaks,
+        step_seconds=median,
+        p90=ordered[min(int(0.9 * len(ordered)), len(ordered) - 1)],
+        p99=ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)],
+        samples_per_second=samples / median,
+        steps=steps,
+        reserved_bytes=reserved,
+        other_bytes=other,
+    )
+
+
+def _peaks(inst: Instance) -> tuple[int, list[int], int, int]:
+    if inst.device.type == "cuda":
+        return _cuda_peaks(inst)
+    live = start = resident_bytes(inst)
+    peaks = []
+    for events in record_steps(lambda: run_step(inst) and None, PEAK_STEPS):
+        peak = live
+        for event in events:
+            live += event.nbytes
+            peak = max(peak, live)
+        peaks.append(peak)
+    return start, peaks, 0, 0
+
+
+def _cuda_peaks(inst: Instance) -> tuple[int, list[int], int, int]:
+    device, peaks = inst.device, []
+    torch.cuda.synchronize(device)
+    start = torch.cuda.memory_allocated(device)
+    for _ in range(PEAK_STEPS):
+        torch.cuda.reset_peak_memory_stats(device)
+        run_step(inst)
+        torch.cuda.synchronize(device)
+        peaks.append(torch.cuda.max_memory_allocated(device))
+    reserved = torch.cuda.max_memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return start, peaks, reserved, max(total - free - torch.cuda.memory_reserved(device), 0)
+
+
+def _times(inst: Instance, steps: int) -> list[float]:
+    sync = (lambda: torch.cuda.synchronize(inst.device)) if inst.device.type == "cuda" else (lambda: None)
+    keep_pages()
+    for _ in range(MAX_WARMUP):
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        run_step(inst)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 16:
+            break
+    times = []
+    for _ in range(steps):
+        sync()
+        begin = time.perf_counter()
+        run_step(inst)
+        sync()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def keep_pages() -> None:
+    """Tell glibc not to hand large blocks back to the kernel: page faults make the plain step look slow otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _samples(inst: Instance) -> int:
+    first = next((t for t in tree_flatten(inst.batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
+    return int(first.shape[0]) if first is not None else 1
