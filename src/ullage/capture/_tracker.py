@@ -116,7 +116,7 @@ class Tracker(TorchDispatchMode):
         """Index of the op that comes next."""
         return len(self.trace.signature)
 
-    def adopt(self, tensor: Tensor, category: str = "") -> None:
+    def adopt(self, tensor: Tensor, category: str = "", empty: bool = False) -> None:
         """Follow a tensor's storage from now on (no-op if it is followed already)."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -128,7 +128,7 @@ class Tracker(TorchDispatchMode):
                     known[1].category = category
                 return
             known[1].death = self.clock - 1
-        if nbytes == 0:
+        if nbytes == 0 and not empty:
             return
         record = Storage(nbytes, self.clock - 1 if category else self.clock, category=category)
         self.trace.storages.append(record)
@@ -159,12 +159,12 @@ class Tracker(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten._local_scalar_dense.default or torch.Tag.dynamic_output_shape in func.tags or func is aten.equal.default:
             return self._with_values(func, args, kwargs)
+        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args)
         try:
             out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return self._with_values(func, args, kwargs)
-        except (RuntimeError, TypeError) as error:
-            out = _lenient(func, args, error)
         self.values.follow(func, args, kwargs, out)
         return out
 
@@ -239,8 +239,8 @@ class Tracker(TorchDispatchMode):
         trace = self.trace
         outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
         before = len(trace.storages)
-        for tensor in outs:
-            self.adopt(tensor)
+        for tensor in outs:  # an empty one too: its real twin may not be (oneDNN's workspace for an LSTM)
+            self.adopt(tensor, empty=True)
         if func._schema.is_mutable or func in _BATCH_NORMS:
             self._note_mutation(func, args)
         allocated = trace.storages[before:]
@@ -304,12 +304,15 @@ _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, a
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}
 
 
-def _lenient(func: Any, args: Any, error: Exception) -> Any:
-    """Fake kernels that are stricter than the real ones: give their shapes here, else raise what they raised."""
-    if func is torch.ops.aten._grouped_mm.default:
-        a, b = args[0], args[1]
-        if a.dim() == 2 and b.dim() == 3:
-            return a.new_empty(a.shape[0], b.shape[2])
-        if a.dim() == 2 and b.dim() == 2:
-            return a.new_empty(args[2].shape[0], a.shape[0], b.shape[1])
-    raise error
+_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
+    """The fake kernel refuses what the real one takes (fp32); its shapes are these."""
+    if a.dim() == 2 and b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    if a.dim() == 3 and b.dim() == 2:
+        return a.new_empty(a.shape[1], b.shape[1])
+    if a.dim() == 2 and offsets is not None:
+        return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])

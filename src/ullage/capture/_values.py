@@ -7,6 +7,7 @@ all finite) or stays unknown; asking for an unknown value is a `CaptureError`.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Values:
 
     def __init__(self) -> None:
         self._real: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._poisoned: set[int] = set()
+        self._poisoned: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
 
     def get(self, fake: Any) -> Tensor | None:
@@ -41,9 +42,14 @@ class Values:
         if not isinstance(fake, FakeTensor):  # a constant on its way in (`torch.tensor(0.0)` lifts a real one)
             return fake if isinstance(fake, Tensor) else None
         real: Tensor | None = self._real.get(fake)
-        if real is None or real.untyped_storage()._cdata in self._poisoned:
+        if real is None or self._is_poisoned(real):
             return None
         return real
+
+    def _is_poisoned(self, real: Tensor) -> bool:
+        storage = real.untyped_storage()
+        known = self._poisoned.get(storage._cdata)
+        return known is not None and known() is storage  # addresses are used again
 
     def attach(self, fake: Tensor, real: Tensor) -> None:
         """Note that `fake` has the values of `real`."""
@@ -91,15 +97,15 @@ class Values:
             for tensor in tree_flatten(value)[0]:
                 real = self._real.get(tensor) if isinstance(tensor, Tensor) else None
                 if real is not None:
-                    self._poisoned.add(real.untyped_storage()._cdata)
+                    self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
 
     def _assume(self, func: Any, args: Any, outs: list[Tensor]) -> None:
         """Balanced routing for index outputs; no infinities and no NaN."""
         if func in _INDEX_OUTPUTS or func is aten.argmax.default:
             index = outs[-1]
             if _limit(index) and index.dim() > 0 and not index.is_floating_point():
-                dim = args[2] if func is aten.topk.default and len(args) > 2 else (args[1] if len(args) > 1 else -1)
-                dim = dim if isinstance(dim, int) and func is not aten.argmax.default else -1
+                position = 2 if func is aten.topk.default else 1
+                dim = args[position] if len(args) > position and isinstance(args[position], int) else -1
                 size = args[0].shape[dim] if args[0].dim() else 1
                 with _disable_current_modes():
                     real = (torch.arange(index.numel()) % max(size, 1)).reshape(index.shape)

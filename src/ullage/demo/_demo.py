@@ -16,7 +16,7 @@ import ullage as ul
 from ullage.demo._gpt import GPT, english_bytes
 from ullage.measure._measure import keep_pages
 
-BATCH, SEQ = 8, 256
+BATCH, SEQ = 4, 256
 
 
 class DemoRow(msgspec.Struct, frozen=True):

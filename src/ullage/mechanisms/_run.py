@@ -7,7 +7,7 @@ afterwards, without version bumps (BatchNorm's backward has saved those buffers)
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,37 +54,43 @@ def run_unit(
     if settings.option.action == "keep":
         return call(*args, **kwargs)
     buffers = [module.get_buffer(name) for name in settings.buffers]
-    entry = [b.detach().clone() for b in buffers]
-    forward_done = False
+    replay = _Replay(buffers, [b.detach().clone() for b in buffers], on_recompute)
+    selective = settings.option.action == "select" or settings.keeps_routing
 
-    def body(*a: Any, **k: Any) -> Any:
-        nonlocal forward_done
-        if not forward_done:
-            forward_done = True
-            return call(*a, **k)
-        if on_recompute is not None:
-            on_recompute()
-        return _replay(functools.partial(call, *a, **k), buffers, entry)
+    def contexts() -> tuple[Any, Any]:
+        if not selective:
+            return contextlib.nullcontext(), replay
+        forward, recompute = create_selective_checkpoint_contexts(SavePolicy(settings.option))
+        replay.inner = recompute
+        return forward, replay
 
-    extra: dict[str, Any] = {}
-    if settings.option.action == "select" or settings.keeps_routing:
-        extra["context_fn"] = functools.partial(_contexts, settings.option)
-    return checkpoint(body, *args, use_reentrant=False, preserve_rng_state=True, **extra, **kwargs)
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
 
 
-def _contexts(option: Option) -> Any:
-    return create_selective_checkpoint_contexts(SavePolicy(option))
+class _Replay:
+    """Around a replay: buffers as they were on entry of the forward; around that, as they are now.
 
+    Outside the selective context, whose dispatch mode would take the copies for ops of the unit.
+    """
 
-def _replay(call: Callable[[], Any], buffers: list[Tensor], entry: list[Tensor]) -> Any:
-    now = [b.detach().clone() for b in buffers]
-    _set(buffers, entry)
-    _local.depth = getattr(_local, "depth", 0) + 1
-    try:
-        return call()
-    finally:  # early stop leaves by an exception
+    def __init__(self, buffers: list[Tensor], entry: list[Tensor], on_recompute: Callable[[], None] | None) -> None:
+        self.buffers, self.entry, self.on_recompute = buffers, entry, on_recompute
+        self.now: list[Tensor] = []
+        self.inner: Any = contextlib.nullcontext()
+
+    def __enter__(self) -> None:
+        if self.on_recompute is not None:
+            self.on_recompute()
+        self.now = [b.detach().clone() for b in self.buffers]
+        _set(self.buffers, self.entry)
+        _local.depth = getattr(_local, "depth", 0) + 1
+        self.inner.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:  # early stop leaves by an exception
+        self.inner.__exit__(*exc)
         _local.depth -= 1
-        _set(buffers, now)
+        _set(self.buffers, self.now)
+        self.now = []
 
 
 def _set(buffers: list[Tensor], values: list[Tensor]) -> None:
