@@ -1,29 +1,46 @@
-# Two commands for a fresh machine with Python 3.11 and make: `make demo` and `make test`.
+# From a clone to a result, with nothing but Python 3.11 and make: `make demo`, `make test`.
+SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
 
+help:
+	@echo "make demo    train a small GPT: plain, every block checkpointed, and with a plan"
+	@echo "make test    the tests, but for the slow ones"
+	@echo "make check   format, lint, types, tests and the snippets of the docs"
+	@echo "make bench   every benchmark"
+	@echo "make clean   remove $(VENV) and all caches"
+
+# One installation until the dependencies or their pins change.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "The pinned versions need Python 3.11 or newer; found: '$(PYTHON)'. Try make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/ullage demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	scripts/check test
 
 check: $(STAMP)
 	scripts/check
 
+# A file that starts with an underscore is a helper of the others.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/prediction.py
-	$(BIN)/python benchmarks/promise.py
+	@set -e; for script in benchmarks/[!_]*.py; do \
+		test -e "$$script" || { echo "benchmarks/ is empty" >&2; exit 1; }; \
+		echo "+ $$script"; $(BIN)/python "$$script"; \
+	done
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -64,7 +64,16 @@ _LLAMA = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_a
 
 
 def gpt2() -> Case:
-    return _lm("GPT2Config", "GPT2LMHeadModel", n_embd=128, n_layer=4, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=1)
+    return _lm(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
 
 
 def llama() -> Case:
@@ -80,16 +89,40 @@ def mixtral() -> Case:
 
 
 def bert() -> Case:
-    return _lm("BertConfig", "BertForMaskedLM", hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512)
+    return _lm(
+        "BertConfig",
+        "BertForMaskedLM",
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+    )
 
 
 def t5() -> Case:
-    return _lm("T5Config", "T5ForConditionalGeneration", d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, decoder_start_token_id=0)
+    return _lm(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        d_model=128,
+        d_kv=32,
+        d_ff=512,
+        num_layers=3,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
 
 
 def vit() -> Case:
     x, y = images(8, 64)
-    kw = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=64, patch_size=8, num_labels=10)
+    kw = dict(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=64,
+        patch_size=8,
+        num_labels=10,
+    )
     return _hf("ViTConfig", "ViTForImageClassification", {"pixel_values": x, "labels": y}, **kw)
 
 
@@ -102,11 +135,30 @@ def clip() -> Case:
 
 
 def whisper() -> Case:
-    kw = dict(d_model=128, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=512)
-    kw |= dict(decoder_ffn_dim=512, max_source_positions=128, max_target_positions=64, num_mel_bins=40, pad_token_id=0, use_cache=False)
+    kw = dict(
+        d_model=128,
+        encoder_layers=3,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=512,
+    )
+    kw |= dict(
+        decoder_ffn_dim=512,
+        max_source_positions=128,
+        max_target_positions=64,
+        num_mel_bins=40,
+        pad_token_id=0,
+        use_cache=False,
+    )
     kw |= dict(decoder_start_token_id=1, bos_token_id=1, eos_token_id=2, vocab_size=512)
     features = torch.linspace(-1, 1, 4 * 40 * 256).view(4, 40, 256)
-    return _hf("WhisperConfig", "WhisperForConditionalGeneration", {"input_features": features, "labels": text_ids(4, 32)}, **kw)
+    return _hf(
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {"input_features": features, "labels": text_ids(4, 32)},
+        **kw,
+    )
 
 
 def mamba() -> Case:
@@ -118,7 +170,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
         self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
-        self.down = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)) if a != b else nn.Identity()
+        self.down = (
+            nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b)) if a != b else nn.Identity()
+        )
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +228,11 @@ def unet() -> Case:
 class LSTM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.rnn, self.head = nn.Embedding(256, 64), nn.LSTM(64, 128, 2, dropout=0.1, batch_first=True), nn.Linear(128, 256)
+        self.embed, self.rnn, self.head = (
+            nn.Embedding(256, 64),
+            nn.LSTM(64, 128, 2, dropout=0.1, batch_first=True),
+            nn.Linear(128, 256),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.rnn(self.embed(ids))[0])
@@ -188,7 +246,9 @@ class MoEBlock(nn.Module):
     def __init__(self, width: int = 64, experts: int = 4) -> None:
         super().__init__()
         self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, experts)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width)) for _ in range(experts))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width)) for _ in range(experts)
+        )
         self.register_buffer("load", torch.zeros(experts))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +262,11 @@ class MoEBlock(nn.Module):
 class MoE(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(256, 64), nn.ModuleList(MoEBlock() for _ in range(3)), nn.Linear(64, 256)
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(256, 64),
+            nn.ModuleList(MoEBlock() for _ in range(3)),
+            nn.Linear(64, 256),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -243,7 +307,25 @@ def lora() -> Case:
 
 FAMILIES: dict[str, Callable[[], Case]] = {
     f.__name__: f
-    for f in (gpt, gpt2, llama, qwen3, mixtral, bert, t5, vit, clip, whisper, mamba, resnet, unet, lstm, moe, shared, lora)
+    for f in (
+        gpt,
+        gpt2,
+        llama,
+        qwen3,
+        mixtral,
+        bert,
+        t5,
+        vit,
+        clip,
+        whisper,
+        mamba,
+        resnet,
+        unet,
+        lstm,
+        moe,
+        shared,
+        lora,
+    )
 }
 
 
@@ -255,4 +337,6 @@ def workload(name: str, autocast: torch.dtype | None = None, accumulate: int = 1
     """A family's workload under a fixed seed."""
     torch.manual_seed(0)
     case = FAMILIES[name]()
-    return ul.Workload(case.model, case.batch, loss=case.loss, optimizer=adamw, autocast=autocast, accumulate=accumulate)
+    return ul.Workload(
+        case.model, case.batch, loss=case.loss, optimizer=adamw, autocast=autocast, accumulate=accumulate
+    )

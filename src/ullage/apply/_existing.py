@@ -17,4 +17,6 @@ def refuse_existing(model: nn.Module) -> None:
         if hasattr(module, "_checkpoint_wrapped_module"):
             switch = "torch's checkpoint_wrapper; apply the plan to the unwrapped model"
         if switch is not None:
-            raise AlreadyCheckpointed(f"{name or 'the model'}: is checkpointed already by {switch}; plans do not stack on it")
+            raise AlreadyCheckpointed(
+                f"{name or 'the model'}: is checkpointed already by {switch}; plans do not stack on it"
+            )

@@ -41,7 +41,9 @@ class Report:
     larger_batches: int
 
     def __str__(self) -> str:
-        lines = [f"planned peak {format_bytes(self.planned_peak_bytes)}; forwards beyond the planned shape: {self.larger_batches}"]
+        lines = [
+            f"planned peak {format_bytes(self.planned_peak_bytes)}; forwards beyond the planned shape: {self.larger_batches}"
+        ]
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"

@@ -18,7 +18,15 @@ from ullage._errors import CaptureError
 
 
 def _mkldnn_lstm(
-    x: Tensor, hx: Any, weights: Any, bias: bool, layers: int, dropout: float, train: bool, both: bool, batch_first: bool
+    x: Tensor,
+    hx: Any,
+    weights: Any,
+    bias: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    both: bool,
+    batch_first: bool,
 ) -> Any:
     """What `at::lstm` runs on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
     directions = 2 if both else 1

@@ -54,13 +54,22 @@ def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     skip = ("training", "forward")
     return {
-        name: {k: note(v) for k, v in m.__dict__.items() if k not in skip and not k.startswith(("_parameters", "_buffers", "_modules", "_forward", "_backward", "_state_dict", "_load_state"))}
+        name: {
+            k: note(v)
+            for k, v in m.__dict__.items()
+            if k not in skip
+            and not k.startswith(
+                ("_parameters", "_buffers", "_modules", "_forward", "_backward", "_state_dict", "_load_state")
+            )
+        }
         for name, m in model.named_modules()
     }
 
 
 def _has_tensor(value: Any) -> bool:
-    return any(isinstance(v, Tensor | nn.Module) for v in tree_flatten(list(value) if isinstance(value, set) else value)[0])
+    return any(
+        isinstance(v, Tensor | nn.Module) for v in tree_flatten(list(value) if isinstance(value, set) else value)[0]
+    )
 
 
 class Session:
@@ -139,7 +148,9 @@ class Session:
             OptionFailed: a wrapped unit's option can't be used.
         """
         self._settings = dict(settings or {})
-        modules = [(f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if s.option.action != "keep"]
+        modules = [
+            (f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if s.option.action != "keep"
+        ]
         for fqn, module in modules:
             install(Unit(fqn, module, self._settings[fqn]), module)
         before = _plain_attributes(self.inst.model) if not modules else {}

@@ -71,7 +71,9 @@ def steps(trace: Trace) -> list[slice]:
     return [slice(a, b) for a, b in zip(trace.marks, [*trace.marks[1:], len(trace.signature)], strict=True)]
 
 
-def segment_keys(trace: Trace, ops: slice, stacks: Sequence[tuple[str, ...]], units: frozenset[str], calls: Any) -> list[tuple[Any, int, int]]:
+def segment_keys(
+    trace: Trace, ops: slice, stacks: Sequence[tuple[str, ...]], units: frozenset[str], calls: Any
+) -> list[tuple[Any, int, int]]:
     """Split a step into maximal runs of ops that belong to the same unit call and phase.
 
     Returns:

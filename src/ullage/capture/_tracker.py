@@ -157,7 +157,11 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func is aten._local_scalar_dense.default or torch.Tag.dynamic_output_shape in func.tags or func is aten.equal.default:
+        if (
+            func is aten._local_scalar_dense.default
+            or torch.Tag.dynamic_output_shape in func.tags
+            or func is aten.equal.default
+        ):
             return self._with_values(func, args, kwargs)
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
             return _grouped_mm(*args)
@@ -177,7 +181,14 @@ class Tracker(TorchDispatchMode):
                 index = [None if i is None else self.values.get(i) for i in args[1]]
                 with _disable_current_modes():
                     shape = torch.empty(args[0].shape, device="meta")[
-                        tuple(slice(None) if i is None else i.nonzero(as_tuple=True)[0].to("meta") if i.dtype == torch.bool and i.dim() == 1 else i.to("meta") for i in index)
+                        tuple(
+                            slice(None)
+                            if i is None
+                            else i.nonzero(as_tuple=True)[0].to("meta")
+                            if i.dtype == torch.bool and i.dim() == 1
+                            else i.to("meta")
+                            for i in index
+                        )
                     ].shape
                 return args[0].new_empty(shape)
         if given is None:
@@ -210,7 +221,11 @@ class Tracker(TorchDispatchMode):
             return False
         if id(new) not in self._queried or buffer.shape != new.shape:
             return False
-        counts = (buffer._use_count(), torch._C._storage_Use_Count(buffer.untyped_storage()._cdata), sys.getrefcount(buffer))
+        counts = (
+            buffer._use_count(),
+            torch._C._storage_Use_Count(buffer.untyped_storage()._cdata),
+            sys.getrefcount(buffer),
+        )
         del new
         if self._unique == (0, 0, 0):  # the calibration run: a gradient that is certainly unique
             self._unique = counts
@@ -221,7 +236,7 @@ class Tracker(TorchDispatchMode):
         """Learn what the reference counts of a gradient that only the engine holds look like from here."""
         x = torch.ones(2, requires_grad=True)
         y = x * 1.0
-        (y * y).sum().backward()  # type: ignore[no-untyped-call]
+        (y * y).sum().backward()
         del x, y
         self.trace, self._alive = Trace(), {}
 
@@ -246,7 +261,7 @@ class Tracker(TorchDispatchMode):
         allocated = trace.storages[before:]
         for position, storage in enumerate(allocated):
             storage.position = position
-        key = (func, spec_of(args), tuple(sorted((k, spec_of(v)) for k, v in kwargs.items())))
+        key: Any = (func, spec_of(args), tuple(sorted((k, spec_of(v)) for k, v in kwargs.items())))
         try:
             index = self._signature_ids.get(key)
         except TypeError:
@@ -260,7 +275,7 @@ class Tracker(TorchDispatchMode):
         sequence, source, stack = -1, "", tuple(self.module_stack)
         if in_engine:
             node = torch._C._current_autograd_node()
-            sequence = node._sequence_nr() if node is not None else -1  # type: ignore[attr-defined]
+            sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
             if known is not None:
                 source, stack_id = known
@@ -281,7 +296,9 @@ class Tracker(TorchDispatchMode):
         trace.recomputed.append(is_recomputing())
 
     def _note_mutation(self, func: Any, args: Any) -> None:
-        written = [v for s, v in zip(func._schema.arguments, args, strict=False) if s.alias_info and s.alias_info.is_write]
+        written = [
+            v for s, v in zip(func._schema.arguments, args, strict=False) if s.alias_info and s.alias_info.is_write
+        ]
         if func in _BATCH_NORMS and len(args) > 5 and args[5]:
             written += [args[3], args[4]]
         for tensor in tree_flatten(written)[0]:

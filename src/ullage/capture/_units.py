@@ -93,7 +93,11 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
 
 def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] | None) -> list[UnitFacts]:
     """Units in order of first call. `saved`: bytes each module's calls save for backward in one micro-batch."""
-    calls = [c for c in session.calls if c.first_op < session.trace.marks[1]] if len(session.trace.marks) > 1 else session.calls
+    calls = (
+        [c for c in session.calls if c.first_op < session.trace.marks[1]]
+        if len(session.trace.marks) > 1
+        else session.calls
+    )
     blocks, rest = find_blocks(session.inst.model, calls, patterns)
     total = max(saved.get("", 0), 1)
     wanted = set(blocks) | {f for f in rest if saved.get(f, 0) >= SMALL_SHARE * total}
@@ -114,7 +118,13 @@ def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] 
         reason = f"its forward changes attributes of {changed[0]}, which a replay would change again" if changed else ""
         facts.append(
             UnitFacts(
-                fqn, type(module).__name__, max(counts[fqn] // micro, 1), fqn in set(blocks), saved.get(fqn, 0), buffers, reason
+                fqn,
+                type(module).__name__,
+                max(counts[fqn] // micro, 1),
+                fqn in set(blocks),
+                saved.get(fqn, 0),
+                buffers,
+                reason,
             )
         )
     return facts

@@ -29,9 +29,21 @@ def _target_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("target"),
         click.option("--batch", type=click.IntRange(1), help="Micro-batch size (config.json targets)."),
         click.option("--seq", type=click.IntRange(1), help="Sequence length (config.json targets)."),
-        click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Parameter dtype."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            default="fp32",
+            show_default=True,
+            help="Parameter dtype.",
+        ),
         click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Autocast dtype (config.json targets)."),
-        click.option("--optimizer", type=click.Choice(["adamw", "sgd", "none"]), default="adamw", show_default=True, help="Optimizer."),
+        click.option(
+            "--optimizer",
+            type=click.Choice(["adamw", "sgd", "none"]),
+            default="adamw",
+            show_default=True,
+            help="Optimizer.",
+        ),
         click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per step (config.json targets)."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
@@ -69,7 +81,13 @@ def cli() -> None:
 @cli.command()
 @_target_options
 @click.option("--device", help="A name of `ullage devices`; default: where the model is.")
-@click.option("--costs", type=click.Choice(["auto", "roofline"]), default="auto", show_default=True, help="Time ops here, or estimate.")
+@click.option(
+    "--costs",
+    type=click.Choice(["auto", "roofline"]),
+    default="auto",
+    show_default=True,
+    help="Time ops here, or estimate.",
+)
 def profile(as_json: bool, device: str | None, costs: str, **kw: Any) -> None:
     """Capture one step without running it: the peak, what holds it, the units."""
     with _progress() as progress:
@@ -81,10 +99,20 @@ def profile(as_json: bool, device: str | None, costs: str, **kw: Any) -> None:
 @_target_options
 @click.option("--budget", help="Bytes, '6GiB', '6 GB', '60% of plain' or '90% of device'.")
 @click.option("--device", help="A name of `ullage devices`; default: where the model is.")
-@click.option("--policy", default="optimal", show_default=True, help="optimal, none, every_block, every_n:K, sqrt or selective.")
-@click.option("--costs", type=click.Choice(["auto", "roofline"]), default="auto", show_default=True, help="Time ops here, or estimate.")
+@click.option(
+    "--policy", default="optimal", show_default=True, help="optimal, none, every_block, every_n:K, sqrt or selective."
+)
+@click.option(
+    "--costs",
+    type=click.Choice(["auto", "roofline"]),
+    default="auto",
+    show_default=True,
+    help="Time ops here, or estimate.",
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write the plan to this file.")
-def plan(as_json: bool, budget: str | None, device: str | None, policy: str, costs: str, output: str | None, **kw: Any) -> None:
+def plan(
+    as_json: bool, budget: str | None, device: str | None, policy: str, costs: str, output: str | None, **kw: Any
+) -> None:
     """Decide what to keep, recompute or select so that the step fits the budget."""
     value: int | str | None = int(budget) if budget is not None and budget.isdigit() else budget
     with _progress() as progress:
@@ -111,7 +139,9 @@ def verify(as_json: bool, plan_path: str, steps: int, **kw: Any) -> None:
 
 @cli.command()
 @_target_options
-@click.option("--plan", "plan_path", type=click.Path(exists=True, dir_okay=False), help="A plan file; default: the plain step.")
+@click.option(
+    "--plan", "plan_path", type=click.Path(exists=True, dir_okay=False), help="A plan file; default: the plain step."
+)
 @click.option("--steps", type=click.IntRange(1), default=7, show_default=True, help="Timed steps.")
 def measure(as_json: bool, plan_path: str | None, steps: int, **kw: Any) -> None:
     """Run real steps: peak bytes and step times."""
@@ -132,14 +162,28 @@ def devices(as_json: bool) -> None:
     view = Table("name", "device", "memory", "bandwidth", "bf16 dense", "margin")
     for name, d in sorted(table.items()):
         rate = d.flops.get("bfloat16") or d.flops.get("float16") or d.flops["float32"]
-        view.add_row(name, d.title, format_bytes(d.memory_bytes), f"{d.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s", f"{rate / 1e12:,.1f} TFLOP/s", f"{d.margin:.0%}")
+        view.add_row(
+            name,
+            d.title,
+            format_bytes(d.memory_bytes),
+            f"{d.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
+            f"{rate / 1e12:,.1f} TFLOP/s",
+            f"{d.margin:.0%}",
+        )
     Console().print(view)
 
 
 @cli.command()
 @click.option("--steps", type=click.IntRange(2), default=30, show_default=True, help="Training steps per contender.")
 @click.option("--budget", default="60% of plain", show_default=True, help="Budget of ullage's plan.")
-@click.option("-o", "--output", default="plan.json", show_default=True, type=click.Path(dir_okay=False), help="Where the plan is written.")
+@click.option(
+    "-o",
+    "--output",
+    default="plan.json",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="Where the plan is written.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def demo(steps: int, budget: str, output: str, as_json: bool) -> None:
     """Train a small GPT on English: plain, every block checkpointed, and ullage's plan."""
@@ -152,9 +196,18 @@ def demo(steps: int, budget: str, output: str, as_json: bool) -> None:
     else:
         view = Table("", "predicted peak", "measured peak", "step time", "tokens/s", "final loss")
         for r in rows:
-            view.add_row(r.name, format_bytes(r.predicted_peak_bytes), format_bytes(r.measured_peak_bytes), f"{r.step_seconds * 1e3:.0f} ms", f"{r.tokens_per_second:,.0f}", r.final_loss)
+            view.add_row(
+                r.name,
+                format_bytes(r.predicted_peak_bytes),
+                format_bytes(r.measured_peak_bytes),
+                f"{r.step_seconds * 1e3:.0f} ms",
+                f"{r.tokens_per_second:,.0f}",
+                r.final_loss,
+            )
         Console().print(view)
-        click.echo(f"losses identical to the last bit: {fits.same_loss}; predictions within 1%: {fits.predicted}; budget kept: {fits.budget}")
+        click.echo(
+            f"losses identical to the last bit: {fits.same_loss}; predictions within 1%: {fits.predicted}; budget kept: {fits.budget}"
+        )
         click.echo(f"plan written to {output}")
     sys.exit(0 if fits.same_loss and fits.predicted and fits.budget else 1)
 

@@ -25,7 +25,6 @@ aten = torch.ops.aten
 MAX_BYTES = 8 * 2**30
 _INDEXED = {aten.embedding.default: 0, aten.nll_loss_forward.default: 0}
 _SKIP = {aten._local_scalar_dense.default, aten._pin_memory.default}
-_SKIP |= {aten.mkldnn_rnn_layer_backward.default}  # reads a workspace that only its forward can fill; made-up bytes crash it
 
 
 def _make(spec: TensorSpec, high: int) -> Tensor:
@@ -52,8 +51,14 @@ def _arguments(s: Signature) -> tuple[Any, Any]:
     def listed(value: Any) -> Any:
         return [listed(v) for v in value] if isinstance(value, tuple) else value
 
-    args = [listed(a) for a in s.args]
-    return tree_map(make, args), {k: make(v) for k, v in s.kwargs.items()}
+    args = tree_map(make, [listed(a) for a in s.args])
+    if s.func is aten.mkldnn_rnn_layer_backward.default:  # reads a workspace that only its forward can fill
+        reverse, mode, hidden, layers, biases, train, both, sizes, batch_first = args[13:22]
+        with torch.enable_grad():
+            args[22] = aten.mkldnn_rnn_layer(
+                *args[:7], reverse, sizes, mode, hidden, layers, biases, both, batch_first, train
+            )[3]
+    return args, {k: make(v) for k, v in s.kwargs.items()}
 
 
 def _measurable(s: Signature) -> bool:
@@ -83,7 +88,10 @@ def _time(call: Callable[[], Any], device: str) -> float:
 
 
 def measure_ops(
-    signatures: list[Signature], fallback: Device, known: list[OpCost], progress: Callable[[int, int], None] | None = None
+    signatures: list[Signature],
+    fallback: Device,
+    known: list[OpCost],
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[OpCost]:
     """Extend `known` (costs of the first signatures) to all. What can't be run alone takes the roofline's cost."""
     costs = list(known)
@@ -102,7 +110,8 @@ def _one(s: Signature, rough: OpCost) -> OpCost:
     devices = {i.device for i in specs_in([s.args, s.kwargs, s.outputs])}
     device = "cuda" if "cuda" in devices else "cpu"
     try:
-        with torch.no_grad():
+        # oneDNN's LSTM fills its workspace only where gradients are on
+        with torch.set_grad_enabled(s.func is aten.mkldnn_rnn_layer.default):
             args, kwargs = _arguments(s)
 
             def call() -> Any:

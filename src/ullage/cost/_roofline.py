@@ -41,7 +41,7 @@ def _flops(signature: Signature) -> float:
     try:
         out = [torch.empty(s.shape, device="meta") for s in signature.outputs]
         to_meta = [torch.empty(a.shape, device="meta") if isinstance(a, TensorSpec) else a for a in signature.args]
-        return float(formula(*to_meta, **{}, out_val=out[0] if len(out) == 1 else tuple(out)))
+        return float(formula(*to_meta, out_val=out[0] if len(out) == 1 else tuple(out)))
     except Exception:  # a formula that does not fit this overload: bytes decide
         return 0.0
 
@@ -54,7 +54,11 @@ def roofline_ops(signatures: list[Signature], device: Device) -> list[OpCost]:
         moved = sum(spec_bytes(i) for i in inputs) + sum(spec_bytes(o) for o in s.outputs)
         dtype = next((str(i.dtype).removeprefix("torch.") for i in inputs if i.dtype.is_floating_point), "float32")
         rate = device.flops.get(dtype) or device.flops["float32"]
-        seconds = 1e-9 if is_free(s) else max(_flops(s) / rate, moved / device.memory_bandwidth_bytes_per_s) + device.launch_seconds
+        seconds = (
+            1e-9
+            if is_free(s)
+            else max(_flops(s) / rate, moved / device.memory_bandwidth_bytes_per_s) + device.launch_seconds
+        )
         factor = _INTERNAL_FACTOR.get(s.func._schema.name, 0.0) if device.kind == "cpu" else 0.0
         costs.append(OpCost(seconds, int(s.output_bytes * (1 + factor))))
     return costs

@@ -83,7 +83,9 @@ def run_demo(steps: int, budget: str, output: str, progress: Callable[[str], Non
     return rows, verdict
 
 
-def _train(model: GPT, plan: ul.Plan | None, batches: list[Tensor], make: Callable[[object], torch.optim.Optimizer]) -> tuple[float, float]:
+def _train(
+    model: GPT, plan: ul.Plan | None, batches: list[Tensor], make: Callable[[object], torch.optim.Optimizer]
+) -> tuple[float, float]:
     """Median step time in seconds (after two steps of warm-up) and the last loss."""
     torch.manual_seed(1)
     optimizer = make(model.parameters())
@@ -92,7 +94,7 @@ def _train(model: GPT, plan: ul.Plan | None, batches: list[Tensor], make: Callab
         for ids in batches:
             begin = time.perf_counter()
             loss = _loss(model(ids), ids)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - begin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch._C._autograd import DeviceType
 from torch.autograd.profiler import profile, record_function
 
 
@@ -35,7 +35,7 @@ def record_steps(call: Callable[[], None], steps: int) -> list[list[MemoryEvent]
     events, starts = [], []
     for e in prof.kineto_results.events():
         if e.name() == "[memory]":
-            if e.device_type() == torch.autograd.DeviceType.CPU:
+            if e.device_type() == DeviceType.CPU:
                 events.append(MemoryEvent(e.start_ns(), e.nbytes()))
         elif e.name().startswith("ullage::step"):
             starts.append(e.start_ns())

@@ -44,7 +44,11 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     other_bytes: int
 
     def __str__(self) -> str:
-        extra = f", reserved {format_bytes(self.reserved_bytes)}, not PyTorch's {format_bytes(self.other_bytes)}" if self.reserved_bytes else ""
+        extra = (
+            f", reserved {format_bytes(self.reserved_bytes)}, not PyTorch's {format_bytes(self.other_bytes)}"
+            if self.reserved_bytes
+            else ""
+        )
         return (
             f"peak {format_bytes(self.peak_bytes)}{extra}; step {format_seconds(self.step_seconds)} (p90 {format_seconds(self.p90)}, "
             f"p99 {format_seconds(self.p99)}), {self.samples_per_second:.1f} samples/s over {self.steps} steps"
@@ -101,7 +105,11 @@ def _peaks(inst: Instance) -> tuple[int, list[int], int, int]:
         return _cuda_peaks(inst)
     live = start = resident_bytes(inst)
     peaks = []
-    for events in record_steps(lambda: run_step(inst) and None, PEAK_STEPS):
+
+    def step() -> None:
+        run_step(inst)
+
+    for events in record_steps(step, PEAK_STEPS):
         peak = live
         for event in events:
             live += event.nbytes

@@ -129,7 +129,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if not isinstance(raw, dict) or not isinstance(raw.get("version"), int):
             raise PlanError(f"plan {path}: not a plan of ullage: no version")
         if raw["version"] > VERSION:
-            raise PlanError(f"plan {path}: version {raw['version']} is newer than this ullage reads ({VERSION}); upgrade ullage")
+            raise PlanError(
+                f"plan {path}: version {raw['version']} is newer than this ullage reads ({VERSION}); upgrade ullage"
+            )
         raw.pop("digest", None)
         try:
             plan = msgspec.convert(raw, cls)
@@ -167,7 +169,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def __str__(self) -> str:
         p, b = self.predicted, self.baseline
-        title = f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
+        title = (
+            f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
+        )
         budget = "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)
         slower = p.step_seconds / b.step_seconds - 1 if b.step_seconds else 0.0
         lines = [
@@ -187,7 +191,11 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     """One row per run of neighbours with the same action and effect."""
     rows: list[list[Any]] = []
     for d in decisions:
-        same = rows and rows[-1][0].action == d.action and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
+        same = (
+            rows
+            and rows[-1][0].action == d.action
+            and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
+        )
         if same and rows[-1][0].reason == d.reason:
             rows[-1][1] = d
             rows[-1][2] += 1
@@ -196,5 +204,7 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     out = []
     for first, last, n in rows:
         name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
-        out.append(f"{name:<44} {first.action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}")
+        out.append(
+            f"{name:<44} {first.action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
+        )
     return out

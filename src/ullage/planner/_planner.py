@@ -60,7 +60,9 @@ def plan(
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
         if limit is not None and _executed_peak(s, assignment) > limit:
-            raise _infeasible(s, limit, _smallest(s)[1], f"policy {policy} peaks at {format_bytes(_executed_peak(s, assignment))}; ")
+            raise _infeasible(
+                s, limit, _smallest(s)[1], f"policy {policy} peaks at {format_bytes(_executed_peak(s, assignment))}; "
+            )
     elif limit is not None and baseline.peak_bytes <= limit:
         assignment = {u.fqn: KEEP for u in s.units}
     else:
@@ -91,7 +93,7 @@ def _smallest(s: Study) -> tuple[dict[str, Option], StepCapture]:
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
     phase, module, op = peak_moment(s, best)
     first = StepCapture(s.captures["keep"].session, s.plain_steps[0], {})
-    size = max(s.peak(best), _optimizer_peak(s, first))
+    size = max(s.peak(best), _optimizer_peak(s, first)) + HEADROOM
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
         f"bound by {phase} in {module or '(root)'} at {op}",
@@ -130,7 +132,7 @@ def _optimal(s: Study, limit: int, baseline: Forecast) -> tuple[dict[str, Option
     if chosen is None:
         chosen, best = _smallest(s)
         if max(s.peak(best), _executed_peak(s, chosen), floor) > limit:
-            raise _infeasible(s, limit, best)
+            raise _infeasible(s, limit + HEADROOM, best)
         bound = 0.0 if bound is None else bound
     return _relax(s, model, chosen, limit), baseline.step_seconds + (bound or 0.0)
 
@@ -146,7 +148,10 @@ def _relax(s: Study, model: StepModel, assignment: dict[str, Option], limit: int
             at = next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), None)
             if at is None or at == 0 or (fqn, facts[at - 1].option.name) in rejected:
                 continue
-            choice = [next((i for i, o in enumerate(f) if o.option == assignment[n]), 0) for n, f in zip(model.units, model.options, strict=True)]
+            choice = [
+                next((i for i, o in enumerate(f) if o.option == assignment[n]), 0)
+                for n, f in zip(model.units, model.options, strict=True)
+            ]
             choice[u] = at - 1
             if model.peak(choice) <= limit * 1.03:
                 tries.append((facts[at - 1].seconds - facts[at].seconds, u, facts[at - 1].option))
@@ -180,12 +185,19 @@ def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
 
 
 def _finish(
-    s: Study, assignment: dict[str, Option], limit: int | None, policy: str, baseline: Forecast, bound: float, work: Workload
+    s: Study,
+    assignment: dict[str, Option],
+    limit: int | None,
+    policy: str,
+    baseline: Forecast,
+    bound: float,
+    work: Workload,
 ) -> Plan:
-    first, later = s.execute_fresh(assignment)
+    if all(o == KEEP for o in assignment.values()):  # the plain step was captured already
+        first, later = StepCapture(s.captures["keep"].session, s.plain_steps[0], {}), s.captures["keep"]
+    else:
+        first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
-    if all(o == KEEP for o in assignment.values()):
-        predicted = baseline
     recomputed = count_recomputed(first)
     facts = build_model(s) if len(s.captures) > 1 else None
     rows = []
@@ -202,7 +214,10 @@ def _finish(
                 bytes_freed=0 if option == KEEP else freed,
                 seconds_added=0.0 if option == KEEP or mine is None else mine.seconds,
                 recomputed_ops=0 if option == KEEP else recomputed.get(u.fqn, 0),
-                reason=u.keep_reason or ("fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"),
+                reason=u.keep_reason
+                or (
+                    "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
+                ),
                 buffers=list(u.buffers),
                 keeps_routing=u.routing,
                 input_elements=_elements(shape.shapes) if shape else 0,
@@ -212,7 +227,9 @@ def _finish(
     notes = list(s.session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
     if s.device.estimate:
-        notes.append(f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run")
+        notes.append(
+            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
+        )
     model = first.session.inst.model if work.factory is not None else work.model
     return Plan(
         version=VERSION,

@@ -89,12 +89,17 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             f"step about {format_seconds(self.step_seconds)} (costs: {self.costs})",
             "  alive at the peak",
         ]
-        lines += [f"    {c:<18} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}" for c, n in self.by_category.items()]
+        lines += [
+            f"    {c:<18} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}"
+            for c, n in self.by_category.items()
+        ]
         lines.append("  by module")
         lines += [f"    {m or '(root)':<40} {format_bytes(n):>12}" for m, n in list(self.by_module.items())[:12]]
         lines.append("  units")
         for u in self.units:
-            lines.append(f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(u.options)} {u.reason}")
+            lines.append(
+                f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(u.options)} {u.reason}"
+            )
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
 
@@ -102,7 +107,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 def peak_op(s: Study, capture: StepCapture) -> int:
     """Index of the op at which a captured step peaks."""
     peak = s.timeline(capture.session).peak[capture.ops]
-    return capture.ops.start + int(peak.argmax())
+    return int(capture.ops.start) + int(peak.argmax())
 
 
 def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
@@ -110,7 +115,11 @@ def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
     i = peak_op(s, capture)
     trace = capture.session.trace
     stack = capture.session.tracker.stacks[trace.stack[i]]
-    return trace.phase[i], next((f for f in reversed(stack) if f), ""), str(capture.session.signatures[trace.signature[i]].func)
+    return (
+        trace.phase[i],
+        next((f for f in reversed(stack) if f), ""),
+        str(capture.session.signatures[trace.signature[i]].func),
+    )
 
 
 def profile(
@@ -181,7 +190,13 @@ def profile(
         largest=sorted(live, key=lambda t: -t.nbytes)[:50],
         units=rows,
         timeline=[
-            (trace.phase[i], (tracker.stacks[trace.stack[i]] or ("",))[-1], names[trace.signature[i]], int(line.peak[i])) for i in ops
+            (
+                trace.phase[i],
+                (tracker.stacks[trace.stack[i]] or ("",))[-1],
+                names[trace.signature[i]],
+                int(line.peak[i]),
+            )
+            for i in ops
         ],
         notes=list(session.values.assumptions),
         op_cost_table=_cost_table(s),
@@ -215,12 +230,22 @@ def _live(s: Study, at: int) -> list[LiveTensor]:
         category, module, op, source = t.category, "", "", ""
         if 0 <= t.birth < len(trace.signature):
             stack = session.tracker.stacks[trace.stack[t.birth]]
-            module, op, source = (stack or ("",))[-1], str(session.signatures[trace.signature[t.birth]].func), trace.source[t.birth]
+            module, op, source = (
+                (stack or ("",))[-1],
+                str(session.signatures[trace.signature[t.birth]].func),
+                trace.source[t.birth],
+            )
             dies = trace.phase[min(t.death, len(trace.phase) - 1)]
             if not category:
                 crosses = trace.phase[t.birth] == "forward" and (dies == "backward" or trace.phase[at] == "backward")
                 category = "recomputed" if trace.recomputed[t.birth] else "activation" if crosses else "temporary"
-        found.append(LiveTensor(nbytes=effective_bytes(t, trace, costs), category=category or "other", module=module, op=op, source=source))
+        found.append(
+            LiveTensor(
+                nbytes=effective_bytes(t, trace, costs),
+                category=category or "other",
+                module=module,
+                op=op,
+                source=source,
+            )
+        )
     return found
-
-

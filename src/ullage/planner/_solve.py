@@ -8,6 +8,7 @@ Pareto set per unit is complete and the result optimal; identical units keep it 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ullage.planner._model import StepModel
 
@@ -80,11 +81,11 @@ def _pareto(labels: list[_Label]) -> list[_Label]:
     return kept
 
 
-def _unwind(path: object) -> tuple[int, ...]:
-    choice = []
+def _unwind(path: Any) -> tuple[int, ...]:
+    choice: list[int] = []
     while path is not None:
-        path, c = path  # type: ignore[misc]
-        choice.append(c)
+        path, option = path
+        choice.append(option)
     return tuple(reversed(choice))
 
 

@@ -8,8 +8,7 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -113,7 +112,10 @@ class Study:
 
     def peak(self, capture: StepCapture) -> int:
         """The peak of a captured step, in bytes."""
-        return int(self.timeline(capture.session).peak[capture.ops].max(initial=0)) + self.device.facts.blas_workspace_bytes
+        return (
+            int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
+            + self.device.facts.blas_workspace_bytes
+        )
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""
@@ -174,7 +176,11 @@ def saved_bytes(s: Study) -> dict[str, int]:
     """Bytes each module's calls save for backward, in the first micro-batch of the first step."""
     trace, costs = s.session.trace, s.costs(s.session)
     first = next((i for i, p in enumerate(trace.phase) if p == "backward"), len(trace.phase))
-    kept = [(t.birth, effective_bytes(t, trace, costs)) for t in trace.storages if 0 <= t.birth < first <= t.death + 1 and not t.category]
+    kept = [
+        (t.birth, effective_bytes(t, trace, costs))
+        for t in trace.storages
+        if 0 <= t.birth < first <= t.death + 1 and not t.category
+    ]
     totals: dict[str, int] = {}
     for birth, size in kept:
         for fqn in {*s.session.tracker.stacks[trace.stack[birth]], ""}:
@@ -185,12 +191,14 @@ def saved_bytes(s: Study) -> dict[str, int]:
 def _ops_of(session: Session, fqn: str) -> list[Signature]:
     stacks = {i for i, s in enumerate(session.tracker.stacks) if fqn in s}
     t = session.trace
-    return [session.signatures[t.signature[i]] for i in range(t.marks[1]) if t.stack[i] in stacks and t.phase[i] == "forward"]
+    return [
+        session.signatures[t.signature[i]]
+        for i in range(t.marks[1])
+        if t.stack[i] in stacks and t.phase[i] == "forward"
+    ]
 
 
 def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
-    from dataclasses import replace
-
     ops = _ops_of(session, unit.fqn)
     if any("c10d" in o.func.namespace for o in ops):
         return replace(unit, keep_reason=unit.keep_reason or "it runs collectives, which a replay would run again")
@@ -216,7 +224,9 @@ def _possible(s: Study, unit: UnitFacts) -> list[Option]:
 
 def capture_options(s: Study) -> None:
     """Run one step per option; an option that fails on a unit is taken from it, with the reason noted."""
-    names = sorted({o.name for options in s.options.values() for o in options if o != KEEP}, key=lambda n: n != "recompute")
+    names = sorted(
+        {o.name for options in s.options.values() for o in options if o != KEEP}, key=lambda n: n != "recompute"
+    )
     for name in names:
         while name not in s.captures:
             assignment = {f: _like(options, name) for f, options in s.options.items()}
@@ -224,16 +234,26 @@ def capture_options(s: Study) -> None:
             try:
                 s.captures[name] = s.execute(assignment)
             except OptionFailed as failed:
-                s.reasons[failed.fqn, name] = str(failed.cause)
-                used = assignment[failed.fqn].name
-                same = {u.class_name for u in s.units if u.fqn == failed.fqn}
-                for u in s.units:
-                    if u.class_name in same:
-                        s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used]
+                _take_away(s, failed, assignment[failed.fqn])
                 s.session = Session(s.work, s.device.round_bytes)
                 s.session.run()
                 if not any(o.name == name for options in s.options.values() for o in options):
                     break
+
+
+def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
+    """An option failed on a unit: take it from all units of that class, unless keeping routing outputs was the cause."""
+    kind = next(u.class_name for u in s.units if u.fqn == failed.fqn)
+    same = [u for u in s.units if u.class_name == kind]
+    if "mutated" in str(failed.cause) and any(u.routing for u in same):
+        # topk's values are normalised in place (Mixtral), so they can't be kept by op; on one device, from the same
+        # bits, they come out the same, which `verify` checks.
+        s.units = [replace(u, routing=False) if u.class_name == kind else u for u in s.units]
+        s.reasons[failed.fqn, "keep routing"] = "routing outputs are changed in place; they are recomputed"
+        return
+    s.reasons[failed.fqn, used.name] = str(failed.cause)
+    for u in same:
+        s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
 
 
 def _like(options: Sequence[Option], name: str) -> Option:
@@ -253,5 +273,3 @@ def count_recomputed(capture: StepCapture) -> dict[str, int]:
             for fqn in tracker.stacks[trace.stack[i]]:
                 counts[fqn] = counts.get(fqn, 0) + 1
     return counts
-
-

@@ -56,6 +56,7 @@ def _first_inputs(model: nn.Module, fqn: str) -> Iterator[list[Any]]:
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not seen and torch.is_grad_enabled():
+
             def copy(t: Any) -> Any:
                 return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
 
@@ -70,7 +71,9 @@ def _first_inputs(model: nn.Module, fqn: str) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _alone(module: nn.Module, settings: UnitSettings | None, args: Any, kwargs: Any, rng: Tensor, amp: Any) -> tuple[dict[str, Tensor], int]:
+def _alone(
+    module: nn.Module, settings: UnitSettings | None, args: Any, kwargs: Any, rng: Tensor, amp: Any
+) -> tuple[dict[str, Tensor], int]:
     """One forward and backward of a unit from given inputs; gradients of inputs and parameters, buffers after."""
     leaves = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     for t in leaves:

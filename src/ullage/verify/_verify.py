@@ -49,7 +49,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         """Raise VerifyError, naming the tensors, if the check failed."""
         if not self.ok:
             names = ", ".join(f"{d.name} (max abs {d.max_abs:.3g})" for d in self.differences[:5])
-            raise VerifyError(f"the planned step differs from the plain one in {len(self.differences)} tensors: {names}")
+            raise VerifyError(
+                f"the planned step differs from the plain one in {len(self.differences)} tensors: {names}"
+            )
 
     def __str__(self) -> str:
         state = "ok: bitwise equal" if self.ok else f"FAILED: {len(self.differences)} tensors differ"
@@ -95,7 +97,13 @@ def _by_step(inst: Instance, plan: Plan, steps: int) -> Check:
     differences = [d for d in _differences(first, planned) if d.name not in names]
     replays = sum(u.recomputed for u in handle.report().units) if handle is not None else 0
     return Check(
-        ok=not differences, scope="step", steps=steps, compared=len(first), replays=replays, differences=differences, unstable=unstable
+        ok=not differences,
+        scope="step",
+        steps=steps,
+        compared=len(first),
+        replays=replays,
+        differences=differences,
+        unstable=unstable,
     )
 
 
@@ -135,7 +143,7 @@ def _gradients(inst: Instance, seen: dict[str, Tensor]) -> Any:
 
 
 def _state(inst: Instance) -> list[tuple[str, Tensor]]:
-    rows = [(f"parameter {n}", p) for n, p in inst.model.named_parameters()]
+    rows: list[tuple[str, Tensor]] = [(f"parameter {n}", p) for n, p in inst.model.named_parameters()]
     rows += [(f"buffer {n}", b) for n, b in inst.model.named_buffers()]
     for k, helper in enumerate(helpers_of(inst)):
         if isinstance(helper, torch.optim.Optimizer):
@@ -157,4 +165,6 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality: shape, dtype and every byte (so NaN equals itself and -0.0 differs from 0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return a.numel() == 0 or torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return a.numel() == 0 or torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+    )

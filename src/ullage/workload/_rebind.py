@@ -24,7 +24,9 @@ def rebind(fn: Any, memo: dict[int, Any]) -> Any:
         return memo[id(fn)]
     if isinstance(fn, functools.partial):
         arguments = [rebind(a, memo) for a in fn.args]
-        return functools.partial(rebind(fn.func, memo), *arguments, **{k: rebind(v, memo) for k, v in fn.keywords.items()})
+        return functools.partial(
+            rebind(fn.func, memo), *arguments, **{k: rebind(v, memo) for k, v in fn.keywords.items()}
+        )
     if isinstance(fn, types.MethodType):
         return types.MethodType(fn.__func__, copy.deepcopy(fn.__self__, memo))
     if not isinstance(fn, types.FunctionType):

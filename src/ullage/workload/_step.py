@@ -30,10 +30,12 @@ def compute_loss(inst: Instance) -> Tensor:
         output = forward(inst)
         loss = inst.loss(output, inst.batch) if inst.loss is not None else getattr(output, "loss", output)
     if isinstance(output, dict) and loss is output:
-        loss = output.get("loss", output)
+        loss = dict(output).get("loss", output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        source = "loss: the callable returned" if inst.loss is not None else "loss: none was given and the model returned"
+        source = (
+            "loss: the callable returned" if inst.loss is not None else "loss: none was given and the model returned"
+        )
         raise WorkloadError(f"{source} {what}; pass loss=callable(output, batch) that returns a scalar")
     return loss
 
@@ -49,7 +51,7 @@ def run_step(inst: Instance, before_update: Any = None) -> Tensor | None:
     for _ in range(inst.accumulate):
         loss = compute_loss(inst)
         last = loss.detach()
-        (loss / inst.accumulate if inst.accumulate > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        (loss / inst.accumulate if inst.accumulate > 1 else loss).backward()
         del loss
     if before_update is not None:
         before_update()

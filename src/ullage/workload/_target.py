@@ -40,9 +40,13 @@ def load_target(
     """
     if target.endswith(".json"):
         config = _read_config(Path(target))
-        return Workload.from_factory(lambda: _from_config(config, target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1))
+        return Workload.from_factory(
+            lambda: _from_config(config, target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1)
+        )
     if any(v is not None for v in (batch, seq, autocast, accumulate)):
-        raise WorkloadError(f"target={target!r}: --batch, --seq, --autocast and --accumulate are for config.json targets; a factory sets its own")
+        raise WorkloadError(
+            f"target={target!r}: --batch, --seq, --autocast and --accumulate are for config.json targets; a factory sets its own"
+        )
     return Workload.from_factory(_factory(target))
 
 
@@ -86,7 +90,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _from_config(
-    raw: dict[str, Any], target: str, batch: int, seq: int | None, dtype: str, optimizer: str, autocast: str | None, accumulate: int
+    raw: dict[str, Any],
+    target: str,
+    batch: int,
+    seq: int | None,
+    dtype: str,
+    optimizer: str,
+    autocast: str | None,
+    accumulate: int,
 ) -> Workload:
     try:
         import transformers
@@ -106,12 +117,19 @@ def _from_config(
     finally:
         torch.set_default_dtype(default)
     inputs = _inputs(config, name, batch, seq, DTYPES[dtype], target)
-    return Workload(model, inputs, optimizer=OPTIMIZERS[optimizer], autocast=DTYPES[autocast] if autocast else None, accumulate=accumulate)
+    return Workload(
+        model,
+        inputs,
+        optimizer=OPTIMIZERS[optimizer],
+        autocast=DTYPES[autocast] if autocast else None,
+        accumulate=accumulate,
+    )
 
 
 def _inputs(config: Any, name: str, batch: int, seq: int | None, dtype: torch.dtype, target: str) -> dict[str, Any]:
     def ids(length: int) -> torch.Tensor:
-        return (torch.arange(batch * length) % (config.vocab_size - 1)).reshape(batch, length) + 1
+        values: torch.Tensor = (torch.arange(batch * length) % (config.vocab_size - 1)).reshape(batch, length) + 1
+        return values
 
     if hasattr(config, "image_size"):
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]

@@ -1,0 +1,67 @@
+"""What makes a replay exact, and that the tests would notice if it were missing."""
+
+from __future__ import annotations
+
+import torch
+
+import ullage as ul
+from tests.zoo import workload
+from ullage.mechanisms import _run
+
+
+def test_without_buffer_restore_batch_norm_statistics_differ(monkeypatch) -> None:
+    work = workload("resnet")
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert ul.verify(work, plan).ok
+    monkeypatch.setattr(_run, "_set", lambda buffers, values: None)
+    check = ul.verify(work, plan)
+    assert not check.ok
+    assert any("running_mean" in d.name for d in check.differences)
+
+
+def test_without_rng_restore_dropout_gradients_differ(monkeypatch) -> None:
+    work = workload("gpt")
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert ul.verify(work, plan).ok
+    real = _run.checkpoint
+    monkeypatch.setattr(_run, "checkpoint", lambda f, *a, **k: real(f, *a, **{**k, "preserve_rng_state": False}))
+    assert not ul.verify(work, plan).ok
+
+
+def test_without_autocast_restore_it_fails(monkeypatch) -> None:
+    work = workload("gpt", autocast=torch.bfloat16)
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert ul.verify(work, plan).ok
+    enter = _run._Replay.__enter__
+
+    def plain_precision(self: _run._Replay) -> None:
+        enter(self)
+        torch.set_autocast_enabled("cpu", False)
+
+    monkeypatch.setattr(_run._Replay, "__enter__", plain_precision)
+    try:
+        assert not ul.verify(work, plan).ok
+    except (RuntimeError, torch.utils.checkpoint.CheckpointError) as error:
+        assert "recomputed" in str(error) or "dtype" in str(error)
+
+
+def test_unit_by_unit() -> None:
+    work = workload("gpt")
+    plan = ul.plan(work, policy="selective", costs="roofline")
+    check = ul.verify(work, plan, scope="units")
+    assert check.ok and check.replays == 4 and check.scope == "units"
+
+
+def test_everything_is_left_as_found() -> None:
+    work = workload("resnet")
+    work.model(work.batch).sum().backward()
+    before = {n: t.clone() for n, t in work.model.state_dict().items()}
+    grads = [p.grad for p in work.model.parameters()]
+    rng = torch.get_rng_state()
+    plan = ul.plan(work, policy="every_block")
+    ul.verify(work, plan)
+    ul.measure(work, plan, steps=1)
+    assert all(torch.equal(before[n], t) for n, t in work.model.state_dict().items())
+    assert all(p.grad is g for p, g in zip(work.model.parameters(), grads, strict=True))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all("forward" not in m.__dict__ for m in work.model.modules())

@@ -1,0 +1,162 @@
+"""The solver against brute force; plans as data; bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ullage as ul
+from tests.zoo import workload
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._model import OptionFacts, StepModel
+from ullage.planner._solve import smallest, solve
+
+_ACTIONS = [KEEP, RECOMPUTE, Option("select", "attention")]
+_size = st.integers(0, 40)
+_facts = st.tuples(_size, _size, st.integers(0, 9))
+
+
+@st.composite
+def models(draw: st.DrawFn) -> StepModel:
+    n = draw(st.integers(1, 5))
+    units = tuple(f"u{i}" for i in range(n))
+    options = []
+    for _ in units:
+        rows = draw(st.lists(_facts, min_size=1, max_size=3))
+        options.append(tuple(OptionFacts(_ACTIONS[i], h, p, s / 8) for i, (h, p, s) in enumerate(rows)))
+    outside = tuple(draw(st.lists(_size, min_size=n + 1, max_size=n + 1)))
+    return StepModel(units, tuple(options), outside, 1.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(models(), st.integers(0, 150))
+def test_solver_equals_brute_force(model: StepModel, budget: int) -> None:
+    every = list(itertools.product(*(range(len(o)) for o in model.options)))
+    cost = {c: sum(model.options[u][i].seconds for u, i in enumerate(c)) for c in every}
+    fits = [c for c in every if model.peak(list(c)) <= budget]
+    found = solve(model, budget)
+    if not fits:
+        assert found is None
+    else:
+        assert found is not None and found.peak_bytes <= budget
+        assert found.seconds == min(cost[c] for c in fits) == found.lower_bound
+    assert smallest(model).peak_bytes == min(model.peak(list(c)) for c in every)
+
+
+def test_plan_file_round_trip_and_damage(tmp_path: Path) -> None:
+    plan = ul.plan(workload("gpt"), policy="selective", costs="roofline")
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert ul.Plan.load(path) == plan and ul.Plan.load(path).digest == plan.digest
+    text = path.read_text()
+    path.write_text(text[: len(text) // 2])
+    with pytest.raises(ul.PlanError, match="cut off"):
+        ul.Plan.load(path)
+    for change, message in (({"version": 99}, "newer"), ({"colour": 1}, "colour")):
+        path.write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(ul.PlanError, match=message):
+            ul.Plan.load(path)
+
+
+_DIGEST = """
+import torch, ullage as ul
+from tests.zoo import workload
+print(ul.plan(workload("gpt"), "75% of plain", costs="roofline").digest)
+"""
+
+
+def test_the_digest_does_not_depend_on_the_process() -> None:
+    digests = set()
+    for seed, threads in (("0", "1"), ("77", "2")):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        run = subprocess.run([sys.executable, "-c", _DIGEST], env=env, capture_output=True, text=True, check=True)
+        digests.add(run.stdout.strip())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("budget", [0.5, "0.5", "6 potatoes", -5, 0, "-1GiB", "50%", "0% of plain", True])
+def test_bad_budgets(budget: object) -> None:
+    with pytest.raises(ul.BudgetError, match="budget="):
+        ul.parse_budget(budget)  # type: ignore[arg-type]
+
+
+def test_good_budgets() -> None:
+    assert ul.parse_budget("6GiB").bytes == 6 * 2**30
+    assert ul.parse_budget("6 GB").bytes == 6 * 10**9
+    assert ul.parse_budget(7).bytes == 7
+    assert ul.parse_budget("60% of plain").resolve(1000, None) == 600
+    assert ul.parse_budget("90% of device").resolve(1000, 2000) == 1800
+
+
+def test_bad_workloads() -> None:
+    model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with pytest.raises(ul.WorkloadError, match="scalar"):
+        ul.profile(ul.Workload(model, x), costs="roofline")
+    with pytest.raises(ul.WorkloadError, match="accumulate"):
+        ul.Workload(model, x, accumulate=0)
+    with pytest.raises(ul.DeviceError, match="h200"):
+        ul.profile(ul.Workload(model, x), device="abacus", costs="roofline")
+
+    def broken() -> ul.Workload:
+        raise OSError("no disk")
+
+    with pytest.raises(ul.WorkloadError, match="broken raised OSError: no disk"):
+        ul.profile(ul.Workload.from_factory(broken), costs="roofline")
+
+
+def test_control_flow_on_activations_is_refused() -> None:
+    class Branch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.w(x).sum()
+            return y if y > 0 else -y
+
+    with pytest.raises(ul.CaptureError, match=r"test_planner.py:\d+: aten._local_scalar_dense"):
+        ul.profile(ul.Workload(Branch(), torch.ones(2, 4)), costs="roofline")
+
+
+def test_a_step_function_is_captured_with_its_closure() -> None:
+    model = workload("gpt").model
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(m: torch.nn.Module, ids: torch.Tensor) -> None:
+        m(ids).float().logsumexp(-1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    work = ul.Workload(model, workload("gpt").batch, step=step)
+    profile = ul.profile(work)
+    assert not optimizer.state
+    measured = ul.measure(work, steps=1)
+    assert not optimizer.state
+    assert abs(profile.peak_bytes / measured.peak_bytes - 1) < 0.01
+    assert ul.verify(work, ul.plan(work, policy="every_block", profile=profile)).ok
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    base = [sys.executable, "-m", "ullage.cli"]
+    target = "examples/gpt.py:workload"
+    root = Path(__file__).parents[1]
+    args = ["plan", target, "--budget", "60% of plain", "--costs", "roofline", "-o", str(out), "--json"]
+    run = subprocess.run([*base, *args], capture_output=True, text=True, cwd=root, check=True)
+    assert json.loads(run.stdout)["policy"] == "optimal" and ul.Plan.load(out).decisions
+    tight = subprocess.run(
+        [*base, "plan", target, "--budget", "1MiB", "--costs", "roofline"], capture_output=True, text=True, cwd=root
+    )
+    assert tight.returncode == 3 and "smallest peak" in tight.stderr
+    bad = subprocess.run([*base, "plan", "nowhere.py:f", "--budget", "1MiB"], capture_output=True, text=True, cwd=root)
+    assert bad.returncode == 2 and "nowhere.py" in bad.stderr
