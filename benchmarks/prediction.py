@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import ullage as ul
 from tests.zoo import FAMILIES, workload
+
+import ullage as ul
 
 
 def rows_of(name: str, autocast: torch.dtype | None, accumulate: int) -> list[dict[str, object]]:
