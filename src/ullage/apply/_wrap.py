@@ -47,7 +47,7 @@ class Unit:
         self.fired += 1
         if self.observer is not None:
             self.observer(self, args, kwargs)
-        return run_unit(self.plain(module), module, self.settings, args, kwargs, self.count_replay)
+        return run_unit(self.plain(module), module, self.settings, args, kwargs, self.fqn, self.count_replay)
 
 
 def install(unit: Unit, module: nn.Module) -> None:

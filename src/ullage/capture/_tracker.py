@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError
 from ullage.capture._values import Values
-from ullage.mechanisms import is_recomputing
+from ullage.mechanisms import recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -272,14 +272,16 @@ class Tracker(TorchDispatchMode):
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
             self.signatures.append(Signature(func, spec_of(args), fixed, specs, sum(s.nbytes for s in allocated)))
             self._signature_ids[key] = index
-        sequence, source, stack = -1, "", tuple(self.module_stack)
+        sequence, source, stack, replaying = -1, "", tuple(self.module_stack), recomputing_units()
         if in_engine:
             node = torch._C._current_autograd_node()
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
-            if known is not None:
+            if replaying:
+                stack = (*replaying, *stack)  # the unit's own forward runs below its hooks
+            elif known is not None:
                 source, stack_id = known
-                stack = self.stacks[stack_id] if not is_recomputing() else stack
+                stack = self.stacks[stack_id]
         else:
             sequence = torch._C._autograd._get_sequence_nr()
             source = self._source()
@@ -293,7 +295,7 @@ class Tracker(TorchDispatchMode):
         trace.stack.append(stack_id)
         trace.sequence.append(sequence)
         trace.source.append(source)
-        trace.recomputed.append(is_recomputing())
+        trace.recomputed.append(bool(replaying))
 
     def _note_mutation(self, func: Any, args: Any) -> None:
         written = [

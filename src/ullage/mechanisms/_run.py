@@ -24,7 +24,15 @@ _local = threading.local()
 
 def is_recomputing() -> bool:
     """True while ullage re-runs a unit's forward during backward."""
-    return getattr(_local, "depth", 0) > 0
+    return bool(recomputing_units())
+
+
+def recomputing_units() -> list[str]:
+    """Names of the units this thread is re-running, outermost first."""
+    names: list[str] | None = getattr(_local, "units", None)
+    if names is None:
+        names = _local.units = []
+    return names
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,24 @@ def run_unit(
     settings: UnitSettings,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    name: str = "",
     on_recompute: Callable[[], None] | None = None,
 ) -> Any:
-    """Call `call(*args, **kwargs)` so that its activations are treated as the option says."""
+    """Call `call(*args, **kwargs)` so that its activations are treated as the option says.
+
+    Args:
+        call: the unit's plain forward.
+        module: the unit, whose buffers are put back for a replay.
+        settings: what to do.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        name: what `recomputing_units` calls the unit.
+        on_recompute: called at the start of every replay.
+    """
     if settings.option.action == "keep":
         return call(*args, **kwargs)
     buffers = [module.get_buffer(name) for name in settings.buffers]
-    replay = _Replay(buffers, [b.detach().clone() for b in buffers], on_recompute)
+    replay = _Replay(name, buffers, [b.detach().clone() for b in buffers], on_recompute)
     selective = settings.option.action == "select" or settings.keeps_routing
 
     def contexts() -> tuple[Any, Any]:
@@ -73,8 +92,10 @@ class _Replay:
     Outside the selective context, whose dispatch mode would take the copies for ops of the unit.
     """
 
-    def __init__(self, buffers: list[Tensor], entry: list[Tensor], on_recompute: Callable[[], None] | None) -> None:
-        self.buffers, self.entry, self.on_recompute = buffers, entry, on_recompute
+    def __init__(
+        self, name: str, buffers: list[Tensor], entry: list[Tensor], on_recompute: Callable[[], None] | None
+    ) -> None:
+        self.name, self.buffers, self.entry, self.on_recompute = name, buffers, entry, on_recompute
         self.now: list[Tensor] = []
         self.inner: Any = contextlib.nullcontext()
 
@@ -83,12 +104,12 @@ class _Replay:
             self.on_recompute()
         self.now = [b.detach().clone() for b in self.buffers]
         _set(self.buffers, self.entry)
-        _local.depth = getattr(_local, "depth", 0) + 1
+        recomputing_units().append(self.name)
         self.inner.__enter__()
 
     def __exit__(self, *exc: Any) -> None:  # early stop leaves by an exception
         self.inner.__exit__(*exc)
-        _local.depth -= 1
+        recomputing_units().pop()
         _set(self.buffers, self.now)
         self.now = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -78,12 +79,12 @@ class Study:
     plain_steps: list[slice] = field(default_factory=list)
     known_costs: dict[str, OpCost] = field(default_factory=dict)
     progress: Progress = lambda _: None
-    _costs: dict[int, list[OpCost]] = field(default_factory=dict)
-    _timelines: dict[int, tuple[int, Timeline]] = field(default_factory=dict)
+    _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
+    _timelines: WeakKeyDictionary[Session, tuple[int, Timeline]] = field(default_factory=WeakKeyDictionary)
 
     def costs(self, session: Session) -> list[OpCost]:
         """Costs of all of a session's signatures; each distinct signature is measured once per study."""
-        have = self._costs.setdefault(id(session), [])
+        have = self._costs.setdefault(session, [])
         todo = session.signatures[len(have) :]
         unknown = [s for s in todo if signature_key(s) not in self.known_costs]
         if unknown:
@@ -99,10 +100,10 @@ class Study:
     def timeline(self, session: Session) -> Timeline:
         """Bytes over a session's whole trace."""
         n = len(session.trace.signature)
-        known = self._timelines.get(id(session))
+        known = self._timelines.get(session)
         if known is None or known[0] != n:
             known = (n, timeline(session.trace, self.costs(session)))
-            self._timelines[id(session)] = known
+            self._timelines[session] = known
         return known[1]
 
     def settings(self, assignment: Mapping[str, Option]) -> dict[str, UnitSettings]:

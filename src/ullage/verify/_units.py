@@ -87,7 +87,11 @@ def _alone(
     torch.set_rng_state(rng)
     with torch.autocast(amp[0], amp[1], enabled=amp[2]):
         call = type(module).forward.__get__(module)
-        out = call(*args, **kwargs) if settings is None else run_unit(call, module, settings, args, kwargs, replayed)
+        out = (
+            call(*args, **kwargs)
+            if settings is None
+            else run_unit(call, module, settings, args, kwargs, on_recompute=replayed)
+        )
     outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.requires_grad]
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(t.shape, generator=generator).to(t) for t in outs]
