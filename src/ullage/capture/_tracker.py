@@ -8,20 +8,28 @@ autograd engine accumulates gradients in place only when no mode is active, and 
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError
+from ullage.capture._outputs import KnownOutputs, argument_key
 from ullage.capture._values import Values
 from ullage.mechanisms import recomputing_units
 
@@ -96,6 +104,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1) -> None:
         super().__init__()
         self.fake_mode, self.values, self.round_bytes = fake_mode, values, round_bytes
+        self.known = KnownOutputs(fake_mode)
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
@@ -109,6 +118,7 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._queried: set[int] = set()
         self._source_of_sequence: dict[int, tuple[str, int]] = {}
+        self._saved_scalars: list[tuple[int, Storage]] = []  # (sequence of the node that saved it, its storage)
         self._unique = (0, 0, 0)
 
     @property
@@ -146,15 +156,29 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _DEVICE_QUERY:
             self._queried.add(id(args[0]))
-            return func(*args, **kwargs)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         in_engine = torch._C._current_graph_task_id() != -1
         if in_engine and func is aten.add.Tensor and self._accumulates_in_place(args, kwargs):
             func = aten.add_.Tensor
         self._queried.clear()
         self._refuse_real(func, args)
-        out = self._run(func, args, kwargs)
-        self._record(func, args, kwargs, out, in_engine)
+        key = (func, argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
+        out, fresh = self._known_or_run(key, func, args, kwargs)
+        self._record(key, func, args, kwargs, out, in_engine, fresh)
         return out
+
+    def _known_or_run(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """The op's outputs, and whether they may have storages that were not seen before."""
+        known = self.known.key(func, key, args)
+        if known is None:
+            return self._run(func, args, kwargs), True
+        hit, out = self.known.make(known, args)
+        if hit:
+            self.values.follow(func, args, kwargs, out)
+            return out, not (out is None or func.is_view or func._schema.is_mutable)
+        out = self._run(func, args, kwargs)
+        self.known.learn(known, func, args, kwargs, out)
+        return out, True
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if (
@@ -250,28 +274,24 @@ class Tracker(TorchDispatchMode):
                     "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"
                 )
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any, in_engine: bool) -> None:
+    def _record(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool) -> None:
         trace = self.trace
-        outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
         before = len(trace.storages)
-        for tensor in outs:  # an empty one too: its real twin may not be (oneDNN's workspace for an LSTM)
-            self.adopt(tensor, empty=True)
+        if fresh:
+            for tensor in (out,) if isinstance(out, Tensor) else tree_flatten(out)[0]:
+                if isinstance(tensor, Tensor):  # an empty one too: its real twin may not be (oneDNN's LSTM workspace)
+                    self.adopt(tensor, empty=True)
+            for position, storage in enumerate(trace.storages[before:]):
+                storage.position = position
         if func._schema.is_mutable or func in _BATCH_NORMS:
             self._note_mutation(func, args)
-        allocated = trace.storages[before:]
-        for position, storage in enumerate(allocated):
-            storage.position = position
-        key: Any = (func, spec_of(args), tuple(sorted((k, spec_of(v)) for k, v in kwargs.items())))
-        try:
-            index = self._signature_ids.get(key)
-        except TypeError:
-            key, index = (func, repr(key)), self._signature_ids.get((func, repr(key)))
+        index = self._signature_ids.get(key)
         if index is None:
-            index = len(self.signatures)
-            specs = tuple(spec_of(o) for o in outs)
+            index = self._signature_ids[key] = len(self.signatures)
+            specs = tuple(spec_of(o) for o in tree_flatten(out)[0] if isinstance(o, Tensor))
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
-            self.signatures.append(Signature(func, spec_of(args), fixed, specs, sum(s.nbytes for s in allocated)))
-            self._signature_ids[key] = index
+            allocated = sum(s.nbytes for s in trace.storages[before:])
+            self.signatures.append(Signature(func, spec_of(args), fixed, specs, allocated))
         sequence, source, stack, replaying = -1, "", tuple(self.module_stack), recomputing_units()
         if in_engine:
             node = torch._C._current_autograd_node()
@@ -290,12 +310,32 @@ class Tracker(TorchDispatchMode):
             self.stacks.append(stack)
         if not in_engine:
             self._source_of_sequence[sequence - 1] = (source, stack_id)
+        if in_engine and not replaying:
+            self._release_scalars(sequence)
+        elif func in _SAVES_SCALAR and self.round_bytes == 1:
+            self._note_saved_scalar(args)
         trace.signature.append(index)
         trace.phase.append("backward" if in_engine else self.phase)
         trace.stack.append(stack_id)
         trace.sequence.append(sequence)
         trace.source.append(source)
         trace.recomputed.append(bool(replaying))
+
+    def _note_saved_scalar(self, args: Any) -> None:
+        """`x * 0.5` makes a tensor of 0.5 in C++ and saves it for x's gradient: 8 bytes that no dispatch mode sees.
+
+        Nor do saved-tensor hooks (`saved_variable.cpp` leaves wrapped numbers out), so checkpointing keeps it too.
+        """
+        if len(args) < 2 or isinstance(args[1], Tensor) or not (torch.is_grad_enabled() and args[0].requires_grad):
+            return
+        record = Storage(8, self.clock)
+        self.trace.storages.append(record)
+        self._saved_scalars.append((torch._C._autograd._get_sequence_nr() - 1, record))
+
+    def _release_scalars(self, sequence: int) -> None:
+        """Backward runs nodes from the last to the first: those after the one that runs now are done."""
+        while self._saved_scalars and self._saved_scalars[-1][0] > sequence:
+            self._saved_scalars.pop()[1].death = self.clock - 1
 
     def _note_mutation(self, func: Any, args: Any) -> None:
         written = [
@@ -310,15 +350,23 @@ class Tracker(TorchDispatchMode):
                     self.mutated_buffers[name] = None
 
     def _source(self) -> str:
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            name = frame.f_code.co_filename
-            if not name.startswith(_OWN) and not name.startswith("<"):
-                return f"{'/'.join(name.split('/')[-2:])}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
+            short = _short_path(frame.f_code.co_filename)
+            if short:
+                return f"{short}:{frame.f_lineno}"
+            frame = frame.f_back
         return ""
 
 
+@functools.cache
+def _short_path(filename: str) -> str:
+    """The last two parts of a file that is the model's own, or ""."""
+    foreign = filename.startswith(_OWN) or filename.startswith("<")
+    return "" if foreign else "/".join(filename.split("/")[-2:])
+
+
+_SAVES_SCALAR = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}
 

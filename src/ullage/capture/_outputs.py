@@ -1,0 +1,162 @@
+"""Outputs of an op on fake tensors, made again from its signature without asking the fake kernel.
+
+A fake kernel is a function of its arguments' metadata, so its answer for a signature that was seen is known: fresh
+tensors of these shapes, a view of its first argument, or its first argument itself. Two thirds of a capture's time goes
+there otherwise (torch's own cache of fake kernels spends its time on making keys).
+
+Only plain strided tensors and ops whose answer can depend on nothing else are remembered; everything else takes the
+fake kernel's way every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+
+aten = torch.ops.aten
+_NEVER_TAGS = (
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.data_dependent_output,
+    torch.Tag.inplace_view,
+)
+# They make or change what a fake tensor knows beyond its metadata (constants, storages).
+_NEVER = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.set_.source_Storage, aten.resize_.default}
+_PLAIN_TYPES = (str, type(None))
+
+
+def argument_key(value: Any) -> Any:
+    """A hashable description of an op argument, in which 1, 1.0 and True differ."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return (value.shape, (), value.dtype, value.device)
+        if not isinstance(value, FakeTensor):
+            return (value.shape, value.stride(), value.dtype, value.device)
+        if value.constant is not None or value.is_neg() or value.is_conj():
+            return (value.shape, value.stride(), value.dtype, value.fake_device, value.is_neg(), value.is_conj())
+        return (value.shape, value.stride(), value.dtype, value.fake_device)
+    if isinstance(value, list | tuple):
+        return tuple([argument_key(v) for v in value])
+    if isinstance(value, _PLAIN_TYPES):
+        return value
+    if isinstance(value, torch.Generator):
+        return None
+    return (value.__class__, value)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How to make an op's outputs: `kind` is fresh, view (of the first argument), first (itself) or nothing."""
+
+    kind: str
+    specs: tuple[Any, ...] = ()
+    container: type | None = None  # None for a single output
+
+
+class KnownOutputs:
+    """Remembers, per signature, how to make an op's outputs."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._entries: dict[Any, _Entry | None] = {}
+        self._views: dict[Any, bool | None] = {}
+
+    def key(self, func: Any, signature: Any, args: Any) -> Any:
+        """The key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
+        view = self._views.get(func, "unknown")
+        if view == "unknown":
+            view = self._views[func] = _is_view(func)
+        if view is None or not args:
+            return None
+        if not view:
+            return signature
+        first = args[0]
+        return (signature, first.storage_offset()) if isinstance(first, FakeTensor) else None
+
+    def make(self, key: Any, args: Any) -> tuple[bool, Any]:
+        """(True, outputs) if the call's outputs are known, else (False, None)."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return False, None
+        if entry.kind == "first" or entry.kind == "nothing":
+            return True, args[0] if entry.kind == "first" else None
+        with in_kernel_invocation_manager(self.mode):
+            if entry.kind == "view":
+                storage = args[0].untyped_storage()
+                elements = []
+                for shape, stride, dtype, _, offset in entry.specs:
+                    meta = torch.empty_strided((0,), (1,), dtype=dtype, device="meta")
+                    elements.append(meta.set_(storage, offset, shape, stride))
+            else:
+                elements = [
+                    torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+                    for shape, stride, dtype, _, _ in entry.specs
+                ]
+        outs = [FakeTensor(self.mode, e, s[3]) for e, s in zip(elements, entry.specs, strict=True)]
+        return True, outs[0] if entry.container is None else entry.container(outs)
+
+    def learn(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what the fake kernel answered, if it can be made again."""
+        if key in self._entries:
+            return
+        self._entries[key] = self._entry(func, args, kwargs, out)
+
+    def _entry(self, func: Any, args: Any, kwargs: Any, out: Any) -> _Entry | None:
+        if any(_special(a) for a in (*_flat(args), *_flat(tuple(kwargs.values())))):
+            return None
+        if func._schema.is_mutable:
+            if out is None:
+                return _Entry("nothing")
+            return _Entry("first") if out is args[0] and isinstance(out, FakeTensor) else None
+        container = None if isinstance(out, Tensor) else type(out)
+        outs = [out] if container is None else list(out) if container in (list, tuple) else []
+        if not outs or not all(type(o) is FakeTensor and not _special(o) for o in outs):
+            return None
+        given = {a.untyped_storage()._cdata for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, Tensor)}
+        view = bool(self._views[func])
+        seen: set[int] = set()
+        for o in outs:
+            storage = o.untyped_storage()
+            if view and storage._cdata != args[0].untyped_storage()._cdata:
+                return None
+            if not view and (storage._cdata in given | seen or not _whole(o)):
+                return None
+            seen.add(storage._cdata)
+        specs = tuple((tuple(o.shape), o.stride(), o.dtype, o.fake_device, o.storage_offset()) for o in outs)
+        return _Entry("view" if view else "fresh", specs, container)
+
+
+def _is_view(func: Any) -> bool | None:
+    """True for a view op, False for one that is not, None for one that is never remembered."""
+    if func in _NEVER or any(tag in func.tags for tag in _NEVER_TAGS) or func.namespace not in ("aten", "prims"):
+        return None
+    aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
+    if func._schema.is_mutable:  # in place, and returns its first argument or nothing; all else is not remembered
+        first = func._schema.arguments[0].alias_info
+        return False if first is not None and first.is_write and len(func._schema.returns) <= 1 else None
+    return bool(aliases)
+
+
+def _flat(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for v in values:
+        found += _flat(v) if isinstance(v, list | tuple) else [v]
+    return found
+
+
+def _special(value: Any) -> bool:
+    """Is it a tensor that knows more than its metadata?"""
+    if not isinstance(value, Tensor):
+        return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
+        return True
+    return value.constant is not None or value.is_conj() or value.is_neg()
+
+
+def _whole(tensor: FakeTensor) -> bool:
+    """Does it fill its storage, as one that `empty_strided` makes does?"""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == span * tensor.dtype.itemsize
