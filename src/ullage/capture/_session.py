@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -140,8 +140,13 @@ class Session:
         with unnoticed(self.tracker), self.fake_mode, self.tracker:
             yield
 
-    def run(self, settings: Mapping[str, UnitSettings] | None = None, steps: int = 1) -> None:
+    def run(self, settings: Mapping[str, UnitSettings] | None = None, steps: int = 1, update: bool = True) -> None:
         """Run steps with these units wrapped; each step's first op index is appended to `trace.marks`.
+
+        Args:
+            settings: per unit what to do; units that are not named are kept.
+            steps: how many.
+            update: run the optimizer too (a workload's own `step` always does).
 
         Raises:
             CaptureError: the step can't be run on fake tensors.
@@ -159,7 +164,7 @@ class Session:
                 warnings.simplefilter("ignore")
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
-                    self._one_step()
+                    self._one_step(self.inst if update else replace(self.inst, optimizer=None))
         except UllageError:
             raise
         except Exception as error:
@@ -172,15 +177,15 @@ class Session:
             after = _plain_attributes(self.inst.model)
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
-    def _one_step(self) -> None:
+    def _one_step(self, inst: Instance) -> None:
         def gradients() -> None:
             for p in self.inst.model.parameters():
                 if p.grad is not None:
                     self.tracker.adopt(p.grad, "gradient")
 
-        run_step(self.inst, gradients)
-        if self.inst.optimizer is not None:
-            for t in tree_flatten([list(s.values()) for s in self.inst.optimizer.state.values()])[0]:
+        run_step(inst, gradients)
+        if inst.optimizer is not None:
+            for t in tree_flatten([list(s.values()) for s in inst.optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
                     self.tracker.adopt(t, "optimizer state")
 

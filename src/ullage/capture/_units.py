@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -91,6 +91,13 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
     return blocks, rest
 
 
+def _interleaved(calls: Sequence[Call], units: Mapping[str, int]) -> set[str]:
+    """Units with others between two of their calls (a shared dropout): they have no one place in the order."""
+    sequence = [c.fqn for c in sorted(calls, key=lambda c: c.first_op) if c.fqn in units]
+    runs = Counter(f for f, before in zip(sequence, ["", *sequence], strict=False) if f != before)
+    return {f for f, n in runs.items() if n > 1}
+
+
 def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] | None) -> list[UnitFacts]:
     """Units in order of first call. `saved`: bytes each module's calls save for backward in one micro-batch."""
     calls = (
@@ -109,6 +116,9 @@ def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] 
             order.setdefault(c.fqn, c.first_op)
     counts = Counter(c.fqn for c in calls if c.fqn in wanted)
     micro = max(session.inst.accumulate, 1)
+    backward = next((i for i, p in enumerate(session.trace.phase) if p == "backward"), session.tracker.clock)
+    for fqn in _interleaved([c for c in calls if c.first_op < backward], order) - set(blocks):
+        del order[fqn]
     facts = []
     for fqn in sorted(order, key=order.__getitem__):
         module = session.inst.model.get_submodule(fqn)

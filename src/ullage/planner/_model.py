@@ -17,6 +17,7 @@ from typing import Any
 
 from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
 
 
@@ -74,6 +75,14 @@ def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tup
     ]
 
 
+def model_of(s: Study) -> StepModel:
+    """The study's model: captures one step per option first, unless that is done."""
+    if s.model is None:
+        capture_options(s)
+        s.model = build_model(s)
+    return s.model
+
+
 def build_model(s: Study) -> StepModel:
     """Compose the study's captures; see the module's docstring."""
     order = tuple(u.fqn for u in s.units)
@@ -82,7 +91,7 @@ def build_model(s: Study) -> StepModel:
     captured = {n: _segments(s, s.captures[n], frozenset(order)) for n in names}
     keys = [k for k, _ in captured["keep"]]
     table = {n: _align(keys, captured[n]) for n in names}
-    base_name = "recompute" if "recompute" in s.captures else "keep"
+    base_name = "recompute" if "recompute" in s.captures else "keep"  # where nothing can be recomputed
     base = [table[base_name][k].start for k in keys]
     delta = {n: [table[n][k].start - b for k, b in zip(keys, base, strict=True)] for n in names}
     held = {n: _held(keys, delta[n], rank) for n in names}
@@ -130,29 +139,39 @@ def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _
 
 
 def _held(keys: list[Any], delta: list[int], rank: dict[str, int]) -> list[int]:
-    """Per unit: what its forward adds to the difference from the base, summed over a micro-batch's calls."""
+    """Per unit: what its forward adds to the difference from the base, summed over a micro-batch's calls.
+
+    What the difference grows by outside units, before their backward starts, belongs to the unit before: it holds an
+    output that the base has released by then (kept logits, say).
+    """
     held = [0] * len(rank)
+    latest: int | None = None
     for i, key in enumerate(keys[:-1]):
-        unit = rank.get(key[1])
-        if unit is not None and key[0] == "forward" and not any(k[0] == "backward" for k in keys[:i]):
-            held[unit] += delta[i + 1] - delta[i]
+        unit, grown = rank.get(key[1]), delta[i + 1] - delta[i]
+        if unit is not None and key[0] == "backward":
+            break
+        if unit is not None:
+            held[unit] += grown
+            latest = unit
+        elif latest is not None:
+            held[latest] += max(grown, 0)
     return held
 
 
 def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
     """Per segment: units whose forward is done and whose (last) backward has not ended."""
     last = {k[1:3]: i for i, k in enumerate(keys) if k[0] == "backward"}
-    alive: set[int] = set()
+    open_calls: dict[int, set[int]] = {}
     result = []
     for i, key in enumerate(keys):
-        result.append(set(alive))
-        unit = rank.get(key[1])
+        result.append({u for u, calls in open_calls.items() if calls})
+        unit, call = rank.get(key[1]), key[2]
         if unit is None:
             continue
         if key[0] == "forward":
-            alive.add(unit)
+            open_calls.setdefault(unit, set()).add(call)
         elif last[key[1:3]] == i:
-            alive.discard(unit)
+            open_calls.get(unit, set()).discard(call)
     return result
 
 

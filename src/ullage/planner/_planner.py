@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._model import StepModel, build_model
+from ullage.planner._model import StepModel, model_of
+from ullage.planner._options import find_options
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._policies import policy_assignment
 from ullage.planner._profile import Profile, peak_moment
-from ullage.planner._solve import Solution, smallest, solve
-from ullage.planner._study import StepCapture, Study, capture_options, count_recomputed, study
+from ullage.planner._solve import smallest, solve
+from ullage.planner._study import StepCapture, Study, count_recomputed, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
-HEADROOM = 1024  # bytes below the budget: a few scalars are allocated where no dispatch mode sees them
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
+SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
 
 
 def plan(
@@ -53,47 +54,44 @@ def plan(
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     s = study(work, device, mode, units, known, progress)
-    plain = s.captures["keep"]
-    baseline = _forecast(s, StepCapture(plain.session, s.plain_steps[0], {}), plain)
+    find_options(s)
+    baseline = _forecast(s, *s.plain_capture)
     limit = wanted.resolve(baseline.peak_bytes, s.device.memory_bytes) if wanted is not None else None
-    bound = 0.0
+    bound = baseline.step_seconds if policy == "optimal" else 0.0
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
-        if limit is not None and _executed_peak(s, assignment) > limit:
-            raise _infeasible(
-                s, limit, _smallest(s)[1], f"policy {policy} peaks at {format_bytes(_executed_peak(s, assignment))}; "
-            )
+        peak = _fresh_peak(s, assignment)
+        if limit is not None and peak > limit:
+            raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
     elif limit is not None and baseline.peak_bytes <= limit:
         assignment = {u.fqn: KEEP for u in s.units}
     else:
         assert limit is not None
-        assignment, bound = _optimal(s, limit, baseline)
+        assignment, added = _optimal(s, limit)
+        bound += added
     return _finish(s, assignment, limit, policy, baseline, bound, work)
 
 
-def _executed_peak(s: Study, assignment: Mapping[str, Option]) -> int:
+def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
     return max(s.peak(c) for c in s.execute_fresh(assignment))
 
 
-def _assignment(model: StepModel, solution: Solution) -> dict[str, Option]:
-    return {f: model.options[u][c].option for u, (f, c) in enumerate(zip(model.units, solution.choice, strict=True))}
+def _assignment(model: StepModel, choice: Sequence[int]) -> dict[str, Option]:
+    return {f: model.options[u][c].option for u, (f, c) in enumerate(zip(model.units, choice, strict=True))}
 
 
-def _smallest(s: Study) -> tuple[dict[str, Option], StepCapture]:
-    """The assignment of the smallest executed peak, among the solver's and the homogeneous ones."""
-    capture_options(s)
-    model = build_model(s)
-    candidates = [s.execute(_assignment(model, smallest(model)))]
-    candidates += [c for n, c in s.captures.items() if n != "keep"]
+def _smallest(s: Study) -> StepCapture:
+    """The executed step with the smallest peak, among the solver's choice and the homogeneous ones."""
+    model = model_of(s)
+    candidates = [c for n, c in s.captures.items() if n != "keep"]
+    candidates.append(s.execute(_assignment(model, smallest(model).choice)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    best = min(candidates, key=s.peak)
-    return {u.fqn: best.assignment.get(u.fqn, KEEP) for u in s.units}, best
+    return min(candidates, key=s.peak_with_update)
 
 
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
-    phase, module, op = peak_moment(s, best)
-    first = StepCapture(s.captures["keep"].session, s.plain_steps[0], {})
-    size = max(s.peak(best), _optimizer_peak(s, first)) + HEADROOM
+    size = _fresh_peak(s, best.assignment)
+    phase, module, op = peak_moment(s, max(s.execute_fresh(best.assignment), key=s.peak))
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
         f"bound by {phase} in {module or '(root)'} at {op}",
@@ -103,71 +101,81 @@ def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> Budge
     )
 
 
-def _optimizer_peak(s: Study, capture: StepCapture) -> int:
-    """The first step's optimizer part: state is created there, whatever the plan."""
-    t, trace = s.timeline(capture.session), capture.session.trace
-    ops = [i for i in range(capture.ops.start, capture.ops.stop) if trace.phase[i] == "optimizer"]
-    return max((int(t.peak[i]) for i in ops), default=0) + s.device.facts.blas_workspace_bytes
-
-
-def _optimal(s: Study, limit: int, baseline: Forecast) -> tuple[dict[str, Option], float]:
-    first = StepCapture(s.captures["keep"].session, s.plain_steps[0], {})
-    capture_options(s)
-    model = build_model(s)
-    floor = _optimizer_peak(s, first)
-    limit -= HEADROOM
+def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
+    """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds."""
+    model = model_of(s)
     target, chosen, bound = limit, None, None
     for _ in range(MAX_TIGHTENINGS):
         solution = solve(model, target)
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
-        assignment = _assignment(model, solution)
+        trial = s.execute(_assignment(model, solution.choice))
         s.progress("confirming the plan")
-        over = max(_executed_peak(s, assignment), floor) - limit
-        if over <= 0:
-            chosen = assignment
+        over = s.peak_with_update(trial) - limit
+        if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
+            chosen = trial
             break
         target -= over
     if chosen is None:
-        chosen, best = _smallest(s)
-        if max(s.peak(best), _executed_peak(s, chosen), floor) > limit:
-            raise _infeasible(s, limit + HEADROOM, best)
-        bound = 0.0 if bound is None else bound
-    return _relax(s, model, chosen, limit), baseline.step_seconds + (bound or 0.0)
+        chosen = _smallest(s)
+        if _fresh_peak(s, chosen.assignment) > limit:
+            raise _infeasible(s, limit, chosen)
+    everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
+    return _relax(s, everything, s.peak(chosen), limit), bound or 0.0
 
 
-def _relax(s: Study, model: StepModel, assignment: dict[str, Option], limit: int) -> dict[str, Option]:
-    """Try each unit's next cheaper option by executing it; keep what still fits. The most seconds first."""
-    work = RELAX_WORK
+def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> dict[str, Option]:
+    """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
+
+    The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
+    too much, might have refused wrongly is executed.
+    """
+    model, work = model_of(s), RELAX_WORK
     rejected: set[tuple[str, str]] = set()
     while work > 0:
+        at = _choice(model, assignment)
+        slack = max(model.peak(at) - peak, _overestimate(s)) + SLACK_BYTES
         tries = []
         for u, fqn in enumerate(model.units):
             facts = model.options[u]
-            at = next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), None)
-            if at is None or at == 0 or (fqn, facts[at - 1].option.name) in rejected:
+            if at[u] == 0 or (fqn, facts[at[u] - 1].option.name) in rejected:
                 continue
-            choice = [
-                next((i for i, o in enumerate(f) if o.option == assignment[n]), 0)
-                for n, f in zip(model.units, model.options, strict=True)
-            ]
-            choice[u] = at - 1
-            if model.peak(choice) <= limit * 1.03:
-                tries.append((facts[at - 1].seconds - facts[at].seconds, u, facts[at - 1].option))
+            if model.peak([*at[:u], at[u] - 1, *at[u + 1 :]]) <= limit + slack:
+                tries.append((facts[at[u] - 1].seconds - facts[at[u]].seconds, u, facts[at[u] - 1].option))
         if not tries:
             break
         _, u, option = min(tries, key=lambda t: (t[0], t[1]))
-        trial = {**assignment, model.units[u]: option}
         s.progress("trying to relax single units")
-        captures = s.execute_fresh(trial)
-        work -= sum(c.ops.stop - c.ops.start for c in captures)
-        if max(s.peak(c) for c in captures) <= limit:
-            assignment = trial
+        trial = s.execute({**assignment, model.units[u]: option})
+        work -= trial.ops.stop - trial.ops.start
+        fits = s.peak_with_update(trial) <= limit
+        if fits and _fresh_peak(s, trial.assignment) <= limit:
+            assignment, peak = dict(trial.assignment), s.peak(trial)
             rejected.clear()
         else:
             rejected.add((model.units[u], option.name))
     return assignment
+
+
+def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
+    """The option index per unit; an option the model has pruned counts as its cheapest."""
+    found = []
+    for fqn, facts in zip(model.units, model.options, strict=True):
+        found.append(next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), 0))
+    return found
+
+
+def _overestimate(s: Study) -> int:
+    """By how much the model says more than the executed homogeneous steps showed."""
+    seen = [0]
+    model = model_of(s)
+    for capture in s.captures.values():
+        wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
+        choice = _choice(model, wanted)
+        if _assignment(model, choice) == wanted:
+            seen.append(model.peak(choice) - s.peak_with_update(capture))
+    return max(seen)
 
 
 def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
@@ -193,13 +201,10 @@ def _finish(
     bound: float,
     work: Workload,
 ) -> Plan:
-    if all(o == KEEP for o in assignment.values()):  # the plain step was captured already
-        first, later = StepCapture(s.captures["keep"].session, s.plain_steps[0], {}), s.captures["keep"]
-    else:
-        first, later = s.execute_fresh(assignment)
+    first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
     recomputed = count_recomputed(first)
-    facts = build_model(s) if len(s.captures) > 1 else None
+    facts = model_of(s) if len(s.captures) > 1 else None
     rows = []
     for index, u in enumerate(s.units):
         option = assignment[u.fqn]
@@ -223,7 +228,6 @@ def _finish(
                 input_elements=_elements(shape.shapes) if shape else 0,
             )
         )
-    bound = bound or (baseline.step_seconds if policy == "optimal" else 0.0)
     notes = list(s.session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
     if s.device.estimate:

@@ -10,7 +10,8 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage.capture._timeline import OpCost, effective_bytes
-from ullage.planner._study import StepCapture, Study, capture_options, study
+from ullage.planner._options import capture_options, find_options
+from ullage.planner._study import StepCapture, Study, study
 from ullage.workload import Workload
 
 
@@ -140,6 +141,7 @@ def profile(
         progress: called with a line at each stage.
     """
     s = study(work, device, costs, units, None, progress)
+    find_options(s)
     first, later = StepCapture(s.session, s.plain_steps[0], {}), s.captures["keep"]
     peaks = s.peak(first), s.peak(later)
     worst = first if peaks[0] > peaks[1] else later

@@ -8,20 +8,23 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import torch
-
 from ullage.apply._existing import refuse_existing
-from ullage.capture._session import OptionFailed, Session
+from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
 from ullage.capture._tracker import Signature
 from ullage.capture._units import UnitFacts, unit_facts
-from ullage.cost import Device, find_device, measure_ops, roofline_ops
-from ullage.mechanisms import KEEP, RECOMPUTE, SELECT_LEVELS, Option, UnitSettings
-from ullage.mechanisms._options import ATTENTION, MATMUL, ROUTING
+from ullage.cost import measure_ops, roofline_ops
+from ullage.mechanisms import KEEP, Option, UnitSettings
+from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
+
+if TYPE_CHECKING:
+    from ullage.planner._model import StepModel
 
 Progress = Callable[[str], None]
 
@@ -33,35 +36,6 @@ class StepCapture:
     session: Session
     ops: slice
     assignment: Mapping[str, Option]
-
-
-@dataclass(frozen=True)
-class DeviceChoice:
-    """Where the step runs: a device that is here, or an estimate for one that is not."""
-
-    name: str
-    facts: Device
-    estimate: bool
-    memory_bytes: int | None
-
-    @property
-    def round_bytes(self) -> int:
-        """Allocation granularity."""
-        return 512 if self.facts.kind == "cuda" else 1
-
-
-def choose_device(work: Workload, name: str | None) -> DeviceChoice:
-    """Resolve `device=`; raises DeviceError for an unknown name."""
-    here = "cpu" if work.factory is not None else work.instance_device().type
-    if name is None:
-        if here == "cuda" or (work.factory is not None and torch.cuda.is_available() and name is not None):
-            properties = torch.cuda.get_device_properties(0)
-            return DeviceChoice(properties.name, find_device("h200"), False, properties.total_memory)
-        import os
-
-        return DeviceChoice("cpu", find_device("cpu"), False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    facts = find_device(name)
-    return DeviceChoice(name, facts, name != here, facts.memory_bytes)
 
 
 @dataclass
@@ -78,8 +52,10 @@ class Study:
     captures: dict[str, StepCapture] = field(default_factory=dict)
     plain_steps: list[slice] = field(default_factory=list)
     known_costs: dict[str, OpCost] = field(default_factory=dict)
+    model: StepModel | None = None
     progress: Progress = lambda _: None
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
+    _fresh: tuple[StepCapture, StepCapture] | None = None
     _timelines: WeakKeyDictionary[Session, tuple[int, Timeline]] = field(default_factory=WeakKeyDictionary)
 
     def costs(self, session: Session) -> list[OpCost]:
@@ -113,30 +89,52 @@ class Study:
 
     def peak(self, capture: StepCapture) -> int:
         """The peak of a captured step, in bytes."""
-        return (
-            int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
-            + self.device.facts.blas_workspace_bytes
-        )
+        peak = int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
+        return peak + self.device.facts.blas_workspace_bytes
+
+    def peak_with_update(self, capture: StepCapture) -> int:
+        """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""
+        return max(self.peak(capture), self.update_peak_bytes)
+
+    @cached_property
+    def update_peak_bytes(self) -> int:
+        """The peak while the optimizer runs; the first step's, in which its state is made, included."""
+        t, trace = self.timeline(self.plain_session), self.plain_session.trace
+        ops = [i for s in self.plain_steps for i in range(s.start, s.stop) if trace.phase[i] == "optimizer"]
+        return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
+
+    @property
+    def plain_session(self) -> Session:
+        """The session of the plain step."""
+        return self.captures["keep"].session
+
+    @property
+    def plain_capture(self) -> tuple[StepCapture, StepCapture]:
+        """The plain step: the first and a later one."""
+        return StepCapture(self.plain_session, self.plain_steps[0], {}), self.captures["keep"]
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""
         return float(self.timeline(capture.session).seconds[capture.ops].sum())
 
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
-        """Run one later step under an assignment."""
+        """Run forward and backward of one later step under an assignment; its peak is `peak_with_update`."""
         session = self.session
-        session.run(self.settings(assignment))
+        session.run(self.settings(assignment), update=False)
         return StepCapture(session, slice(session.trace.marks[-1], session.tracker.clock), dict(assignment))
 
     def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
-        """Run a first and a later step under an assignment, from the workload's own state."""
-        session = Session(self.work, self.device.round_bytes)
-        session.run(self.settings(assignment), steps=2)
-        a, b = session.trace.marks
-        return (
-            StepCapture(session, slice(a, b), dict(assignment)),
-            StepCapture(session, slice(b, session.tracker.clock), dict(assignment)),
-        )
+        """Run a first and a later step under an assignment, from the workload's own state. The last run is kept."""
+        wanted = {f: o for f, o in assignment.items() if o != KEEP}
+        if not wanted:
+            return self.plain_capture
+        if self._fresh is None or self._fresh[0].assignment != wanted:
+            session = Session(self.work, self.device.round_bytes)
+            session.run(self.settings(wanted), steps=2)
+            a, b = session.trace.marks
+            first, later = slice(a, b), slice(b, session.tracker.clock)
+            self._fresh = StepCapture(session, first, wanted), StepCapture(session, later, wanted)
+        return self._fresh
 
 
 def signature_key(s: Signature) -> str:
@@ -152,7 +150,7 @@ def study(
     known_costs: Mapping[str, OpCost] | None = None,
     progress: Progress | None = None,
 ) -> Study:
-    """Capture the plain step (first and later) and find the units and the options they could have."""
+    """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
     choice = choose_device(work, device)
     if costs not in ("auto", "roofline"):
         raise ValueError(f"costs={costs!r}: expected 'auto' or 'roofline'")
@@ -168,8 +166,7 @@ def study(
     a, b = session.trace.marks
     result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]
     result.captures["keep"] = StepCapture(session, result.plain_steps[1], {})
-    result.units = [_with_routing(session, u) for u in unit_facts(session, saved_bytes(result), units)]
-    result.options = {u.fqn: _possible(result, u) for u in result.units}
+    result.units = unit_facts(session, saved_bytes(result), units)
     return result
 
 
@@ -187,82 +184,6 @@ def saved_bytes(s: Study) -> dict[str, int]:
         for fqn in {*s.session.tracker.stacks[trace.stack[birth]], ""}:
             totals[fqn] = totals.get(fqn, 0) + size
     return totals
-
-
-def _ops_of(session: Session, fqn: str) -> list[Signature]:
-    stacks = {i for i, s in enumerate(session.tracker.stacks) if fqn in s}
-    t = session.trace
-    return [
-        session.signatures[t.signature[i]]
-        for i in range(t.marks[1])
-        if t.stack[i] in stacks and t.phase[i] == "forward"
-    ]
-
-
-def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
-    ops = _ops_of(session, unit.fqn)
-    if any("c10d" in o.func.namespace for o in ops):
-        return replace(unit, keep_reason=unit.keep_reason or "it runs collectives, which a replay would run again")
-    return replace(unit, routing=any(o.func in ROUTING for o in ops))
-
-
-def _possible(s: Study, unit: UnitFacts) -> list[Option]:
-    if unit.keep_reason:
-        s.reasons[unit.fqn, "keep"] = unit.keep_reason
-        return [KEEP]
-    ops = _ops_of(s.session, unit.fqn)
-    attention = [o for o in ops if o.func in ATTENTION]
-    matmuls = [o for o in ops if o.func in MATMUL]
-    levels = []
-    if any(isinstance(a, float) and a > 0 for o in attention for a in o.args[3:5]):
-        s.reasons[unit.fqn, "select"] = "attention with dropout: skipping it would move the generator"
-    else:
-        levels += ["matmul_attention"] if matmuls else []
-        levels += ["half_matmul_attention"] if len(matmuls) > 2 else []
-        levels += ["attention"] if attention and matmuls else []
-    return [KEEP, RECOMPUTE, *(Option("select", level) for level in SELECT_LEVELS if level in levels)]
-
-
-def capture_options(s: Study) -> None:
-    """Run one step per option; an option that fails on a unit is taken from it, with the reason noted."""
-    names = sorted(
-        {o.name for options in s.options.values() for o in options if o != KEEP}, key=lambda n: n != "recompute"
-    )
-    for name in names:
-        while name not in s.captures:
-            assignment = {f: _like(options, name) for f, options in s.options.items()}
-            s.progress(f"capturing option {name}")
-            try:
-                s.captures[name] = s.execute(assignment)
-            except OptionFailed as failed:
-                _take_away(s, failed, assignment[failed.fqn])
-                s.session = Session(s.work, s.device.round_bytes)
-                s.session.run()
-                if not any(o.name == name for options in s.options.values() for o in options):
-                    break
-
-
-def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
-    """An option failed on a unit: take it from all units of that class, unless keeping routing outputs was the cause."""
-    kind = next(u.class_name for u in s.units if u.fqn == failed.fqn)
-    same = [u for u in s.units if u.class_name == kind]
-    if "mutated" in str(failed.cause) and any(u.routing for u in same):
-        # topk's values are normalised in place (Mixtral), so they can't be kept by op; on one device, from the same
-        # bits, they come out the same, which `verify` checks.
-        s.units = [replace(u, routing=False) if u.class_name == kind else u for u in s.units]
-        s.reasons[failed.fqn, "keep routing"] = "routing outputs are changed in place; they are recomputed"
-        return
-    s.reasons[failed.fqn, used.name] = str(failed.cause)
-    for u in same:
-        s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
-
-
-def _like(options: Sequence[Option], name: str) -> Option:
-    for wanted in (name, "recompute"):
-        for option in options:
-            if option.name == wanted:
-                return option
-    return KEEP
 
 
 def count_recomputed(capture: StepCapture) -> dict[str, int]:
