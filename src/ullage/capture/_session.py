@@ -82,6 +82,8 @@ class Session:
 
     def __init__(self, work: Workload, round_bytes: int = 1) -> None:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
+        self.fake_mode.cache_enabled = False
         self.values = Values()
         self.tracker = Tracker(self.fake_mode, self.values, round_bytes)
         self.calls: list[Call] = []
@@ -126,7 +128,7 @@ class Session:
         if work.factory is None:
             self.values.seed(inst.batch, work.batch)
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
-            tracker.real_parameters = {id(p) for p in work.model.parameters()}
+            tracker.real_parameters = {id(p): p for p in work.model.parameters()}
             for p in work.model.parameters():
                 if p.grad is not None:  # held all the while, beside whatever the step makes
                     tracker.adopt(p.grad, "gradient")

@@ -110,7 +110,7 @@ class Tracker(TorchDispatchMode):
         self.stacks: list[tuple[str, ...]] = [()]
         self.phase = "forward"
         self.module_stack: list[str] = []
-        self.real_parameters: set[int] = set()
+        self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
         self.buffer_names: dict[int, str] = {}
         self.mutated_buffers: dict[str, None] = {}
         self._signature_ids: dict[Any, int] = {}
@@ -157,6 +157,8 @@ class Tracker(TorchDispatchMode):
         if func is _DEVICE_QUERY:
             self._queried.add(id(args[0]))
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
+            return func(*args, **kwargs)
         in_engine = torch._C._current_graph_task_id() != -1
         if in_engine and func is aten.add.Tensor and self._accumulates_in_place(args, kwargs):
             func = aten.add_.Tensor

@@ -228,7 +228,7 @@ def _finish(
                 input_elements=_elements(shape.shapes) if shape else 0,
             )
         )
-    notes = list(s.session.values.assumptions)
+    notes = list(s.plain_session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
     if s.device.estimate:
         notes.append(

@@ -10,13 +10,25 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage.capture._timeline import OpCost, effective_bytes
-from ullage.planner._options import capture_options, find_options
+from ullage.planner._model import StepModel, model_of
+from ullage.planner._options import find_options
 from ullage.planner._study import StepCapture, Study, study
 from ullage.workload import Workload
 
 
+class OptionProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An option of a unit: bytes it frees between forward and backward of a micro-batch, and seconds it adds to a step."""
+
+    name: str
+    bytes_freed: int
+    seconds_added: float
+
+
 class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A unit: bytes one micro-batch saves in it, its forward and backward seconds per step, and its options."""
+    """A unit: bytes one micro-batch saves in it, its forward and backward seconds per step.
+
+    `options` starts with the cheapest; those that another one beats in time, bytes and own peak are left out.
+    """
 
     fqn: str
     class_name: str
@@ -24,7 +36,7 @@ class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     calls: int
     saved_bytes: int
     seconds: float
-    options: list[str]
+    options: list[OptionProfile]
     reason: str
 
 
@@ -99,7 +111,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         lines.append("  units")
         for u in self.units:
             lines.append(
-                f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(u.options)} {u.reason}"
+                f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(o.name for o in u.options)} {u.reason}"
             )
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
@@ -142,10 +154,11 @@ def profile(
     """
     s = study(work, device, costs, units, None, progress)
     find_options(s)
-    first, later = StepCapture(s.session, s.plain_steps[0], {}), s.captures["keep"]
+    first, later = StepCapture(s.plain_session, s.plain_steps[0], {}), s.captures["keep"]
     peaks = s.peak(first), s.peak(later)
     worst = first if peaks[0] > peaks[1] else later
-    session, trace, tracker = s.session, s.session.trace, s.session.tracker
+    session = worst.session
+    trace, tracker = session.trace, session.tracker
     at = peak_op(s, worst)
     live = _live(s, at)
     by_category: dict[str, int] = {}
@@ -158,7 +171,7 @@ def profile(
     if rest > 0:
         by_category["inside the op"] = rest
     phase, module, op = peak_moment(s, worst)
-    seconds = _unit_seconds(s)
+    seconds, model = _unit_seconds(s), model_of(s)
     rows = [
         UnitProfile(
             fqn=u.fqn,
@@ -167,7 +180,7 @@ def profile(
             calls=u.calls,
             saved_bytes=u.saved_bytes,
             seconds=seconds.get(u.fqn, 0.0),
-            options=[o.name for o in s.options[u.fqn]],
+            options=_options(model, u.fqn),
             reason=u.keep_reason,
         )
         for u in s.units
@@ -205,16 +218,21 @@ def profile(
     )
 
 
+def _options(model: StepModel, fqn: str) -> list[OptionProfile]:
+    facts = model.options[model.units.index(fqn)]
+    most = max(o.held_bytes for o in facts)
+    return [OptionProfile(name=o.option.name, bytes_freed=most - o.held_bytes, seconds_added=o.seconds) for o in facts]
+
+
 def _cost_table(s: Study) -> dict[str, tuple[float, int, list[int]]]:
     """Costs of the plain step's ops and of every option's, so that planning from the profile measures nothing."""
-    capture_options(s)
-    s.timeline(s.session)
-    s.costs(s.session)
+    s.timeline(s.plain_session)
+    s.costs(s.plain_session)
     return {k: (c.seconds, c.internal_bytes, list(c.output_bytes)) for k, c in s.known_costs.items()}
 
 
 def _unit_seconds(s: Study) -> dict[str, float]:
-    trace, tracker, seconds = s.session.trace, s.session.tracker, s.timeline(s.session).seconds
+    trace, tracker, seconds = s.plain_session.trace, s.plain_session.tracker, s.timeline(s.plain_session).seconds
     totals: dict[str, float] = {}
     ops = s.captures["keep"].ops
     for i in range(ops.start, ops.stop):
@@ -224,7 +242,7 @@ def _unit_seconds(s: Study) -> dict[str, float]:
 
 
 def _live(s: Study, at: int) -> list[LiveTensor]:
-    session, trace = s.session, s.session.trace
+    session, trace = s.plain_session, s.plain_session.trace
     costs, found = s.costs(session), []
     for t in trace.storages:
         if not (t.birth <= at <= t.death):

@@ -8,7 +8,7 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -53,6 +53,7 @@ class Study:
     plain_steps: list[slice] = field(default_factory=list)
     known_costs: dict[str, OpCost] = field(default_factory=dict)
     model: StepModel | None = None
+    times_given: bool = False
     progress: Progress = lambda _: None
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
     _fresh: tuple[StepCapture, StepCapture] | None = None
@@ -64,11 +65,13 @@ class Study:
         todo = session.signatures[len(have) :]
         unknown = [s for s in todo if signature_key(s) not in self.known_costs]
         if unknown:
+            found = roofline_ops(unknown, self.device.facts)
             if self.costs_mode == "measured":
                 self.progress(f"timing {len(unknown)} ops")
-                found = measure_ops(unknown, self.device.facts, [])
-            else:
-                found = roofline_ops(unknown, self.device.facts)
+                measured = measure_ops(unknown, self.device.facts, [])
+                # a profile's times are given: what it has not seen takes the roofline's, so that the plan is the same
+                seconds = [c.seconds for c in (found if self.times_given else measured)]
+                found = [replace(c, seconds=t) for c, t in zip(measured, seconds, strict=True)]
             self.known_costs.update({signature_key(s): c for s, c in zip(unknown, found, strict=True)})
         have += [self.known_costs[signature_key(s)] for s in todo]
         return have
@@ -163,6 +166,7 @@ def study(
     refuse_existing(session.inst.model)
     session.run(steps=2)
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say)
+    result.times_given = known_costs is not None
     a, b = session.trace.marks
     result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]
     result.captures["keep"] = StepCapture(session, result.plain_steps[1], {})
