@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._environment import unnoticed
+from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._tracker import Signature, Trace, Tracker
 from ullage.capture._values import Values
 from ullage.mechanisms import UnitSettings, is_recomputing
@@ -78,9 +79,11 @@ class Session:
     Args:
         work: the workload; its real objects are not touched.
         round_bytes: allocation granularity (512 for CUDA, 1 for CPU).
+        as_cuda: estimate a CUDA device from tensors on the CPU (see `ullage.capture._substitutions`).
     """
 
-    def __init__(self, work: Workload, round_bytes: int = 1) -> None:
+    def __init__(self, work: Workload, round_bytes: int = 1, as_cuda: bool = False) -> None:
+        self._as_cuda = as_cuda
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
@@ -139,7 +142,8 @@ class Session:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
-        with unnoticed(self.tracker), self.fake_mode, self.tracker:
+        substituted = as_on_cuda() if self._as_cuda else contextlib.nullcontext()
+        with substituted, unnoticed(self.tracker), self.fake_mode, self.tracker:
             yield
 
     def run(self, settings: Mapping[str, UnitSettings] | None = None, steps: int = 1, update: bool = True) -> None:

@@ -71,13 +71,15 @@ class Values:
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry values through one op that already ran on fakes."""
         outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
-        if not outs:
-            return
         mutates = func._schema.is_mutable
+        if not outs and not mutates:
+            return
         if func in _KEEPS_VALUES:
             self.assumptions["all gradients are finite"] = None
             return
-        given = self.reals(args, kwargs) if all(_limit(o) for o in outs) else None
+        # an op on a list in place (`_foreach_add_` on an optimizer's step counters) returns nothing
+        written = outs or [t for t in tree_flatten(args[0])[0] if isinstance(t, Tensor)]
+        given = self.reals(args, kwargs) if all(_limit(o) for o in written) else None
         if given is None:
             if mutates:
                 self._poison(func, args)

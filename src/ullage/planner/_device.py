@@ -7,32 +7,53 @@ from dataclasses import dataclass
 
 import torch
 
-from ullage.cost import Device, find_device
+from ullage.cost import Device, devices, find_device
 from ullage.workload import Workload
 
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """Where the step runs: a device that is here, or an estimate for one that is not."""
+    """The device of a study.
+
+    Attributes:
+        name: of the table, or what a CUDA device that is here calls itself.
+        facts: its row; where a CUDA device that is here has none, the row with the nearest memory.
+        estimate: it is not here, so nothing was timed or measured on it.
+        memory_bytes: its memory, or None if that is not known.
+        tensors: device type of the tensors the step runs on.
+    """
 
     name: str
     facts: Device
     estimate: bool
     memory_bytes: int | None
+    tensors: str
 
     @property
     def round_bytes(self) -> int:
         """Allocation granularity."""
         return 512 if self.facts.kind == "cuda" else 1
 
+    @property
+    def as_cuda(self) -> bool:
+        """Is a CUDA device estimated from what runs on the CPU?"""
+        return self.facts.kind == "cuda" and self.tensors == "cpu"
+
 
 def choose_device(work: Workload, name: str | None) -> DeviceChoice:
-    """Resolve `device=`; raises DeviceError for an unknown name."""
+    """Resolve `device=`.
+
+    Raises:
+        DeviceError: the name is not in the table.
+    """
     here = "cpu" if work.factory is not None else work.instance_device().type
-    if name is None:
-        if here == "cuda" or (work.factory is not None and torch.cuda.is_available() and name is not None):
-            properties = torch.cuda.get_device_properties(0)
-            return DeviceChoice(properties.name, find_device("h200"), False, properties.total_memory)
-        return DeviceChoice("cpu", find_device("cpu"), False, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    facts = find_device(name)
-    return DeviceChoice(name, facts, name != here, facts.memory_bytes)
+    if name is not None:
+        facts = find_device(name)
+        return DeviceChoice(name, facts, name != here, facts.memory_bytes, here)
+    if here == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        rows = [d for d in devices().values() if d.kind == "cuda"]
+        nearest = min(rows, key=lambda d: abs(d.memory_bytes - properties.total_memory))
+        return DeviceChoice(properties.name, nearest, False, properties.total_memory, here)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DeviceChoice("cpu", find_device("cpu"), False, memory, here)

@@ -132,7 +132,7 @@ class Study:
         if not wanted:
             return self.plain_capture
         if self._fresh is None or self._fresh[0].assignment != wanted:
-            session = Session(self.work, self.device.round_bytes)
+            session = Session(self.work, self.device.round_bytes, self.device.as_cuda)
             session.run(self.settings(wanted), steps=2)
             a, b = session.trace.marks
             first, later = slice(a, b), slice(b, session.tracker.clock)
@@ -162,7 +162,7 @@ def study(
     mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
     say = progress or (lambda _: None)
     say("capturing the plain step")
-    session = Session(work, choice.round_bytes)
+    session = Session(work, choice.round_bytes, choice.as_cuda)
     refuse_existing(session.inst.model)
     session.run(steps=2)
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say)
