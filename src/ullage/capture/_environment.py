@@ -35,6 +35,7 @@ def _mkldnn_lstm(
     hidden = h0.shape[2]
     if batch_first:
         x = x.transpose(0, 1)
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     hs, cs = [], []
     for layer in range(layers):
         outs = []
