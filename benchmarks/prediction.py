@@ -1,16 +1,26 @@
-"""Predicted peak against the allocator's record, for every family; writes results/prediction.json.
+"""Predicted peak against the allocator's record, for every family of the test zoo; writes results/prediction.{json,md}.
 
-`python benchmarks/prediction.py [family ...]`
+`python benchmarks/prediction.py [--only FAMILY ...] [--jobs N]`
+
+Every family runs in a process of its own, in fp32 and bf16 autocast, with 1 and 4 micro-batches, plain and under three
+plans; the first and the third step are judged. Exits with 1 if a row is over a limit or a combination fails.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+import os
 import platform
+import subprocess
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,56 +30,163 @@ from tests.zoo import FAMILIES, workload
 
 import ullage as ul
 
+PEAK_LIMIT, TRANSIENT_LIMIT = 0.01, 0.02  # of the whole peak, and of the part alive only during the step
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+ACCUMULATE = (1, 4)
+PLANS = ("plain", "every_block", "selective", "75% of plain")
+RESULTS = Path(__file__).parent / "results"
 
-def rows_of(name: str, autocast: torch.dtype | None, accumulate: int) -> list[dict[str, object]]:
-    work = workload(name, autocast, accumulate)
-    profile = ul.profile(work)
-    plans: list[ul.Plan | None] = [None, ul.plan(work, policy="every_block", profile=profile)]
+Row = dict[str, Any]
+
+
+def make_plan(work: ul.Workload, profile: ul.Profile, name: str) -> ul.Plan | None:
+    """None for the plain step; a budget that no plan fits is raised to the smallest that one does."""
+    if name == "plain":
+        return None
+    if "%" not in name:
+        return ul.plan(work, policy=name, profile=profile)
+    try:
+        return ul.plan(work, name, profile=profile)
+    except ul.BudgetInfeasible as error:
+        return ul.plan(work, error.smallest_bytes, profile=profile)
+
+
+def judged(work: ul.Workload, profile: ul.Profile, plan: ul.Plan | None) -> list[Row]:
+    """Steps 1 and 3: predicted, measured and both errors."""
+    source = profile if plan is None else plan.predicted
+    found = ul.measure(work, plan, steps=1)
     rows = []
-    for plan in plans:
-        measured = ul.measure(work, plan, steps=1)
-        source = profile if plan is None else plan.predicted
-        predicted = (source.first_step_peak_bytes, source.later_step_peak_bytes)
-        for step, p, m in ((1, predicted[0], measured.step_peaks[0]), (3, predicted[1], measured.step_peaks[2])):
-            row = {"family": name, "plan": "plain" if plan is None else plan.policy, "autocast": str(autocast)}
-            row |= {
-                "accumulate": accumulate,
+    for step, predicted in ((1, source.first_step_peak_bytes), (3, source.later_step_peak_bytes)):
+        measured = found.step_peaks[step - 1]
+        rows.append(
+            {
                 "step": step,
-                "predicted": p,
-                "measured": m,
-                "start": measured.start_bytes,
+                "predicted_bytes": predicted,
+                "measured_bytes": measured,
+                "start_bytes": found.start_bytes,
+                "error": predicted / measured - 1,
+                "transient_error": (predicted - measured) / (measured - found.start_bytes),
             }
-            row |= {"error": p / m - 1, "error_of_transient": (p - m) / (m - measured.start_bytes)}
-            rows.append(row)
-            print(
-                f"{name:9} {row['plan']:12} {autocast!s:15} x{accumulate} step {step}: {p:>11} {m:>11} {p / m - 1:+.4%}",
-                flush=True,
-            )
+        )
     return rows
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    results: list[dict[str, object]] = []
-    for name in sys.argv[1:] or FAMILIES:
-        for autocast, accumulate in ((None, 1), (torch.bfloat16, 1), (None, 4)):
+def rows_of(family: str) -> list[Row]:
+    """All combinations of one family."""
+    rows: list[Row] = []
+    for precision, accumulate in itertools.product(PRECISIONS, ACCUMULATE):
+        head = {"family": family, "precision": precision, "accumulate": accumulate}
+        work = workload(family, PRECISIONS[precision], accumulate)
+        profile: ul.Profile | None = None
+        for name in PLANS:
             try:
-                results += rows_of(name, autocast, accumulate)
+                profile = profile or ul.profile(work)
+                plan = make_plan(work, profile, name)
+                recomputed = sum(d.recomputed_ops for d in plan.decisions) if plan is not None else 0
+                rows += [{**head, "plan": name, "recomputed_ops": recomputed, **r} for r in judged(work, profile, plan)]
             except ul.UllageError as error:
-                print(f"{name}: {error}", flush=True)
-                results.append(
-                    {"family": name, "autocast": str(autocast), "accumulate": accumulate, "failed": str(error)}
-                )
-    meta = {
+                rows.append({**head, "plan": name, "failed": f"{type(error).__name__}: {error}"})
+    return rows
+
+
+def run_family(family: str, threads: int) -> list[Row]:
+    """`rows_of` in a fresh process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--rows-of", family]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False
+    )
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [{"family": family, "failed": why}]
+    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def is_bad(row: Row) -> bool:
+    """A failed combination, or an error over a limit."""
+    return "failed" in row or abs(row["error"]) > PEAK_LIMIT or abs(row["transient_error"]) > TRANSIENT_LIMIT
+
+
+def summary(family: str, rows: list[Row]) -> tuple[str, float, float, int, int]:
+    """(family, worst error of the peak, worst error of the transient part, judged steps, bad rows)."""
+    judged_rows = [r for r in rows if "failed" not in r]
+    worst = max((abs(r["error"]) for r in judged_rows), default=float("nan"))
+    transient = max((abs(r["transient_error"]) for r in judged_rows), default=float("nan"))
+    return family, worst, transient, len(judged_rows), sum(map(is_bad, rows))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import transformers
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return {
         "date": str(date.today()),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
+        "transformers": transformers.__version__,
     }
-    out = Path(__file__).parent / "results" / "prediction.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"meta": meta, "rows": results}, indent=1) + "\n")
+
+
+def as_markdown(facts: dict[str, Any], results: dict[str, list[Row]]) -> str:
+    """One table row per family: the worst errors over all its combinations."""
+    lines = [
+        "# Predicted peak against the allocator's record",
+        "",
+        ", ".join(f"{k} {v}" for k, v in facts.items()) + ".",
+        "",
+        f"Each family: {' and '.join(PRECISIONS)}, {' and '.join(map(str, ACCUMULATE))} micro-batches, AdamW, plans "
+        f"{', '.join(PLANS)}; steps 1 and 3. The transient part is the peak minus the bytes the step started with. "
+        f"Limits: {PEAK_LIMIT:.0%} of the peak, {TRANSIENT_LIMIT:.0%} of the transient part.",
+        "",
+        "| family | worst error of the peak | worst error of the transient part | judged steps | over a limit or failed |",
+        "|---|---|---|---|---|",
+    ]
+    for family, rows in results.items():
+        _, worst, transient, count, bad = summary(family, rows)
+        lines.append(f"| {family} | {worst:.3%} | {transient:.3%} | {count} | {bad} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run the families, print a line for each, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", help="only these families")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 2), help="families at a time")
+    parser.add_argument("--rows-of", choices=FAMILIES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rows_of:
+        warnings.simplefilter("ignore")
+        print(json.dumps(rows_of(options.rows_of)))
+        return 0
+    families = options.only or list(FAMILIES)
+    threads = max((os.cpu_count() or 1) // options.jobs, 1)
+    found: dict[str, list[Row]] = {}
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        running = {pool.submit(run_family, f, threads): f for f in families}
+        for done in as_completed(running):
+            family = running[done]
+            found[family] = done.result()
+            _, worst, transient, count, bad = summary(family, found[family])
+            print(
+                f"[{len(found)}/{len(families)}, {time.perf_counter() - begin:4.0f} s] {family:8} peak {worst:.3%}, "
+                f"transient {transient:.3%}, {count} judged, {bad} bad",
+                flush=True,
+            )
+            for row in filter(is_bad, found[family]):
+                print(f"    {row}", flush=True)
+    facts, results = machine(), {f: found[f] for f in families}
+    RESULTS.mkdir(exist_ok=True)
+    rows = [r for f in families for r in results[f]]
+    (RESULTS / "prediction.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "prediction.md").write_text(as_markdown(facts, results))
+    return 1 if any(map(is_bad, rows)) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

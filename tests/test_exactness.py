@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import ullage as ul
@@ -65,3 +66,32 @@ def test_everything_is_left_as_found() -> None:
     assert all(p.grad is g for p, g in zip(work.model.parameters(), grads, strict=True))
     assert torch.equal(rng, torch.get_rng_state())
     assert all("forward" not in m.__dict__ for m in work.model.modules())
+
+
+def test_replay_casts_weights_that_autocast_had_cached() -> None:
+    work = workload("shared", autocast=torch.bfloat16)  # its second call finds the casts of the first
+    plan = ul.plan(work, policy="selective", costs="roofline")
+    check = ul.verify(work, plan)
+    assert check.ok and check.replays > 0 and not check.unstable
+
+
+@pytest.mark.filterwarnings("default")
+def test_routing_changed_in_place_is_kept_and_hooks_go() -> None:
+    work = workload("mixtral")  # normalises topk's values in place; hooks its routers in the first forward
+    before = [len(m._forward_hooks) for m in work.model.modules()]
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert all(d.keeps_routing for d in plan.decisions if d.action != "keep")
+    check = ul.verify(work, plan)
+    assert check.ok and check.replays > 0 and not check.unstable
+    assert before == [len(m._forward_hooks) for m in work.model.modules()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("policy", ["every_block", "selective"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "moe"])
+def test_dropout_is_replayed(name: str, policy: str) -> None:
+    work = workload(name)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in work.model.modules())
+    check = ul.verify(work, ul.plan(work, policy=policy, costs="roofline"))
+    assert check.ok and check.replays > 0 and not check.unstable

@@ -247,14 +247,15 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, experts)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width)) for _ in range(experts)
+            nn.Sequential(nn.Linear(width, 256), nn.GELU(), nn.Linear(256, width), nn.Dropout(0.1))
+            for _ in range(experts)
         )
         self.register_buffer("load", torch.zeros(experts))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         weight, index = self.router(h).softmax(-1).topk(2, -1)
-        gate = torch.zeros(*h.shape[:-1], len(self.experts)).scatter(-1, index, weight)
+        gate = weight.new_zeros(*h.shape[:-1], len(self.experts)).scatter(-1, index, weight)
         self.load += F.one_hot(index, len(self.experts)).sum((0, 1, 2))
         return x + sum(e(h) * gate[..., i : i + 1] for i, e in enumerate(self.experts))
 

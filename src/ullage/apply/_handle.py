@@ -90,7 +90,8 @@ class Handle:
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
         """Called at each planned forward: a larger input than planned is said once."""
         planned = next(d.input_elements for d in self.plan.decisions if d.unit == unit.fqn)
-        elements = sum(t.numel() for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
+        # positional ones, as in the capture, whose hook does not see keywords
+        elements = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, Tensor))
         if elements <= planned:
             return
         self._larger += 1

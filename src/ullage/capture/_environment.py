@@ -35,6 +35,7 @@ def _mkldnn_lstm(
     hidden = h0.shape[2]
     if batch_first:
         x = x.transpose(0, 1)
+    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
     hs, cs = [], []
     for layer in range(layers):
         outs = []
@@ -55,6 +56,16 @@ def _mkldnn_lstm(
     if batch_first:
         x = x.transpose(0, 1)
     return x, torch.stack(hs), torch.stack(cs)
+
+
+def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
+    """What `at::one_hot` runs on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
+    low, high = torch.aminmax(index)
+    if classes < 0 or values.get(high) is not None:  # the check needs values; where they aren't known it is passed over
+        low.item()
+        largest = int(high.item())
+        classes = classes if classes >= 0 else largest + 1
+    return torch.zeros(*index.shape, classes, dtype=index.dtype).scatter_(-1, index.unsqueeze(-1), 1)
 
 
 @contextlib.contextmanager
@@ -105,6 +116,14 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         stack.callback(before.remove)
         stack.callback(after.remove)
         stack.callback(torch.set_rng_state, rng)
+        one_hot = torch.nn.functional.one_hot
+
+        def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
+            """C++ asks for the backend, and would compare with a range on Meta."""
+            fits = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
+            return _one_hot(tracker.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
+
+        stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
         if torch.backends.mkldnn.is_available():
             lstm = torch._VF.lstm
 

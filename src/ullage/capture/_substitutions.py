@@ -8,7 +8,8 @@ runs on a CPU, with these substitutions, each of which changes what is saved or 
 - under autocast CUDA runs more ops in float32 than a CPU does (torch.amp's op reference);
 - optimizers take their foreach implementation by default, which holds temporary lists as large as all parameters.
 
-Not substituted: statistics of low-precision norms (float32 on CUDA: a few bytes per row), cuDNN's reserve spaces.
+Not substituted: statistics of low-precision norms (float32 on CUDA: a few bytes per row), cuDNN's reserve spaces, what
+`F.multi_head_attention_forward` does inside.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ _DROPOUTS = {F.dropout, torch.dropout}
 class _AsOnCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            with self:  # replays run in there, and a mode is off while it handles a call
+                return _backward(*args, **kwargs)
         if func in _FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_to_float32, (args, kwargs))
         elif func in _DROPOUTS:
@@ -49,6 +53,12 @@ class _AsOnCuda(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         return func(*args, **kwargs)
+
+
+def _backward(
+    loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _to_float32(value: Any) -> Any:

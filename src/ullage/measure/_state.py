@@ -23,6 +23,7 @@ class Snapshot:
     tensors: list[tuple[Tensor, Tensor]]
     grads: list[tuple[nn.Parameter, Tensor | None]]
     attributes: list[tuple[nn.Module, dict[str, Any]]]
+    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]]
     helpers: list[tuple[Any, dict[str, Any], Any]]
     cpu_rng: Tensor
     cuda_rng: list[Tensor]
@@ -38,6 +39,9 @@ class Snapshot:
             for name in set(module.__dict__) - set(attributes):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
+        for hooks, found in self.hooks:
+            hooks.clear()
+            hooks.update(found)
         for helper, state, inner in self.helpers:
             if isinstance(helper, torch.optim.Optimizer) and not inner:
                 helper.state.clear()
@@ -74,8 +78,11 @@ def helpers_of(inst: Instance) -> list[Any]:
 def snapshot(inst: Instance) -> Snapshot:
     """Take a snapshot; tensors are copied to host memory."""
     tensors = [*inst.model.parameters(), *inst.model.buffers()]
-    attributes = []
+    attributes, hooks = [], []
     for m in inst.model.modules():
+        # transformers hooks modules in the first forward and notes that in an attribute: both go, or neither
+        tables = [v for k, v in m.__dict__.items() if k.endswith("_hooks") and isinstance(v, dict)]
+        hooks += [(v, dict(v)) for v in tables]
         skip = ("_parameters", "_buffers", "_modules", "forward")
         kept = {k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in m.__dict__.items()}
         attributes.append((m, {k: (m.__dict__[k] if k in skip or k.startswith("_") else v) for k, v in kept.items()}))
@@ -83,6 +90,7 @@ def snapshot(inst: Instance) -> Snapshot:
         [(t, t.detach().to("cpu", copy=True)) for t in tensors],
         [(p, p.grad) for p in inst.model.parameters()],
         attributes,
+        hooks,
         [(h, copy.deepcopy(h.state_dict()), bool(getattr(h, "state", None))) for h in helpers_of(inst)],
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],

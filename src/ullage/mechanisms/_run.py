@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode, checkpoint
 
-from ullage.mechanisms._options import Option, SavePolicy
+from ullage.mechanisms._options import ROUTING, Option, SavePolicy
 
+aten = torch.ops.aten
 _local = threading.local()
 
 
@@ -79,11 +82,31 @@ def run_unit(
     def contexts() -> tuple[Any, Any]:
         if not selective:
             return contextlib.nullcontext(), replay
-        forward, recompute = create_selective_checkpoint_contexts(SavePolicy(settings.option))
-        replay.inner = recompute
-        return forward, replay
+        policy, storage = SavePolicy(settings.option), defaultdict(dict)  # type: ignore[var-annotated]
+        replay.inner = _ReplayMode(policy, storage)
+        return _ForwardMode(policy, storage), replay
 
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
+
+
+class _ForwardMode(_CachingTorchDispatchMode):
+    """torch's, except that the model gets copies of routing outputs, which it may change (Mixtral normalises topk's)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(Tensor, torch.clone, out) if func in ROUTING else out
+
+
+class _ReplayMode(_CachedTorchDispatchMode):
+    """torch's, except that a cast needs no counterpart in the forward.
+
+    Autocast had the weight's cast in its cache there, from an earlier call; a replay starts with an empty cache.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._to_copy.default:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Replay:
