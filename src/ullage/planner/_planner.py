@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
+from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._model import StepModel, build_model
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
@@ -20,6 +21,7 @@ HEADROOM = 1024  # bytes below the budget: a few scalars are allocated where no 
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
 
 
+@leaves_rng
 def plan(
     work: Workload,
     budget: int | str | None = None,

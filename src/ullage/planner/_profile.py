@@ -10,6 +10,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage.capture._timeline import OpCost, effective_bytes
+from ullage.measure._state import leaves_rng
 from ullage.planner._study import StepCapture, Study, capture_options, study
 from ullage.workload import Workload
 
@@ -122,6 +123,7 @@ def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
     )
 
 
+@leaves_rng
 def profile(
     work: Workload,
     device: str | None = None,
