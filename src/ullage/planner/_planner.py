@@ -10,7 +10,7 @@ from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._model import StepModel, build_model
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
-from ullage.planner._policies import policy_assignment
+from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile, peak_moment
 from ullage.planner._solve import Solution, smallest, solve
 from ullage.planner._study import StepCapture, Study, capture_options, count_recomputed, study
@@ -47,8 +47,9 @@ def plan(
 
     Raises:
         BudgetError: the budget can't be read. BudgetInfeasible: no plan fits it.
-        CaptureError, WorkloadError, DeviceError: see their docstrings.
+        ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    check_policy(policy)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")

@@ -9,6 +9,7 @@ import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
+from ullage._files import write_whole
 from ullage.capture._timeline import OpCost, effective_bytes
 from ullage.measure._state import leaves_rng
 from ullage.planner._study import StepCapture, Study, capture_options, study
@@ -71,7 +72,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON."""
-        Path(path).write_bytes(msgspec.json.encode(self))
+        write_whole(path, msgspec.json.encode(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
