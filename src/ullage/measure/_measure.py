@@ -88,7 +88,7 @@ def measure(
         ArgumentError: `steps` is not a whole number of 1 or more.
         ApplyError, PlanMismatch: the plan can't be applied.
     """
-    check_steps(steps)
+    check_arguments(work, plan, steps)
     say = progress or (lambda _: None)
     say("building the model")
     inst = work.instance()
@@ -113,8 +113,25 @@ def measure(
     )
 
 
-def check_steps(steps: Any) -> None:
-    """Raise ArgumentError unless this is a number of steps."""
+@leaves_rng
+def record_peak(work: Workload, plan: Plan | None = None) -> int:
+    """The peak alone, in bytes: three real steps under the allocator's record, no timing."""
+    check_arguments(work, plan, 1)
+    inst = work.instance()
+    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+        return max(_peaks(inst, found.grads)[1])
+
+
+def check_arguments(work: Any, plan: Any, steps: Any) -> None:
+    """Raise ArgumentError unless these are a workload, a plan (or None) and a number of steps."""
+    from ullage.planner import Plan
+
+    if not isinstance(work, Workload):
+        raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ArgumentError(
+            f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps={steps!r}: expected a whole number of 1 or more")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ullage._errors import ArgumentError, VerifyError
 from ullage.apply import Handle
-from ullage.measure._measure import check_steps, resident_bytes
+from ullage.measure._measure import check_arguments, resident_bytes
 from ullage.measure._reach import optimizers_of
 from ullage.measure._state import leaves_rng, preserved
 from ullage.planner import Plan
@@ -88,12 +88,13 @@ def verify(
         ArgumentError: unknown `scope`, or `steps` below 1.
         ApplyError, PlanMismatch: the plan can't be applied.
     """
-    check_steps(steps)
+    check_arguments(work, plan, steps)
     if scope not in ("auto", "step", "units"):
         raise ArgumentError(f"scope={scope!r}: expected 'auto', 'step' or 'units'")
     say = progress or (lambda _: None)
     say("building the model")
     inst = work.instance()
+    plan.apply(inst.model).remove()  # refuse it now, not after the plain steps
     if scope == "step" or (scope == "auto" and _plain_fits(inst, plan)):
         try:
             return _by_step(inst, plan, steps, say)
