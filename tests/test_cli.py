@@ -104,7 +104,7 @@ def test_an_infeasible_budget(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", FACTORY, "--budget", "1KiB", "-o", "plan.json", *FAST]
     assert run(arguments) == 3
     said = capsys.readouterr().err
-    assert "smallest peak" in said and said.count("\n") == 1
+    assert "smallest peak" in said and said.count("\nerror: ") + said.startswith("error: ") == 1
     assert run([*arguments, "--json"]) == 3
     error = json.loads(capsys.readouterr().out)
     assert error["error"] == "BudgetInfeasible" and len(error["bound_by"]) == 3
@@ -171,11 +171,11 @@ def test_a_config(kind: str, capsys: Any) -> None:
     more = {} if kind == "vit" else {"vocab_size": 64, "pad_token_id": 0, "decoder_start_token_id": 0}
     Path("config.json").write_text(json.dumps({"model_type": kind, "architectures": [name], **sizes, **more}))
     target = ["config.json", "--batch", "2", *([] if kind == "vit" else ["--seq", "16"])]
-    assert run(["plan", *target, "--policy", "every_block", "-o", "plan.json", *FAST, "--json"]) == 0
+    assert run(["plan", *target, "--policy", "every_block", "-o", "plan.json", "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out)["predicted"]["peak_bytes"]
     assert run(["measure", *target, "--plan", "plan.json", "--steps", "1", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["peak_bytes"]
-    assert abs(predicted / measured - 1) < 0.03  # costs="roofline": what kernels allocate inside is estimated
+    assert abs(predicted / measured - 1) < 0.01
     assert run(["verify", *target, "--plan", "plan.json", "--steps", "1"]) == 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ullage._errors import ApplyError
 from ullage.mechanisms import UnitSettings, run_unit
@@ -94,6 +95,9 @@ class PlannedForward:
         plain = self.plain(module)
         if not torch.is_grad_enabled() or not unit.active or disabled():
             return plain(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what Dynamo can trace; what was promised is not measured there
+            traceable = unit.settings.option.action == "recompute" and not unit.settings.buffers
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs) if traceable else plain(*args, **kwargs)
         return unit.run(plain, module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -52,6 +52,7 @@ def workload_from_config(
     def build() -> Workload:
         with _default_dtype(DTYPES[dtype]), _weights_only_if_real():
             model = cls(config).train()
+        model.tie_weights()  # part of what was left out for fake ones; again is no harm
         return Workload(
             model,
             make_inputs(),
