@@ -105,6 +105,26 @@ def test_unit_by_unit(name: str) -> None:
     assert check.replays >= 1 and check.compared > 10
 
 
+class Assigned(nn.Module):
+    """Replaces its buffer, and draws from generators that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        return (self.inner(x) * self.count * (1 + random.random()) * float(np.random.rand())).tanh()
+
+
+@pytest.mark.parametrize("scope", ["step", "units"])
+def test_replaced_buffers_and_foreign_generators_are_put_back_for_a_replay(scope: str) -> None:
+    work = ul.Workload(Blocks(Assigned(), Assigned()), torch.ones(2, 4))
+    check = ul.verify(work, _plan(work), scope=scope)
+    assert check.ok and check.replays and not check.unstable
+
+
 @contextlib.contextmanager
 def _no_rng(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import ullage.mechanisms._run as run
