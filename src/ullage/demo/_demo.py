@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import ullage as ul
 from ullage.demo._gpt import GPT, english_bytes
 from ullage.measure._measure import keep_pages, record_peak
+from ullage.measure._state import leaves_rng
 
-BATCH, SEQ = 4, 256
+BATCH, SEQ = 6, 256
 LAYERS, WIDTH, HEADS = 6, 128, 4
 
 
@@ -57,6 +58,7 @@ def _batches(steps: int) -> list[Tensor]:
     return [torch.stack([text[s : s + SEQ] for s in row]) for row in starts.tolist()]
 
 
+@leaves_rng
 def run_demo(steps: int, budget: str, output: str, progress: Callable[..., None]) -> DemoResult:
     """Run the demo; writes ullage's plan to `output`.
 
@@ -66,6 +68,15 @@ def run_demo(steps: int, budget: str, output: str, progress: Callable[..., None]
         output: file of the plan.
         progress: called with a stage and, while training, steps done and their total.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine two threads that wait for each other take many times as long
+    try:
+        return _run(steps, budget, output, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(steps: int, budget: str, output: str, progress: Callable[..., None]) -> DemoResult:
     torch.manual_seed(0)
     start, batches = GPT(LAYERS, WIDTH, HEADS, SEQ), _batches(steps)
     work = ul.Workload(copy.deepcopy(start), batches[0], loss=_loss, optimizer=_optimizer)
