@@ -12,6 +12,7 @@ from ullage._bytes import parse_budget
 from ullage._errors import (
     AlreadyCheckpointed,
     ApplyError,
+    ArgumentError,
     BudgetError,
     BudgetInfeasible,
     CaptureError,
@@ -34,7 +35,7 @@ from ullage.workload import Workload, load_target
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlreadyCheckpointed", "ApplyError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
+    "AlreadyCheckpointed", "ApplyError", "ArgumentError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
     "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "Report", "UllageError", "UllageWarning",
     "VerifyError", "Workload", "WorkloadError", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
     "verify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from ullage._errors import BudgetError
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_NUMBER = r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _HINT = "give bytes (an int), a size with its unit such as '6GiB' or '6 GB', '60% of plain' or '90% of device'"
 
 
@@ -39,21 +41,36 @@ def parse_budget(budget: int | str) -> Budget:
         BudgetError: not a positive size, no unit, an unknown unit, or a bare fraction.
     """
     if isinstance(budget, bool) or not isinstance(budget, int | str):
-        raise BudgetError(f"budget={budget!r}: a bare number that is not whole says nothing of its meaning; {_HINT}")
+        raise BudgetError(f"budget={budget!r}: {_why_not(budget)}; {_HINT}")
     if isinstance(budget, int):
         return _positive(budget, budget)
     text = budget.strip()
-    if match := re.fullmatch(r"([0-9.]+)\s*%\s*of\s*(plain|device)", text):
+    if match := re.fullmatch(rf"({_NUMBER})\s*%\s*of\s*(plain|device)", text):
         fraction = float(match[1]) / 100
-        if not fraction > 0:
+        if not 0 < fraction < math.inf:
             raise BudgetError(f"budget={budget!r}: must be above zero; {_HINT}")
         return Budget(fraction=fraction, of=match[2])
     if text.endswith("%"):
         raise BudgetError(f"budget={budget!r}: percent of what? write '{text} of plain' or '{text} of device'")
-    match = re.fullmatch(r"(-?[0-9]*\.?[0-9]+)\s*([a-zA-Z]+)", text)
+    match = re.fullmatch(rf"({_NUMBER})\s*([a-zA-Z]+)", text)
     if not match or match[2].lower() not in _UNITS:
-        raise BudgetError(f"budget={budget!r}: not a size; {_HINT}")
-    return _positive(int(float(match[1]) * _UNITS[match[2].lower()]), budget)
+        raise BudgetError(f"budget={budget!r}: {_why_not_text(text, match)}; {_HINT}")
+    value = float(match[1]) * _UNITS[match[2].lower()]
+    if not math.isfinite(value):
+        raise BudgetError(f"budget={budget!r}: too large for a size; {_HINT}")
+    return _positive(int(value), budget)
+
+
+def _why_not(budget: object) -> str:
+    if isinstance(budget, float):
+        return "a bare fraction says nothing of its meaning (bytes? a share, and of what?)"
+    return f"a {type(budget).__name__} is not a size"
+
+
+def _why_not_text(text: str, match: re.Match[str] | None) -> str:
+    if match:
+        return f"{match[2]!r} is not a unit"
+    return "a number without its unit" if re.fullmatch(_NUMBER, text) else "not a size"
 
 
 def _positive(value: int, budget: int | str) -> Budget:

@@ -1,6 +1,7 @@
 """One tree of exceptions: everything ullage raises on purpose is an `UllageError`.
 
 UllageError
+├── ArgumentError        an argument has a value that means nothing; also a ValueError
 ├── WorkloadError        the model, batch, loss, step or target can't be used as given
 ├── CaptureError         the step can't be run on fake tensors
 │   └── AlreadyCheckpointed
@@ -18,6 +19,10 @@ from __future__ import annotations
 
 class UllageError(Exception):
     """Base of every error ullage raises."""
+
+
+class ArgumentError(UllageError, ValueError):
+    """An argument has a value that means nothing; the message names it and the values that do."""
 
 
 class WorkloadError(UllageError):

@@ -6,14 +6,18 @@ from torch import nn
 
 from ullage._errors import AlreadyCheckpointed
 
+_SWITCHES = ("activation_checkpointing", "gradient_checkpointing")  # the new name first
+
 
 def refuse_existing(model: nn.Module) -> None:
     """Raise AlreadyCheckpointed, naming the module and the switch."""
     for name, module in model.named_modules():
         switch = None
-        for attribute in ("gradient_checkpointing", "activation_checkpointing"):
+        for attribute in _SWITCHES:
             if getattr(module, attribute, False) is True:
-                switch = f"Hugging Face's switch ({attribute}=True); call model.gradient_checkpointing_disable()"
+                off = next((f"{a}_disable" for a in _SWITCHES if hasattr(model, f"{a}_disable")), "")
+                todo = f"call model.{off}()" if off else f"set {attribute}=False"
+                switch = f"Hugging Face's switch ({attribute}=True); {todo}"
         if hasattr(module, "_checkpoint_wrapped_module"):
             switch = "torch's checkpoint_wrapper; apply the plan to the unwrapped model"
         if switch is not None:

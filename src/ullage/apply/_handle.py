@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes
-from ullage._errors import ApplyError, UllageWarning
+from ullage._errors import ApplyError, PlanMismatch, UllageWarning
 from ullage.apply._existing import refuse_existing
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
+from ullage.mechanisms import UnitSettings
 
 if TYPE_CHECKING:
     from ullage.planner._plan import Plan
@@ -42,7 +44,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"planned peak {format_bytes(self.planned_peak_bytes)}; forwards beyond the planned shape: {self.larger_batches}"
+            f"planned peak {format_bytes(self.planned_peak_bytes)}; batches larger than planned: {self.larger_batches}"
         ]
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
@@ -55,18 +57,19 @@ class Report:
 class Handle:
     """A plan in force. `remove()` undoes it; also a context manager."""
 
-    def __init__(self, plan: Plan, model: nn.Module, units: list[Unit]) -> None:
+    def __init__(self, plan: Plan, units: list[Unit]) -> None:
         self.plan = plan
-        self._model = weakref.ref(model)
         self._units = units
-        self._larger = 0
+        self._planned = {d.unit: d.input_elements for d in plan.decisions}
+        self._warned = False
         self.active = True
 
     def remove(self) -> None:
         """Put every forward back (no-op the second time)."""
         for unit in self._units:
+            unit.active = False  # should another wrapper have been put over ours
             module = unit.owner()
-            if module is not None and installed(module) is unit:
+            if module is not None:
                 uninstall(module)
         self.active = False
 
@@ -85,25 +88,30 @@ class Handle:
             fired, again = (unit.fired, unit.recomputed) if unit else (0, 0)
             note = "never ran under the plan" if unit and not fired else ""
             rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, note))
-        return Report(tuple(rows), self.plan.predicted.peak_bytes, self.plan.budget_bytes, self._larger)
+        larger = max((u.larger for u in self._units), default=0)
+        return Report(tuple(rows), self.plan.predicted.peak_bytes, self.plan.budget_bytes, larger)
 
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
-        """Called at each planned forward: a larger input than planned is said once."""
-        planned = next(d.input_elements for d in self.plan.decisions if d.unit == unit.fqn)
-        # positional ones, as in the capture, whose hook does not see keywords
-        elements = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, Tensor))
-        if elements <= planned:
+        """Called at each planned forward: what is larger than planned and puts the budget at risk is said once."""
+        planned = self._planned[unit.fqn]
+        elements = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, Tensor))  # as the plan counts them
+        if not 0 < planned < elements:
             return
-        self._larger += 1
-        if self._larger == 1 and self.plan.budget_bytes is not None:
-            growth = elements / max(planned, 1)
-            if self.plan.predicted.peak_bytes * growth > self.plan.budget_bytes:
-                warnings.warn(
-                    f"{unit.fqn}: its input is {growth:.2f} times the planned one; results stay exact, but the budget of "
-                    f"{format_bytes(self.plan.budget_bytes)} is at risk: plan again for this shape",
-                    UllageWarning,
-                    stacklevel=3,
-                )
+        unit.larger += 1
+        budget, growth = self.plan.budget_bytes, elements / planned
+        if self._warned or budget is None or self.plan.predicted.peak_bytes * growth <= budget:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{unit.fqn}: its input is {growth:.2f} times the planned one; results stay exact, but the budget of "
+            f"{format_bytes(budget)} is at risk: plan again for this shape",
+            UllageWarning,
+            stacklevel=3,
+        )
+
+
+# Which plan is applied to which model: a plan may wrap nothing, and then no module shows it.
+_in_force: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
 def apply_plan(plan: Plan, model: nn.Module) -> Handle:
@@ -114,21 +122,47 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         ApplyError: a plan is applied already.
         AlreadyCheckpointed: the model recomputes by itself.
     """
-    taken = next((n for n, m in model.named_modules() if installed(m) is not None), None)
-    if taken is not None:
-        raise ApplyError(f"a plan is applied to this model already (module {taken!r}); call handle.remove() first")
+    if not isinstance(model, nn.Module):
+        raise ApplyError(f"model: expected the torch.nn.Module that was planned, got {type(model).__name__}")
+    before = _in_force.get(model)
+    taken = next((n or "the root" for n, m in model.named_modules() if installed(m) is not None), None)
+    if taken is not None or (before is not None and before.active):
+        where = f" (module {taken})" if taken else ""
+        raise ApplyError(f"a plan is applied to this model already{where}; call remove() of its handle first")
     refuse_existing(model)
     plan.check_model(model)
+    modules = _modules(plan, model)
     units: list[Unit] = []
-    handle = Handle(plan, model, units)
+    handle = _in_force[model] = Handle(plan, units)
     if disabled():
         return handle
-    for decision in plan.decisions:
-        settings = decision.settings()
-        if settings.option.action == "keep":
-            continue
-        module = model.get_submodule(decision.unit)
-        unit = Unit(decision.unit, module, settings, handle.observe)
+    for fqn, settings, module in modules:
+        unit = Unit(fqn, module, settings, handle.observe)
         install(unit, module)
         units.append(unit)
     return handle
+
+
+def _modules(plan: Plan, model: nn.Module) -> list[tuple[str, UnitSettings, nn.Module]]:
+    """The modules to wrap. Everything is looked up before anything is touched; plans may be edited by hand."""
+    found: list[tuple[str, UnitSettings, nn.Module]] = []
+    names: dict[int, str] = {}
+    for decision in plan.decisions:
+        try:
+            module = model.get_submodule(decision.unit)
+        except AttributeError:
+            near = difflib.get_close_matches(decision.unit, [n for n, _ in model.named_modules()], 3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise PlanMismatch(f"decision for {decision.unit!r}: the model has no such module{hint}") from None
+        if id(module) in names:
+            raise PlanMismatch(
+                f"decision for {decision.unit!r}: that module is decided on already, as {names[id(module)]!r}; keep one"
+            )
+        names[id(module)] = decision.unit
+        missing = [b for b in decision.buffers if b not in dict(module.named_buffers())]
+        if missing:
+            raise PlanMismatch(f"decision for {decision.unit!r}: the module has no buffer {missing[0]!r}")
+        settings = decision.settings()
+        if settings.option.action != "keep":
+            found.append((decision.unit, settings, module))
+    return found

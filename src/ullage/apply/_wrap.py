@@ -1,23 +1,28 @@
 """Put a unit's planned forward in the place of its own, below every hook and wrapper.
 
-A bound method is stored in the instance's `__dict__`: `copy.deepcopy` binds it to the copy, `pickle` reduces it to
-"the attribute `forward`"; either way the copy finds that it is not the unit's owner and runs its class's forward.
+A callable object is stored in the instance's `__dict__`. It knows its module weakly: a model with a plan is freed as
+soon as a plain one would be, without a garbage collection. Copies must be plain models with their own weights, so the
+instance also gets a `__reduce_ex__` that leaves both entries out: `copy.deepcopy`, `pickle` and `torch.save` ask it.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import os
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from ullage._errors import ApplyError
 from ullage.mechanisms import UnitSettings, run_unit
 
 _MISSING = object()
+_FORWARD, _REDUCE = "forward", "__reduce_ex__"
 
 
 def disabled() -> bool:
@@ -26,57 +31,132 @@ def disabled() -> bool:
 
 
 class Unit:
-    """One wrapped module and what happened to it: forwards run under the plan, and replays."""
+    """One wrapped module and what happened to it: forwards run under the plan, and replays.
 
-    def __init__(self, fqn: str, module: nn.Module, settings: UnitSettings, observer: Any = None) -> None:
+    Args:
+        fqn: the module's name in its model.
+        module: the module, held weakly.
+        settings: what to do with its activations.
+        observer: called with (unit, args, kwargs) at every planned forward.
+    """
+
+    def __init__(
+        self,
+        fqn: str,
+        module: nn.Module,
+        settings: UnitSettings,
+        observer: Callable[[Unit, Any, Any], None] | None = None,
+    ) -> None:
         self.fqn, self.settings, self.observer = fqn, settings, observer
         self.owner = weakref.ref(module)
-        self.previous = module.__dict__.get("forward", _MISSING)
-        self.fired = self.recomputed = 0
-
-    def plain(self, module: nn.Module) -> Any:
-        """The forward this unit replaces."""
-        return functools.partial(type(module).forward, module) if self.previous is _MISSING else self.previous
+        self.active = True
+        self.fired = self.recomputed = self.larger = 0
 
     def count_replay(self) -> None:
         """One more replay."""
         self.recomputed += 1
 
-    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, plain: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The planned forward."""
         self.fired += 1
         if self.observer is not None:
             self.observer(self, args, kwargs)
-        return run_unit(self.plain(module), module, self.settings, args, kwargs, self.fqn, self.count_replay)
+        return run_unit(plain, module, self.settings, args, kwargs, self.fqn, self.count_replay)
+
+
+class PlannedForward:
+    """What `module.forward` is under a plan."""
+
+    def __init__(self, unit: Unit, module: nn.Module) -> None:
+        self.unit = unit
+        self.previous = module.__dict__.get(_FORWARD, _MISSING)
+        for name in ("__name__", "__qualname__", "__doc__"):
+            setattr(self, name, getattr(self.plain(module), name, None))
+
+    def plain(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward this one replaces."""
+        if self.previous is _MISSING:
+            return types.MethodType(type(module).forward, module)
+        return self.previous  # type: ignore[no-any-return]
+
+    def _module(self) -> nn.Module:
+        module = self.unit.owner()
+        if module is None:
+            raise ApplyError(f"{self.unit.fqn}: this forward's model is gone; keep the model, not only its forward")
+        return module
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The plain forward: `inspect.signature` shows that one's."""
+        return self.plain(self._module())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, unit = self._module(), self.unit
+        plain = self.plain(module)
+        if not torch.is_grad_enabled() or not unit.active or disabled():
+            return plain(*args, **kwargs)
+        if torch.compiler.is_compiling():  # what Dynamo can trace; what was promised is not measured there
+            traceable = unit.settings.option.action == "recompute" and not unit.settings.buffers
+            return checkpoint(plain, *args, use_reentrant=False, **kwargs) if traceable else plain(*args, **kwargs)
+        return unit.run(plain, module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Only for a module that copies its `__dict__` by itself, past `__reduce_ex__`: the copy's own forward."""
+        if self.previous is not _MISSING:
+            return copy.deepcopy(self.previous, memo)
+        twin = memo[id(self._module())]
+        return types.MethodType(type(twin).forward, twin)
+
+
+class _Reduce:
+    """What `module.__reduce_ex__` is under a plan: the module's own, without our entries."""
+
+    def __init__(self, planned: PlannedForward) -> None:
+        self.planned = planned
+
+    def __call__(self, protocol: Any) -> Any:
+        module = self.planned._module()
+        reduced: Any = type(module).__reduce_ex__(module, protocol)
+        function, arguments, *rest = reduced
+        return (function, tuple(map(self._without, arguments)), *map(self._without, rest))
+
+    def _without(self, value: Any) -> Any:
+        if isinstance(value, tuple):  # (dict, slots)
+            return tuple(map(self._without, value))
+        if not isinstance(value, dict) or value.get(_FORWARD) is not self.planned:
+            return value
+        kept = {k: v for k, v in value.items() if k not in (_FORWARD, _REDUCE)}
+        return kept if self.planned.previous is _MISSING else {**kept, _FORWARD: self.planned.previous}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self.planned._module())]
+        return types.MethodType(type(twin).__reduce_ex__, twin)
 
 
 def install(unit: Unit, module: nn.Module) -> None:
     """Make `module.forward` the unit's."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if unit.owner() is not self:
-            return type(self).forward(self, *args, **kwargs)
-        if not torch.is_grad_enabled() or disabled():
-            return unit.plain(self)(*args, **kwargs)
-        return unit.run(self, args, kwargs)
-
-    forward.__wrapped__ = type(module).forward  # type: ignore[attr-defined]  # the signature others inspect
-    forward._ullage_unit = unit  # type: ignore[attr-defined]
-    module.__dict__["forward"] = types.MethodType(forward, module)
+    planned = PlannedForward(unit, module)
+    module.__dict__[_FORWARD] = planned
+    module.__dict__[_REDUCE] = _Reduce(planned)
 
 
 def installed(module: nn.Module) -> Unit | None:
     """The unit that wraps this module, or None."""
-    unit: Unit | None = getattr(module.__dict__.get("forward"), "_ullage_unit", None)
-    return unit if unit is not None and unit.owner() is module else None
+    planned = module.__dict__.get(_FORWARD)
+    if isinstance(planned, PlannedForward) and planned.unit.owner() is module:
+        return planned.unit
+    return None
 
 
 def uninstall(module: nn.Module) -> None:
-    """Put back the very forward that was there."""
-    unit = installed(module)
-    if unit is None:
-        return
-    if unit.previous is _MISSING:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = unit.previous
+    """Put back the very forward that was there; one that was put over ours since then stays."""
+    for name in (_FORWARD, _REDUCE):
+        ours = module.__dict__.get(name)
+        planned = ours.planned if isinstance(ours, _Reduce) else ours
+        if not isinstance(planned, PlannedForward) or planned.unit.owner() is not module:
+            continue
+        planned.unit.active = False
+        if name == _REDUCE or planned.previous is _MISSING:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = planned.previous

@@ -20,6 +20,7 @@ from ullage.capture._environment import unnoticed
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._tracker import Signature, Trace, Tracker
 from ullage.capture._values import Values
+from ullage.measure._reach import optimizers_of
 from ullage.mechanisms import UnitSettings, is_recomputing
 from ullage.workload import Instance, Workload, run_step
 
@@ -124,8 +125,8 @@ class Session:
         for t in tree_flatten(inst.batch)[0]:
             if isinstance(t, Tensor):
                 tracker.adopt(t, "input")
-        if inst.optimizer is not None:
-            for t in tree_flatten([list(s.values()) for s in inst.optimizer.state.values()])[0]:
+        for optimizer in optimizers_of(inst):
+            for t in tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
                     tracker.adopt(t, "optimizer state")
         if work.factory is None:
@@ -135,8 +136,10 @@ class Session:
             for p in work.model.parameters():
                 if p.grad is not None:  # held all the while, beside whatever the step makes
                     tracker.adopt(p.grad, "gradient")
-            if isinstance(work.optimizer, torch.optim.Optimizer) and inst.optimizer is not None:
-                for fake, real in zip(inst.optimizer.state.values(), work.optimizer.state.values(), strict=True):
+            if inst.step is not None or isinstance(work.optimizer, torch.optim.Optimizer):
+                pairs = zip(optimizers_of(inst), optimizers_of(work), strict=True)
+                states = [s for f, r in pairs for s in zip(f.state.values(), r.state.values(), strict=True)]
+                for fake, real in states:
                     keys = [k for k in real if isinstance(real[k], Tensor) and real[k].numel() == 1]
                     self.values.seed([fake[k] for k in keys], [real[k] for k in keys])
 

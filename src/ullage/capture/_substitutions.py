@@ -25,13 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32"
-_FLOAT32_NAMES = (
-    "acos asin cosh cumprod cumsum dist erfinv exp expm1 log log10 log1p log2 norm pow prod reciprocal rsqrt sinh "
-    "softmax log_softmax sum renorm tan binary_cross_entropy_with_logits cosine_embedding_loss cdist cosine_similarity "
-    "cross_entropy group_norm hinge_embedding_loss kl_div l1_loss layer_norm margin_ranking_loss mse_loss "
-    "multilabel_margin_loss multi_margin_loss nll_loss normalize pdist poisson_nll_loss smooth_l1_loss "
-    "soft_margin_loss softmin softplus triplet_margin_loss"
-).split()
+_FLOAT32_NAMES = ["acos", "asin", "cosh", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "norm", "pow", "prod", "reciprocal", "rsqrt", "sinh", "softmax", "log_softmax", "sum", "renorm", "tan", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "cdist", "cosine_similarity", "cross_entropy", "group_norm", "hinge_embedding_loss", "kl_div", "l1_loss", "layer_norm", "margin_ranking_loss", "mse_loss", "multilabel_margin_loss", "multi_margin_loss", "nll_loss", "normalize", "pdist", "poisson_nll_loss", "smooth_l1_loss", "soft_margin_loss", "softmin", "softplus", "triplet_margin_loss"]
 _OWNERS: tuple[Any, ...] = (torch, F, Tensor)
 _FLOAT32 = {getattr(owner, n) for owner in _OWNERS for n in _FLOAT32_NAMES if hasattr(owner, n)}
 _FLOAT32 |= {getattr(Tensor, n) for n in ("__pow__", "__rpow__", "__rdiv__", "__rtruediv__") if hasattr(Tensor, n)}
@@ -77,10 +71,11 @@ def as_on_cuda() -> Iterator[None]:
     """Run a step on CPU tensors as a CUDA device would, as far as bytes go."""
     import torch.optim.optimizer as optim
 
-    supported = optim._get_foreach_kernels_supported_devices
-    optim._get_foreach_kernels_supported_devices = lambda: [*supported(), "cpu"]
+    name = "_get_foreach_kernels_supported_devices"
+    supported = getattr(optim, name)
+    setattr(optim, name, lambda: [*supported(), "cpu"])
     try:
         with _AsOnCuda():
             yield
     finally:
-        optim._get_foreach_kernels_supported_devices = supported
+        setattr(optim, name, supported)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.resources
 
@@ -46,5 +47,7 @@ def find_device(name: str) -> Device:
     """
     table = devices()
     if name not in table:
-        raise DeviceError(f"device={name!r}: not in the table; known: {', '.join(sorted(table))}")
+        near = difflib.get_close_matches(str(name).lower(), table, 3, 0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise DeviceError(f"device={name!r}: not in the table; {hint}known: {', '.join(sorted(table))}")
     return table[name]

@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import resource
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
+from ullage._errors import ArgumentError
 from ullage.measure._allocator import record_steps
-from ullage.measure._state import helpers_of, preserved
+from ullage.measure._reach import optimizers_of
+from ullage.measure._state import leaves_rng, preserved
 from ullage.workload import Instance, Workload, run_step
 
 if TYPE_CHECKING:
@@ -55,34 +58,44 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         )
 
 
-def resident_bytes(inst: Instance) -> int:
-    """Bytes of parameters, buffers, gradients, batch and optimizer state: what a step starts with."""
-    tensors = [*inst.model.parameters(), *inst.model.buffers(), *tree_flatten(inst.batch)[0]]
+def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
+    """Bytes of parameters, buffers, gradients, batch, optimizer state and `held`: what a step starts with."""
+    tensors = [*inst.model.parameters(), *inst.model.buffers(), *tree_flatten(inst.batch)[0], *held]
     tensors += [p.grad for p in inst.model.parameters() if p.grad is not None]
-    for helper in helpers_of(inst):
-        if isinstance(helper, torch.optim.Optimizer):
-            tensors += tree_flatten([list(s.values()) for s in helper.state.values()])[0]
+    for optimizer in optimizers_of(inst):
+        tensors += tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
     return sum(storages.values())
 
 
-def measure(work: Workload, plan: Plan | None = None, steps: int = 7) -> Measurement:
+@leaves_rng
+def measure(
+    work: Workload,
+    plan: Plan | None = None,
+    steps: int = 7,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Measurement:
     """Run real steps; model, optimizer, gradients, buffers and RNG are left as found.
 
     Args:
         work: what is trained.
         plan: applied for the time of the measurement; None measures the plain step.
         steps: timed steps, after warm-up (until a step makes no page faults, 8 at most).
+        progress: called with a line at each stage.
 
     Raises:
+        ArgumentError: `steps` is not a whole number of 1 or more.
         ApplyError, PlanMismatch: the plan can't be applied.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: expected 1 or more")
+    check_arguments(work, plan, steps)
+    say = progress or (lambda _: None)
+    say("building the model")
     inst = work.instance()
-    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst):
-        start, peaks, reserved, other = _peaks(inst)
-        times = _times(inst, steps)
+    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+        say(f"recording the allocator over {PEAK_STEPS} steps")
+        start, peaks, reserved, other = _peaks(inst, found.grads)
+        times = _times(inst, steps, say)
     ordered = sorted(times)
     median = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
     samples = _samples(inst) * inst.accumulate
@@ -100,10 +113,33 @@ def measure(work: Workload, plan: Plan | None = None, steps: int = 7) -> Measure
     )
 
 
-def _peaks(inst: Instance) -> tuple[int, list[int], int, int]:
+@leaves_rng
+def record_peak(work: Workload, plan: Plan | None = None) -> int:
+    """The peak alone, in bytes: three real steps under the allocator's record, no timing."""
+    check_arguments(work, plan, 1)
+    inst = work.instance()
+    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+        return max(_peaks(inst, found.grads)[1])
+
+
+def check_arguments(work: Any, plan: Any, steps: Any) -> None:
+    """Raise ArgumentError unless these are a workload, a plan (or None) and a number of steps."""
+    from ullage.planner import Plan
+
+    if not isinstance(work, Workload):
+        raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise ArgumentError(
+            f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps={steps!r}: expected a whole number of 1 or more")
+
+
+def _peaks(inst: Instance, held: Sequence[Tensor]) -> tuple[int, list[int], int, int]:
     if inst.device.type == "cuda":
         return _cuda_peaks(inst)
-    live = start = resident_bytes(inst)
+    live = start = resident_bytes(inst, held)
     peaks = []
 
     def step() -> None:
@@ -132,15 +168,17 @@ def _cuda_peaks(inst: Instance) -> tuple[int, list[int], int, int]:
     return start, peaks, reserved, max(total - free - torch.cuda.memory_reserved(device), 0)
 
 
-def _times(inst: Instance, steps: int) -> list[float]:
+def _times(inst: Instance, steps: int, say: Callable[[str], None]) -> list[float]:
     sync = (lambda: torch.cuda.synchronize(inst.device)) if inst.device.type == "cuda" else (lambda: None)
     keep_pages()
+    say("warming up")
     for _ in range(MAX_WARMUP):
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         run_step(inst)
         if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 16:
             break
     times = []
+    say(f"timing {steps} steps")
     for _ in range(steps):
         sync()
         begin = time.perf_counter()

@@ -4,106 +4,134 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import functools
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ullage.measure._reach import reach
 from ullage.workload import Instance
 
-_STATEFUL = (torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class _TensorState:
+    """A tensor: where its bytes were (`data`, an alias), what they were, its flag and its gradient."""
+
+    tensor: Tensor
+    data: Tensor
+    values: Tensor | None
+    requires_grad: bool
+    grad: Tensor | None
+
+    @classmethod
+    def of(cls, t: Tensor) -> _TensorState:
+        # an expanded tensor can't be written to, by a step neither
+        fixed = t.layout is not torch.strided or t.is_meta or torch._debug_has_internal_overlap(t) == 1
+        values = None if fixed else t.detach().to("cpu", copy=True)
+        return cls(t, t.data, values, t.requires_grad, t.grad if t.is_leaf else None)
+
+    def restore(self) -> None:
+        """Put it back, in place, so that whoever holds the tensor sees it."""
+        t = self.tensor
+        if self.values is not None:
+            if t.data_ptr() != self.data.data_ptr() or t.shape != self.data.shape or t.stride() != self.data.stride():
+                t.data = self.data
+            self.data.copy_(self.values)
+        if t.is_leaf:
+            if t.requires_grad != self.requires_grad:
+                t.requires_grad_(self.requires_grad)
+            t.grad = self.grad
 
 
 @dataclass
 class Snapshot:
-    """Parameters, buffers, gradients, plain attributes, optimizers and RNG of an instance."""
+    """Tensors, gradients, attributes, containers, generators and RNG that a step of an instance can change."""
 
-    tensors: list[tuple[Tensor, Tensor]]
-    grads: list[tuple[nn.Parameter, Tensor | None]]
-    attributes: list[tuple[nn.Module, dict[str, Any]]]
-    hooks: list[tuple[dict[Any, Any], dict[Any, Any]]]
-    helpers: list[tuple[Any, dict[str, Any], Any]]
-    cpu_rng: Tensor
-    cuda_rng: list[Tensor]
+    tensors: list[_TensorState]
+    attributes: list[tuple[Any, dict[str, Any]]]
+    containers: list[tuple[Any, Any]]
+    generators: list[tuple[torch.Generator, Tensor]]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients that were there."""
+        return [t.grad for t in self.tensors if t.grad is not None]
+
+    def set_gradients_aside(self) -> None:
+        """Steps start without gradients; those that were there come back with `restore`."""
+        for t in self.tensors:
+            if t.tensor.is_leaf:
+                t.tensor.grad = None
 
     def restore(self) -> None:
-        """Put everything back; tensors in place, so that whoever holds them sees it."""
+        """Put everything back, in place."""
+        for owner, attributes in self.attributes:
+            now = vars(owner)
+            for name in set(now) - set(attributes):
+                del now[name]
+            now.update(attributes)
+        for container, was in self.containers:
+            container.clear()
+            (container.extend if hasattr(container, "extend") else container.update)(was)
         with torch.no_grad():
-            for live, saved in self.tensors:
-                live.data.copy_(saved)
-        for parameter, grad in self.grads:
-            parameter.grad = grad
-        for module, attributes in self.attributes:
-            for name in set(module.__dict__) - set(attributes):
-                del module.__dict__[name]
-            module.__dict__.update(attributes)
-        for hooks, found in self.hooks:
-            hooks.clear()
-            hooks.update(found)
-        for helper, state, inner in self.helpers:
-            if isinstance(helper, torch.optim.Optimizer) and not inner:
-                helper.state.clear()
-                for group, saved in zip(helper.param_groups, state["param_groups"], strict=True):
-                    group.update({k: v for k, v in saved.items() if k != "params"})
-            else:
-                helper.load_state_dict(copy.deepcopy(state))
-        torch.set_rng_state(self.cpu_rng)
-        if self.cuda_rng:
-            torch.cuda.set_rng_state_all(self.cuda_rng)
-
-
-def _plain(value: Any) -> bool:
-    return not isinstance(value, Tensor | nn.Module)
-
-
-def helpers_of(inst: Instance) -> list[Any]:
-    """The optimizer, and what a step's closure, defaults and globals hold of optimizers, scalers and schedulers."""
-    found: list[Any] = [inst.optimizer] if inst.optimizer is not None else []
-    fn: Any = inst.step
-    fn = getattr(fn, "func", fn)
-    values: list[Any] = [c.cell_contents for c in getattr(fn, "__closure__", None) or ()]
-    code = getattr(fn, "__code__", None)
-    if code is not None:
-        values += [fn.__globals__[n] for n in code.co_names if n in fn.__globals__]
-    values += list(vars(fn.__self__).values()) if hasattr(fn, "__self__") and hasattr(fn.__self__, "__dict__") else []
-    for value in values:
-        for v in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(v, _STATEFUL) and all(v is not f for f in found):
-                found.append(v)
-    return found
+            for t in self.tensors:
+                t.restore()
+        for generator, state in self.generators:
+            generator.set_state(state)
 
 
 def snapshot(inst: Instance) -> Snapshot:
     """Take a snapshot; tensors are copied to host memory."""
-    tensors = [*inst.model.parameters(), *inst.model.buffers()]
-    attributes, hooks = [], []
-    for m in inst.model.modules():
-        # transformers hooks modules in the first forward and notes that in an attribute: both go, or neither
-        tables = [v for k, v in m.__dict__.items() if k.endswith("_hooks") and isinstance(v, dict)]
-        hooks += [(v, dict(v)) for v in tables]
-        skip = ("_parameters", "_buffers", "_modules", "forward")
-        kept = {k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in m.__dict__.items()}
-        attributes.append((m, {k: (m.__dict__[k] if k in skip or k.startswith("_") else v) for k, v in kept.items()}))
+    found = reach(inst)
     return Snapshot(
-        [(t, t.detach().to("cpu", copy=True)) for t in tensors],
-        [(p, p.grad) for p in inst.model.parameters()],
-        attributes,
-        hooks,
-        [(h, copy.deepcopy(h.state_dict()), bool(getattr(h, "state", None))) for h in helpers_of(inst)],
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
+        [_TensorState.of(t) for t in found.tensors],
+        [(o, dict(vars(o))) for o in found.objects],
+        [(c, copy.copy(c)) for c in found.containers],
+        [(g, g.get_state()) for g in found.generators],
     )
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put back the global generators of torch (every device), Python and numpy."""
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def leaves_rng(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that it leaves every global generator as found."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with preserved_rng():
+            return call(*args, **kwargs)
+
+    return wrapped
 
 
 @contextlib.contextmanager
 def preserved(inst: Instance) -> Iterator[Snapshot]:
     """Snapshot now, restore at the end whatever happens. Gradients are set aside meanwhile."""
-    saved = snapshot(inst)
-    try:
-        for p in inst.model.parameters():
-            p.grad = None
-        yield saved
-    finally:
-        saved.restore()
+    with preserved_rng():
+        saved = snapshot(inst)
+        saved.set_gradients_aside()
+        try:
+            yield saved
+        finally:
+            saved.restore()

@@ -1,19 +1,22 @@
 """Run one unit's forward under an option, on `torch.utils.checkpoint` (non-reentrant).
 
-torch restores RNG, autocast and grad mode for the replay; buffers the forward changes (BatchNorm statistics, counters)
-are put back here: the replay sees the values its forward saw on entry, and the values just before the replay return
-afterwards, without version bumps (BatchNorm's backward has saved those buffers).
+torch restores its RNG, autocast and grad mode for the replay; Python's and numpy's generators and the buffers that the
+forward changes (BatchNorm statistics, counters) are put back here: the replay sees what its forward saw on entry, and
+what was there just before the replay returns afterwards, without version bumps (BatchNorm's backward has saved those
+buffers). A buffer that is replaced (`self.count = self.count + 1`) is put back as an object.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -76,7 +79,8 @@ def run_unit(
     if settings.option.action == "keep":
         return call(*args, **kwargs)
     buffers = [module.get_buffer(name) for name in settings.buffers]
-    replay = _Replay(name, buffers, [b.detach().clone() for b in buffers], on_recompute)
+    registered = [(m._buffers, dict(m._buffers)) for m in module.modules() if m._buffers]
+    replay = _Replay(name, buffers, [b.detach().clone() for b in buffers], registered, on_recompute)
     selective = settings.option.action == "select" or settings.keeps_routing
 
     def contexts() -> tuple[Any, Any]:
@@ -86,7 +90,25 @@ def run_unit(
         replay.inner = _ReplayMode(policy, storage)
         return _ForwardMode(policy, storage), replay
 
-    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
+    before = _host_rng()
+    out = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
+    if _draws(before, _host_rng()):
+        replay.host_rng = before
+    return out
+
+
+def _host_rng() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()
+
+
+def _draws(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    """Did Python's or numpy's generator move?"""
+    return a[0] != b[0] or a[1][2:] != b[1][2:] or not np.array_equal(a[1][1], b[1][1])
+
+
+def _set_host_rng(state: tuple[Any, Any]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
 
 
 class _ForwardMode(_CachingTorchDispatchMode):
@@ -116,10 +138,19 @@ class _Replay:
     """
 
     def __init__(
-        self, name: str, buffers: list[Tensor], entry: list[Tensor], on_recompute: Callable[[], None] | None
+        self,
+        name: str,
+        buffers: list[Tensor],
+        entry: list[Tensor],
+        registered: list[tuple[dict[str, Any], dict[str, Any]]],
+        on_recompute: Callable[[], None] | None,
     ) -> None:
         self.name, self.buffers, self.entry, self.on_recompute = name, buffers, entry, on_recompute
+        self.registered = registered  # each module's buffers: the dict, and what was in it on entry
+        self.host_rng: tuple[Any, Any] | None = None  # on entry, if the forward drew from it
         self.now: list[Tensor] = []
+        self.registered_now: list[dict[str, Any]] = []
+        self.host_rng_now: tuple[Any, Any] | None = None
         self.inner: Any = contextlib.nullcontext()
 
     def __enter__(self) -> None:
@@ -127,14 +158,24 @@ class _Replay:
             self.on_recompute()
         self.now = [b.detach().clone() for b in self.buffers]
         _set(self.buffers, self.entry)
+        self.registered_now = [dict(live) for live, _ in self.registered]
+        for live, entry in self.registered:
+            live.update(entry)
+        if self.host_rng is not None:
+            self.host_rng_now = _host_rng()
+            _set_host_rng(self.host_rng)
         recomputing_units().append(self.name)
         self.inner.__enter__()
 
     def __exit__(self, *exc: Any) -> None:  # early stop leaves by an exception
         self.inner.__exit__(*exc)
         recomputing_units().pop()
+        if self.host_rng_now is not None:
+            _set_host_rng(self.host_rng_now)
+        for (live, _), now in zip(self.registered, self.registered_now, strict=True):
+            live.update(now)
         _set(self.buffers, self.now)
-        self.now = []
+        self.now, self.registered_now, self.host_rng_now = [], [], None
 
 
 def _set(buffers: list[Tensor], values: list[Tensor]) -> None:

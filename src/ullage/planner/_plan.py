@@ -13,6 +13,7 @@ from torch import nn
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
+from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Write the plan as JSON."""
         data = msgspec.to_builtins(self) | {"digest": self.digest}
         text = msgspec.json.format(msgspec.json.encode(data), indent=1)
-        Path(path).write_bytes(text + b"\n")
+        write_whole(path, text + b"\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -126,8 +127,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise PlanError(f"plan {path}: can't be read: {error}") from error
         except msgspec.DecodeError as error:
             raise PlanError(f"plan {path}: not whole JSON ({error}); was it cut off? save it again") from error
-        if not isinstance(raw, dict) or not isinstance(raw.get("version"), int):
-            raise PlanError(f"plan {path}: not a plan of ullage: no version")
+        if not isinstance(raw, dict) or type(raw.get("version")) is not int or raw["version"] < 1:
+            raise PlanError(f"plan {path}: not a plan of ullage: it has no version; write one with `ullage plan -o`")
         if raw["version"] > VERSION:
             raise PlanError(
                 f"plan {path}: version {raw['version']} is newer than this ullage reads ({VERSION}); upgrade ullage"
@@ -138,7 +139,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             for d in plan.decisions:
                 d.settings()
         except msgspec.ValidationError as error:
-            raise PlanError(f"plan {path}: {error}") from error
+            raise PlanError(f"plan {path}: {error}; put that right, or plan again") from error
         except ValueError as error:
             raise PlanError(f"plan {path}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
         return plan

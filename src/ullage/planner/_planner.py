@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
+from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._model import StepModel, model_of
 from ullage.planner._options import find_options
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
-from ullage.planner._policies import policy_assignment
+from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile, peak_moment
 from ullage.planner._solve import smallest, solve
 from ullage.planner._study import StepCapture, Study, count_recomputed, study
@@ -21,6 +22,7 @@ RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax singl
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
 
 
+@leaves_rng
 def plan(
     work: Workload,
     budget: int | str | None = None,
@@ -46,8 +48,9 @@ def plan(
 
     Raises:
         BudgetError: the budget can't be read. BudgetInfeasible: no plan fits it.
-        CaptureError, WorkloadError, DeviceError: see their docstrings.
+        ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    check_policy(policy)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")

@@ -6,10 +6,17 @@ import math
 import re
 from collections.abc import Mapping
 
+from ullage._errors import ArgumentError
 from ullage.capture._units import UnitFacts
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 
 NAMES = "optimal, none, every_block, every_n:K, sqrt, selective"
+
+
+def check_policy(policy: str) -> None:
+    """Raise ArgumentError for a policy that does not exist, before anything is captured."""
+    if policy != "optimal":
+        policy_assignment(policy, [], {})
 
 
 def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str, list[Option]]) -> dict[str, Option]:
@@ -23,7 +30,7 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
     - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
 
     Raises:
-        ValueError: no such policy.
+        ArgumentError: no such policy.
     """
     blocks = [u.fqn for u in units if u.block] or [u.fqn for u in units]
     every = re.fullmatch(r"every_n:([1-9][0-9]*)", policy)
@@ -39,5 +46,5 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
     elif policy == "selective":
         wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
     else:
-        raise ValueError(f"policy={policy!r}: expected one of {NAMES}")
+        raise ArgumentError(f"policy={policy!r}: expected one of {NAMES}")
     return {u.fqn: o if (o := wanted.get(u.fqn, KEEP)) in options[u.fqn] else KEEP for u in units}

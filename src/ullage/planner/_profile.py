@@ -9,7 +9,9 @@ import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
+from ullage._files import write_whole
 from ullage.capture._timeline import OpCost, effective_bytes
+from ullage.measure._state import leaves_rng
 from ullage.planner._model import StepModel, model_of
 from ullage.planner._options import find_options
 from ullage.planner._study import StepCapture, Study, study
@@ -83,7 +85,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON."""
-        Path(path).write_bytes(msgspec.json.encode(self))
+        write_whole(path, msgspec.json.encode(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -135,6 +137,7 @@ def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
     )
 
 
+@leaves_rng
 def profile(
     work: Workload,
     device: str | None = None,

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
@@ -154,9 +155,11 @@ def study(
     progress: Progress | None = None,
 ) -> Study:
     """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
+    if not isinstance(work, Workload):
+        raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
     choice = choose_device(work, device)
     if costs not in ("auto", "roofline"):
-        raise ValueError(f"costs={costs!r}: expected 'auto' or 'roofline'")
+        raise ArgumentError(f"costs={costs!r}: expected 'auto' or 'roofline'")
     if work.factory is None:
         refuse_existing(work.model)
     mode = "roofline" if costs == "roofline" or choice.estimate else "measured"

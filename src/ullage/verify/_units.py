@@ -1,9 +1,14 @@
-"""Unit by unit: where the plain step does not fit, each unit is compared alone, from the same inputs and gradients."""
+"""Unit by unit: where the plain step does not fit, each unit is compared alone, from the same inputs and gradients.
+
+One planned step is run to see the inputs of every unit, which are copied to host memory. Each unit is then run forward
+and backward from them: plain twice, and once as the plan has it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,90 +18,126 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ullage.measure._state import preserved
 from ullage.mechanisms import UnitSettings, run_unit
 from ullage.planner import Plan
+from ullage.verify._compare import compare
 from ullage.workload import Instance, run_step
 
 
-def verify_units(inst: Instance, plan: Plan) -> tuple[list[tuple[str, float]], int, int]:
-    """Compare each planned unit with its plain forward and backward. Returns (differences, tensors compared, replays)."""
-    differences: list[tuple[str, float]] = []
-    compared = replays = 0
-    for decision in plan.decisions:
-        settings = decision.settings()
-        if settings.option.action == "keep":
+@dataclass
+class UnitResults:
+    """(name, largest difference) of tensors the plan changes and of those that differ without it, and counts."""
+
+    differences: list[tuple[str, float]] = field(default_factory=list)
+    unstable: list[tuple[str, float]] = field(default_factory=list)
+    compared: int = 0
+    replays: int = 0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """How a unit was called first: its inputs in host memory (and where they were), generators, autocast."""
+
+    args: Any
+    kwargs: Any
+    devices: list[torch.device]
+    cpu_rng: Tensor
+    cuda_rng: Tensor | None
+    device: torch.device
+    autocast: tuple[bool, torch.dtype]
+
+
+def verify_units(inst: Instance, plan: Plan, say: Callable[[str], None] = lambda _: None) -> UnitResults:
+    """Compare each planned unit with its plain forward and backward."""
+    results = UnitResults()
+    planned = {d.unit: d.settings() for d in plan.decisions if d.settings().option.action != "keep"}
+    say("running a planned step for the inputs of its units")
+    with plan.apply(inst.model), preserved(inst), _entries(inst, list(planned)) as entries:
+        run_step(inst)
+    for fqn, settings in planned.items():
+        say(f"comparing {fqn}")
+        entry = entries.pop(fqn, None)
+        if entry is None:
+            results.differences.append((f"{fqn}: its forward was not called", float("nan")))
             continue
-        with plan.apply(inst.model), preserved(inst), _first_inputs(inst.model, decision.unit) as seen:
-            run_step(inst)
-        if not seen:
-            differences.append((f"{decision.unit}: its forward was not called", float("nan")))
-            continue
-        module = inst.model.get_submodule(decision.unit)
-        with preserved(inst):
-            plain, _ = _alone(module, None, *seen[0])
-        with preserved(inst):
-            planned, count = _alone(module, settings, *seen[0])
-        replays += count
-        compared += len(plain)
-        for name in plain.keys() | planned.keys():
-            a, b = plain.get(name), planned.get(name)
-            if a is None or b is None or not _same(a, b):
-                gap = (a.double() - b.double()).abs().max().item() if a is not None and b is not None else float("nan")
-                differences.append((f"{decision.unit}: {name}", gap))
-    return differences, compared, replays
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    from ullage.verify._verify import same_bits
-
-    return same_bits(a, b)
+        module = inst.model.get_submodule(fqn)
+        runs = []
+        for option in (None, None, settings):
+            with preserved(inst):
+                tensors, replays = _alone(module, option, entry)
+            runs.append({f"{fqn}: {n}": t for n, t in tensors.items()})
+            results.replays += replays
+        results.compared += len(runs[0])
+        results.unstable += compare(runs[0], runs[1])
+        results.differences += compare(runs[0], runs[2])
+    return results
 
 
 @contextlib.contextmanager
-def _first_inputs(model: nn.Module, fqn: str) -> Iterator[list[Any]]:
-    seen: list[Any] = []
+def _entries(inst: Instance, fqns: list[str]) -> Iterator[dict[str, _Entry]]:
+    """Note the first call of each of these modules."""
+    seen: dict[str, _Entry] = {}
+    device = inst.device
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not seen and torch.is_grad_enabled():
+    def host(t: Any) -> Any:
+        return t.detach().to("cpu", copy=True).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
 
-            def copy(t: Any) -> Any:
-                return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+    def watch(fqn: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if fqn in seen or not torch.is_grad_enabled():
+                return
+            kind = device.type
+            seen[fqn] = _Entry(
+                tree_map(host, args),
+                tree_map(host, kwargs),
+                [t.device for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)],
+                torch.get_rng_state(),
+                torch.cuda.get_rng_state(device) if kind == "cuda" else None,
+                device,
+                (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            )
 
-            device = next((t.device.type for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)), "cpu")
-            amp = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            seen.append((tree_map(copy, args), tree_map(copy, kwargs), torch.get_rng_state(), amp))
+        return inst.model.get_submodule(fqn).register_forward_pre_hook(note, with_kwargs=True)
 
-    handle = model.get_submodule(fqn).register_forward_pre_hook(note, with_kwargs=True)
+    handles = [watch(f) for f in fqns]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def _alone(
-    module: nn.Module, settings: UnitSettings | None, args: Any, kwargs: Any, rng: Tensor, amp: Any
-) -> tuple[dict[str, Tensor], int]:
-    """One forward and backward of a unit from given inputs; gradients of inputs and parameters, buffers after."""
-    leaves = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-    for t in leaves:
-        t.grad = None
+def _alone(module: nn.Module, settings: UnitSettings | None, entry: _Entry) -> tuple[dict[str, Tensor], int]:
+    """One forward and backward of a unit from given inputs: outputs, gradients of inputs and parameters, buffers after."""
+    leaves: list[Tensor] = []
     count = 0
 
     def replayed() -> None:
         nonlocal count
         count += 1
 
-    torch.set_rng_state(rng)
-    with torch.autocast(amp[0], amp[1], enabled=amp[2]):
-        call = type(module).forward.__get__(module)
-        out = (
-            call(*args, **kwargs)
-            if settings is None
-            else run_unit(call, module, settings, args, kwargs, on_recompute=replayed)
-        )
-    outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.requires_grad]
+    def fresh(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        leaf = t.detach().to(entry.devices[len(leaves)], copy=True).requires_grad_(t.requires_grad)
+        leaves.append(leaf)
+        return leaf.clone()  # a unit may write to its input, which a leaf would refuse
+
+    args, kwargs = tree_map(fresh, (entry.args, entry.kwargs))
+    torch.set_rng_state(entry.cpu_rng)
+    if entry.cuda_rng is not None:
+        torch.cuda.set_rng_state(entry.cuda_rng, entry.device)
+    enabled, dtype = entry.autocast
+    with torch.autocast(entry.device.type, dtype, enabled=enabled):
+        call = module.forward
+        if settings is None:
+            out = call(*args, **kwargs)
+        else:
+            out = run_unit(call, module, settings, args, kwargs, on_recompute=replayed)
+    outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    result = {f"output {i}": t.detach().to("cpu", copy=True) for i, t in enumerate(outs)}
+    outs = [t for t in outs if t.requires_grad]
     generator = torch.Generator().manual_seed(0)
-    grads = [torch.randn(t.shape, generator=generator).to(t) for t in outs]
-    torch.autograd.backward(outs, grads)
-    result = {f"gradient of input {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
+    torch.autograd.backward(outs, [torch.randn(t.shape, generator=generator).to(t) for t in outs])
+    result |= {f"gradient of input {i}": t.grad for i, t in enumerate(leaves) if t.grad is not None}
     result |= {f"gradient of {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
     result |= {f"buffer {n}": b for n, b in module.named_buffers()}
     return {n: t.detach().to("cpu", copy=True) for n, t in result.items()}, count

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ullage._errors import VerifyError
+from ullage._errors import ArgumentError, VerifyError
 from ullage.apply import Handle
-from ullage.measure._state import helpers_of, preserved
+from ullage.measure._measure import check_arguments, resident_bytes
+from ullage.measure._reach import optimizers_of
+from ullage.measure._state import leaves_rng, preserved
 from ullage.planner import Plan
+from ullage.verify._compare import compare
 from ullage.verify._units import verify_units
 from ullage.workload import Instance, Workload, run_step
 
@@ -32,7 +37,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         scope: "step" (whole steps compared) or "units" (unit by unit, where the plain step does not fit).
         steps: steps compared.
         compared: number of tensors compared.
-        recomputed_ops: replays of units that happened while verifying.
+        replays: replays of units that happened while verifying.
         differences: tensors the plan changed.
         unstable: tensors in which two plain runs differ from each other; the plan is not blamed for these.
     """
@@ -61,37 +66,83 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
-def verify(work: Workload, plan: Plan, steps: int = 3, scope: str = "auto") -> Check:
+@leaves_rng
+def verify(
+    work: Workload,
+    plan: Plan,
+    steps: int = 3,
+    scope: str = "auto",
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Check:
     """Prove that the plan changes no bit of gradients, buffers, parameters and optimizer state.
 
     Args:
         work: what is trained; left as found.
         plan: the plan to check.
         steps: steps from the same state and RNG.
-        scope: "step", "units", or "auto" (units where the plain step runs out of memory).
+        scope: "step", "units", or "auto" (units where the plain step does not fit in the memory that is left).
+        progress: called with a line at each stage.
 
     Raises:
+        ArgumentError: unknown `scope`, or `steps` below 1.
         ApplyError, PlanMismatch: the plan can't be applied.
     """
-    inst = work.instance()
+    check_arguments(work, plan, steps)
     if scope not in ("auto", "step", "units"):
-        raise ValueError(f"scope={scope!r}: expected 'auto', 'step' or 'units'")
-    if scope != "units":
+        raise ArgumentError(f"scope={scope!r}: expected 'auto', 'step' or 'units'")
+    say = progress or (lambda _: None)
+    say("building the model")
+    inst = work.instance()
+    plan.apply(inst.model).remove()  # refuse it now, not after the plain steps
+    if scope == "step" or (scope == "auto" and _plain_fits(inst, plan)):
         try:
-            return _by_step(inst, plan, steps)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            if scope == "step" or not memory:
+            return _by_step(inst, plan, steps, say)
+        except (RuntimeError, MemoryError) as error:
+            if scope == "step" or not _out_of_memory(error):
                 raise
-    differences, compared, replays = verify_units(inst, plan)
-    rows = [Difference(n, d) for n, d in differences]
-    return Check(ok=not rows, scope="units", steps=1, compared=compared, replays=replays, differences=rows, unstable=[])
+    found = verify_units(inst, plan, say)
+    names = {n for n, _ in found.unstable}
+    rows = [Difference(n, d) for n, d in found.differences if n not in names]
+    unstable = [Difference(n, d) for n, d in found.unstable]
+    return Check(
+        ok=not rows,
+        scope="units",
+        steps=1,
+        compared=found.compared,
+        replays=found.replays,
+        differences=rows,
+        unstable=unstable,
+    )
 
 
-def _by_step(inst: Instance, plan: Plan, steps: int) -> Check:
+def _out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail, on any device?"""
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
+
+
+def _plain_fits(inst: Instance, plan: Plan) -> bool:
+    """Is there room for the plain step? The kernel would end the process rather than fail an allocation."""
+    needed = plan.baseline.peak_bytes - resident_bytes(inst)
+    if inst.device.type == "cuda":
+        free = torch.cuda.mem_get_info(inst.device)[0]
+        held = torch.cuda.memory_reserved(inst.device) - torch.cuda.memory_allocated(inst.device)
+        return needed <= free + held
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return needed <= next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    return True
+
+
+def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None]) -> Check:
+    say("running plain steps")
     first, _ = _run(inst, None, steps)
+    say("running plain steps again")
     second, _ = _run(inst, None, steps)
+    say("running planned steps")
     planned, handle = _run(inst, plan, steps)
+    say("comparing")
     unstable = _differences(first, second)
     names = {d.name for d in unstable}
     differences = [d for d in _differences(first, planned) if d.name not in names]
@@ -117,7 +168,7 @@ def _run(inst: Instance, plan: Plan | None, steps: int) -> tuple[dict[str, Tenso
             loss = run_step(inst)
             if loss is not None:
                 seen[f"step {k + 1}: loss"] = loss.cpu().clone()
-        for name, tensor in _state(inst):
+        for name, tensor in [*_state(inst), ("random generator", torch.get_rng_state())]:
             seen[f"after {steps} steps: {name}"] = tensor.detach().to("cpu", copy=True)
     return seen, handle
 
@@ -145,26 +196,13 @@ def _gradients(inst: Instance, seen: dict[str, Tensor]) -> Any:
 def _state(inst: Instance) -> list[tuple[str, Tensor]]:
     rows: list[tuple[str, Tensor]] = [(f"parameter {n}", p) for n, p in inst.model.named_parameters()]
     rows += [(f"buffer {n}", b) for n, b in inst.model.named_buffers()]
-    for k, helper in enumerate(helpers_of(inst)):
-        if isinstance(helper, torch.optim.Optimizer):
-            for i, state in helper.state_dict()["state"].items():
-                rows += [(f"optimizer {k} state {i}.{n}", t) for n, t in state.items() if isinstance(t, Tensor)]
+    names = {id(p): n for n, p in inst.model.named_parameters()}
+    for k, optimizer in enumerate(optimizers_of(inst)):
+        for i, (p, state) in enumerate(optimizer.state.items()):
+            of = names.get(id(p), str(i))
+            rows += [(f"optimizer {k} state {n} of {of}", t) for n, t in state.items() if isinstance(t, Tensor)]
     return rows
 
 
 def _differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[Difference]:
-    rows = [Difference(n, float("nan")) for n in a.keys() ^ b.keys()]
-    for n in a.keys() & b.keys():
-        if not same_bits(a[n], b[n]):
-            gap = (a[n].double() - b[n].double()).abs().max().item() if a[n].shape == b[n].shape else float("nan")
-            rows.append(Difference(n, gap))
-    return sorted(rows, key=lambda d: d.name)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality: shape, dtype and every byte (so NaN equals itself and -0.0 differs from 0.0)."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return a.numel() == 0 or torch.equal(
-        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
-    )
+    return [Difference(n, d) for n, d in compare(a, b)]

@@ -37,6 +37,10 @@ def compute_loss(inst: Instance) -> Tensor:
             "loss: the callable returned" if inst.loss is not None else "loss: none was given and the model returned"
         )
         raise WorkloadError(f"{source} {what}; pass loss=callable(output, batch) that returns a scalar")
+    if not loss.requires_grad:
+        raise WorkloadError(
+            "loss: it depends on no parameter that requires grad (everything frozen, detached, or under no_grad?)"
+        )
     return loss
 
 

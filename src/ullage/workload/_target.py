@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ullage._errors import WorkloadError
+from ullage._errors import UllageError, WorkloadError
+from ullage.workload._config import workload_from_config
 from ullage.workload._workload import Workload
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer] | None] = {
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-4),
-    "sgd": lambda params: torch.optim.SGD(params, lr=1e-2),
-    "none": None,
-}
+_EXPECTED = "expected path/file.py:factory, package.module:factory or config.json"
 
 
 def load_target(
@@ -35,17 +29,24 @@ def load_target(
 ) -> Workload:
     """Return a factory workload for a target.
 
+    Args:
+        target: see the module's docstring.
+        batch: micro-batch size; this and the rest are for configs, a factory sets its own.
+        seq: sequence length; default: all positions the model has, or 512.
+        dtype: of parameters: "fp32", "bf16" or "fp16".
+        optimizer: "adamw", "sgd" or "none".
+        autocast: None, "bf16" or "fp16".
+        accumulate: micro-batches per step.
+
     Raises:
         WorkloadError: the target can't be found, imported or understood.
     """
     if target.endswith(".json"):
-        config = _read_config(Path(target))
-        return Workload.from_factory(
-            lambda: _from_config(config, target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1)
-        )
-    if any(v is not None for v in (batch, seq, autocast, accumulate)):
+        return workload_from_config(target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1)
+    if any(v is not None for v in (batch, seq, autocast, accumulate)) or (dtype, optimizer) != ("fp32", "adamw"):
         raise WorkloadError(
-            f"target={target!r}: --batch, --seq, --autocast and --accumulate are for config.json targets; a factory sets its own"
+            f"target={target!r}: --batch, --seq, --dtype, --optimizer, --autocast and --accumulate are for config.json "
+            "targets; a factory sets its own"
         )
     return Workload.from_factory(_factory(target))
 
@@ -53,92 +54,49 @@ def load_target(
 def _factory(target: str) -> Callable[[], Workload]:
     where, _, name = target.rpartition(":")
     if not where or not name:
-        raise WorkloadError(f"target={target!r}: expected path/file.py:factory, package.module:factory or config.json")
+        what = "there is a file of this name; which factory in it? " if Path(target).is_file() else ""
+        raise WorkloadError(f"target={target!r}: {what}{_EXPECTED}")
     try:
-        module = _load_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    except WorkloadError:
+        module = _load_file(Path(where), target) if where.endswith(".py") else _import(where)
+    except UllageError:
         raise
-    except Exception as error:
+    except ModuleNotFoundError as error:
+        raise WorkloadError(f"target={target!r}: no module {error.name!r}; {_EXPECTED}") from error
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise WorkloadError(f"target={target!r}: importing {where} raised {type(error).__name__}: {error}") from error
     factory = getattr(module, name, None)
+    if factory is None:
+        callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, callables, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise WorkloadError(f"target={target!r}: {where} has no {name!r}{hint}")
     if not callable(factory):
-        raise WorkloadError(f"target={target!r}: {where} has no callable {name!r}")
+        raise WorkloadError(f"target={target!r}: {name!r} is a {type(factory).__name__}, not a callable; {_EXPECTED}")
     return factory  # type: ignore[no-any-return]
 
 
-def _load_file(path: Path) -> Any:
+def _import(name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, here)
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path, target: str) -> Any:
     if not path.is_file():
-        raise WorkloadError(f"target: no file {path}")
+        raise WorkloadError(f"target={target!r}: no file {path}")
     spec = importlib.util.spec_from_file_location(f"ullage_target_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    here = str(path.resolve().parent)
+    if here not in sys.path:  # its neighbours, as when the file is run
+        sys.path.insert(0, here)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     return module
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WorkloadError(f"target={str(path)!r}: can't be read: {error}") from error
-    except ValueError as error:
-        raise WorkloadError(f"target={str(path)!r}: not JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config or not config.get("architectures"):
-        raise WorkloadError(f"target={str(path)!r}: not a Hugging Face config: needs model_type and architectures")
-    return config
-
-
-def _from_config(
-    raw: dict[str, Any],
-    target: str,
-    batch: int,
-    seq: int | None,
-    dtype: str,
-    optimizer: str,
-    autocast: str | None,
-    accumulate: int,
-) -> Workload:
-    try:
-        import transformers
-    except ImportError as error:
-        raise WorkloadError(f"target={target!r}: needs transformers; pip install 'ullage[hf]'") from error
-    name = raw["architectures"][0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise WorkloadError(f"target={target!r}: transformers {transformers.__version__} has no {name}")
-    known = {k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype", "dtype")}
-    config = transformers.AutoConfig.for_model(raw["model_type"], **known)
-    config.use_cache = False
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
-    try:
-        model = cls(config).train()
-    finally:
-        torch.set_default_dtype(default)
-    inputs = _inputs(config, name, batch, seq, DTYPES[dtype], target)
-    return Workload(
-        model,
-        inputs,
-        optimizer=OPTIMIZERS[optimizer],
-        autocast=DTYPES[autocast] if autocast else None,
-        accumulate=accumulate,
-    )
-
-
-def _inputs(config: Any, name: str, batch: int, seq: int | None, dtype: torch.dtype, target: str) -> dict[str, Any]:
-    def ids(length: int) -> torch.Tensor:
-        values: torch.Tensor = (torch.arange(batch * length) % (config.vocab_size - 1)).reshape(batch, length) + 1
-        return values
-
-    if hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        pixels = torch.zeros(batch, getattr(config, "num_channels", 3), size, size, dtype=dtype)
-        return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long)}
-    if hasattr(config, "num_mel_bins"):
-        features = torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
-        return {"input_features": features, "labels": ids(seq or config.max_target_positions)}
-    if not hasattr(config, "vocab_size"):
-        raise WorkloadError(f"target={target!r}: don't know the inputs of {name}; write a factory instead")
-    length = seq or getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
-    return {"input_ids": ids(length), "labels": ids(length)}

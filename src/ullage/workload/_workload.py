@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,10 +14,52 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from ullage._errors import WorkloadError
+from ullage._errors import UllageError, WorkloadError
 from ullage.workload._rebind import rebind
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
+
+
+def make_optimizer(given: OptimizerLike, model: nn.Module) -> torch.optim.Optimizer | None:
+    """The optimizer, made by calling `given` if that is a callable.
+
+    Raises:
+        WorkloadError: the callable raised, or returned something else.
+    """
+    if given is None or isinstance(given, torch.optim.Optimizer):
+        return given
+    try:
+        made = given([p for p in model.parameters() if p.requires_grad])
+    except Exception as error:
+        raise WorkloadError(f"optimizer: the callable raised {type(error).__name__}: {error}") from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise WorkloadError(f"optimizer: the callable returned {type(made).__name__}, not a torch.optim.Optimizer")
+    return made
+
+
+def _check_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """An optimizer may hold more than the model (a loss with weights, a second model), but something of it."""
+    own = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if held and not any(id(p) in own for p in held):
+        raise WorkloadError(
+            f"optimizer: none of its {len(held)} parameters belongs to the model; it was made for another one, or before "
+            "the model was copied. Make it from model.parameters(), or pass a callable such as torch.optim.AdamW"
+        )
+
+
+def _required(fn: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return []
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if p.default is p.empty]
+
+
+def _last_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 @dataclass
@@ -84,6 +128,8 @@ class Workload:
         opt = self.optimizer
         if opt is not None and not isinstance(opt, torch.optim.Optimizer) and not callable(opt):
             raise WorkloadError(f"optimizer: expected an instance, a callable or None, got {type(opt).__name__}")
+        if isinstance(opt, torch.optim.Optimizer):
+            _check_parameters(opt, self.model)
 
     @classmethod
     def from_factory(cls, factory: Callable[[], Workload]) -> Workload:
@@ -103,13 +149,22 @@ class Workload:
         """
         if self.factory is None:
             return self
+        name = getattr(self.factory, "__name__", repr(self.factory))
+        required = _required(self.factory)
+        if required:
+            raise WorkloadError(
+                f"factory {name}: is called without arguments, but asks for {', '.join(required)}; "
+                "give them defaults, or wrap it: lambda: factory(...)"
+            )
         try:
             built = self.factory()
+        except UllageError:
+            raise  # says it better
         except Exception as error:
-            name = getattr(self.factory, "__name__", repr(self.factory))
-            raise WorkloadError(f"factory {name} raised {type(error).__name__}: {error}") from error
+            where = _last_line(error)
+            raise WorkloadError(f"factory {name} raised {type(error).__name__}: {error}{where}") from error
         if not isinstance(built, Workload):
-            raise WorkloadError(f"factory: expected it to return a Workload, got {type(built).__name__}")
+            raise WorkloadError(f"factory {name}: expected it to return a ullage.Workload, got {type(built).__name__}")
         return built.build()
 
     def instance_device(self) -> torch.device:
@@ -121,9 +176,7 @@ class Workload:
     def instance(self) -> Instance:
         """The real thing: the user's own objects (or a fresh build of the factory)."""
         work = self.build()
-        optimizer = work.optimizer
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer(p for p in work.model.parameters() if p.requires_grad)
+        optimizer = make_optimizer(work.optimizer, work.model)
         return Instance(work.model, work.batch, work.loss, optimizer, work.autocast, work.accumulate, work.step)
 
     def fake_instance(self, mode: FakeTensorMode, active: Callable[[], AbstractContextManager[None]]) -> Instance:
@@ -141,14 +194,14 @@ class Workload:
                 model = copy.deepcopy(self.model, memo)
                 loss, step = rebind(self.loss, memo), rebind(self.step, memo)
                 is_instance = isinstance(self.optimizer, torch.optim.Optimizer)
-                optimizer: Any = copy.deepcopy(self.optimizer, memo) if is_instance else self.optimizer
+                optimizer: Any = copy.deepcopy(self.optimizer, memo) if is_instance else None
                 batch = copy.deepcopy(self.batch, memo)
         except Exception as error:
             raise WorkloadError(
                 f"the model can't be copied onto fake tensors ({type(error).__name__}: {error}); "
                 "build it in a function and use Workload.from_factory(fn)"
             ) from error
-        if optimizer is not None and not is_instance:
+        if not is_instance:
             with active():
-                optimizer = optimizer(p for p in model.parameters() if p.requires_grad)
+                optimizer = make_optimizer(self.optimizer, model)
         return Instance(model, batch, loss, optimizer, self.autocast, self.accumulate, step)

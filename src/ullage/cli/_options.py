@@ -1,0 +1,83 @@
+"""Options and output that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+import msgspec
+
+from ullage._files import check_writable
+from ullage.workload import Workload, load_target
+
+Command = Callable[..., Any]
+
+_TARGET = [
+    click.argument("target"),
+    click.option("--batch", type=click.IntRange(1), help="Micro-batch size (config.json targets)."),
+    click.option(
+        "--seq",
+        type=click.IntRange(1),
+        help="Sequence length (config.json targets); default: all the model's positions.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        default="fp32",
+        show_default=True,
+        help="Parameter dtype (config.json targets).",
+    ),
+    click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Autocast dtype (config.json targets)."),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "sgd", "none"]),
+        default="adamw",
+        show_default=True,
+        help="Optimizer (config.json targets).",
+    ),
+    click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per step (config.json targets)."),
+]
+_COSTS = click.option(
+    "--costs",
+    type=click.Choice(["auto", "roofline"]),
+    default="auto",
+    show_default=True,
+    help="Time single ops here, or estimate them from the device table.",
+)
+_DEVICE = click.option("--device", help="A name of `ullage devices`; default: where the model is.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")
+
+
+def target_options(command: Command) -> Command:
+    """TARGET and what a config.json leaves open."""
+    for option in reversed(_TARGET):
+        command = option(command)
+    return command
+
+
+def cost_options(command: Command) -> Command:
+    """--device and --costs."""
+    return _DEVICE(_COSTS(command))
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return _JSON(command)
+
+
+def load(options: dict[str, Any]) -> Workload:
+    """The workload that the options of `target_options` name."""
+    return load_target(**options)
+
+
+def output_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of an option that names a file to write: refused now, not after the work."""
+    if value is not None:
+        check_writable(value)
+    return value
+
+
+def show(value: Any, as_json: bool) -> None:
+    """Print a result on stdout."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))

@@ -1,0 +1,38 @@
+"""`ullage verify`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import ullage as ul
+from ullage.cli._errors import FAILED
+from ullage.cli._options import json_option, load, show, target_options
+from ullage.cli._progress import progress
+
+
+@click.command()
+@target_options
+@click.option("--plan", "plan_path", required=True, type=click.Path(), help="A plan file.")
+@click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps to compare.")
+@click.option(
+    "--scope",
+    type=click.Choice(["auto", "step", "units"]),
+    default="auto",
+    show_default=True,
+    help="Whole steps, or unit by unit; auto: units where the plain step does not fit.",
+)
+@json_option
+@click.pass_context
+def verify(context: click.Context, /, as_json: bool, plan_path: str, steps: int, scope: str, **options: Any) -> None:
+    """Prove that the plan changes no bit of gradients, buffers, parameters and optimizer state. Runs real steps.
+
+    Exit code 1: something differs.
+    """
+    plan = ul.Plan.load(plan_path)
+    with progress() as report:
+        report("building the model")
+        check = ul.verify(load(options).build(), plan, steps, scope, progress=report)
+    show(check, as_json)
+    context.exit(0 if check.ok else FAILED)
