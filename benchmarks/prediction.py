@@ -12,20 +12,19 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from _machine import machine
 from tests.zoo import FAMILIES, workload
 
 import ullage as ul
@@ -113,23 +112,6 @@ def summary(family: str, rows: list[Row]) -> tuple[str, float, float, int, int]:
     worst = max((abs(r["error"]) for r in judged_rows), default=float("nan"))
     transient = max((abs(r["transient_error"]) for r in judged_rows), default=float("nan"))
     return family, worst, transient, len(judged_rows), sum(map(is_bad, rows))
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import transformers
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-    return {
-        "date": str(date.today()),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
 
 
 def as_markdown(facts: dict[str, Any], results: dict[str, list[Row]]) -> str:

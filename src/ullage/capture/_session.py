@@ -74,6 +74,17 @@ def _has_tensor(value: Any) -> bool:
     )
 
 
+class _SubstitutedUnit(Unit):
+    """A unit whose replay is substituted too: function modes are off inside backward."""
+
+    def run(self, plain: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def substituted(*args: Any, **kwargs: Any) -> Any:
+            with as_on_cuda():
+                return plain(*args, **kwargs)
+
+        return super().run(substituted, module, args, kwargs)
+
+
 class Session:
     """Runs steps of a workload on fake tensors and records them in one trace.
 
@@ -166,7 +177,8 @@ class Session:
             (f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if s.option.action != "keep"
         ]
         for fqn, module in modules:
-            install(Unit(fqn, module, self._settings[fqn]), module)
+            kind = _SubstitutedUnit if self._as_cuda else Unit
+            install(kind(fqn, module, self._settings[fqn]), module)
         before = _plain_attributes(self.inst.model) if not modules else {}
         try:
             with self._active(), self._hooks(), warnings.catch_warnings():

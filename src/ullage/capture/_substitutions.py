@@ -25,7 +25,55 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32"
-_FLOAT32_NAMES = ["acos", "asin", "cosh", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "norm", "pow", "prod", "reciprocal", "rsqrt", "sinh", "softmax", "log_softmax", "sum", "renorm", "tan", "binary_cross_entropy_with_logits", "cosine_embedding_loss", "cdist", "cosine_similarity", "cross_entropy", "group_norm", "hinge_embedding_loss", "kl_div", "l1_loss", "layer_norm", "margin_ranking_loss", "mse_loss", "multilabel_margin_loss", "multi_margin_loss", "nll_loss", "normalize", "pdist", "poisson_nll_loss", "smooth_l1_loss", "soft_margin_loss", "softmin", "softplus", "triplet_margin_loss"]
+_FLOAT32_NAMES = [
+    "acos",
+    "asin",
+    "cosh",
+    "cumprod",
+    "cumsum",
+    "dist",
+    "erfinv",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "norm",
+    "pow",
+    "prod",
+    "reciprocal",
+    "rsqrt",
+    "sinh",
+    "softmax",
+    "log_softmax",
+    "sum",
+    "renorm",
+    "tan",
+    "binary_cross_entropy_with_logits",
+    "cosine_embedding_loss",
+    "cdist",
+    "cosine_similarity",
+    "cross_entropy",
+    "group_norm",
+    "hinge_embedding_loss",
+    "kl_div",
+    "l1_loss",
+    "layer_norm",
+    "margin_ranking_loss",
+    "mse_loss",
+    "multilabel_margin_loss",
+    "multi_margin_loss",
+    "nll_loss",
+    "normalize",
+    "pdist",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "softmin",
+    "softplus",
+    "triplet_margin_loss",
+]
 _OWNERS: tuple[Any, ...] = (torch, F, Tensor)
 _FLOAT32 = {getattr(owner, n) for owner in _OWNERS for n in _FLOAT32_NAMES if hasattr(owner, n)}
 _FLOAT32 |= {getattr(Tensor, n) for n in ("__pow__", "__rpow__", "__rdiv__", "__rtruediv__") if hasattr(Tensor, n)}
@@ -36,9 +84,6 @@ _DROPOUTS = {F.dropout, torch.dropout}
 class _AsOnCuda(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.backward:
-            with self:  # replays run in there, and a mode is off while it handles a call
-                return _backward(*args, **kwargs)
         if func in _FLOAT32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_to_float32, (args, kwargs))
         elif func in _DROPOUTS:
@@ -47,12 +92,6 @@ class _AsOnCuda(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
         return func(*args, **kwargs)
-
-
-def _backward(
-    loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _to_float32(value: Any) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode, checkpoint
+from torch.utils.checkpoint import (
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from ullage.mechanisms._options import ROUTING, Option, SavePolicy
 
@@ -86,9 +90,10 @@ def run_unit(
     def contexts() -> tuple[Any, Any]:
         if not selective:
             return contextlib.nullcontext(), replay
-        policy, storage = SavePolicy(settings.option), defaultdict(dict)  # type: ignore[var-annotated]
-        replay.inner = _ReplayMode(policy, storage)
-        return _ForwardMode(policy, storage), replay
+        forward, replay.inner = create_selective_checkpoint_contexts(SavePolicy(settings.option))
+        # not made directly: what the two share, and how they are constructed, differs between versions of torch
+        forward.__class__, replay.inner.__class__ = _ForwardMode, _ReplayMode
+        return forward, replay
 
     before = _host_rng()
     out = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
