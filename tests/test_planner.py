@@ -58,19 +58,35 @@ def test_plan_file_round_trip(tmp_path: Path) -> None:
 
 
 _DIGEST = """
-import torch, ullage as ul
+import sys
+import ullage as ul
 from tests.zoo import workload
-print(ul.plan(workload("gpt"), "75% of plain", costs="roofline").digest)
+given = {"profile": ul.Profile.load(sys.argv[1])} if len(sys.argv) > 1 else {"costs": "roofline"}
+print(ul.plan(workload("gpt"), "75% of plain", **given).digest)
 """
 
 
-def test_the_digest_does_not_depend_on_the_process() -> None:
-    digests = set()
-    for seed, threads in (("0", "1"), ("77", "2")):
+def _digests(*arguments: str) -> set[str]:
+    found = set()
+    for seed, threads in (("0", "1"), ("77", "2")):  # each process starts with cold caches
         env = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
-        run = subprocess.run([sys.executable, "-c", _DIGEST], env=env, capture_output=True, text=True, check=True)
-        digests.add(run.stdout.strip())
-    assert len(digests) == 1
+        command = [sys.executable, "-c", _DIGEST, *arguments]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        found.add(run.stdout.strip())
+    return found
+
+
+def test_the_same_workload_gives_the_same_plan_without_timing() -> None:
+    assert len(_digests()) == 1
+
+
+def test_the_same_profile_gives_the_same_plan(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    work = workload("gpt")
+    profile = ul.profile(work)
+    assert profile.costs == "measured"
+    profile.save(path)
+    assert _digests(str(path)) == {ul.plan(work, "75% of plain", profile=profile).digest}
 
 
 def test_good_budgets() -> None:

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -35,16 +36,23 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Planned beside observed."""
+    """Planned beside observed.
+
+    `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
+    statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
+    """
 
     units: tuple[UnitReport, ...]
     planned_peak_bytes: int
+    observed_peak_bytes: int | None
     budget_bytes: int | None
     larger_batches: int
 
     def __str__(self) -> str:
+        seen = self.observed_peak_bytes
+        observed = f", observed {format_bytes(seen)}" if seen is not None else ""
         lines = [
-            f"planned peak {format_bytes(self.planned_peak_bytes)}; batches larger than planned: {self.larger_batches}"
+            f"planned peak {format_bytes(self.planned_peak_bytes)}{observed}; batches larger than planned: {self.larger_batches}"
         ]
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
@@ -89,7 +97,14 @@ class Handle:
             note = "never ran under the plan" if unit and not fired else ""
             rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, note))
         larger = max((u.larger for u in self._units), default=0)
-        return Report(tuple(rows), self.plan.predicted.peak_bytes, self.plan.budget_bytes, larger)
+        return Report(
+            tuple(rows), self.plan.predicted.peak_bytes, self._observed_peak(), self.plan.budget_bytes, larger
+        )
+
+    def _observed_peak(self) -> int | None:
+        modules = [m for u in self._units if (m := u.owner()) is not None]
+        device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
         """Called at each planned forward: what is larger than planned and puts the budget at risk is said once."""
