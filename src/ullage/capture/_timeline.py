@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ullage.capture._tracker import Storage, Trace
+from ullage.capture._trace import Storage, Trace
 
 Array = npt.NDArray[np.int64]
 
