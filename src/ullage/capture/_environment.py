@@ -121,7 +121,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
             """C++ asks for the backend, and would compare with a range on Meta."""
             fits = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
-            return _one_hot(tracker.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
+            return _one_hot(tracker.kernels.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
 
         stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
         if torch.backends.mkldnn.is_available():

@@ -18,7 +18,8 @@ from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._environment import unnoticed
 from ullage.capture._substitutions import as_on_cuda
-from ullage.capture._tracker import Signature, Trace, Tracker
+from ullage.capture._trace import Signature, Trace
+from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of
 from ullage.mechanisms import UnitSettings, is_recomputing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ullage.capture._tracker import Storage, Trace
+from ullage.capture._trace import Storage, Trace
 
 Array = npt.NDArray[np.int64]
+_ENGINE_SEQUENCE = 2**62  # gradient accumulation has the largest there is
 
 
 @dataclass(frozen=True)
@@ -66,51 +68,51 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     return Timeline(before, peak, after, seconds)
 
 
-def steps(trace: Trace) -> list[slice]:
-    """The op range of each step."""
-    return [slice(a, b) for a, b in zip(trace.marks, [*trace.marks[1:], len(trace.signature)], strict=True)]
-
-
 def segment_keys(
-    trace: Trace, ops: slice, stacks: Sequence[tuple[str, ...]], units: frozenset[str], calls: Any
+    trace: Trace, ops: slice, stacks: Sequence[tuple[str, ...]], units: frozenset[str], calls: Sequence[Any]
 ) -> list[tuple[Any, int, int]]:
     """Split a step into maximal runs of ops that belong to the same unit call and phase.
+
+    Args:
+        trace: the recorded ops.
+        ops: the step's.
+        stacks: module stacks by their index in the trace.
+        units: FQNs of the units.
+        calls: the units' calls in the step, by first autograd sequence number.
 
     Returns:
         (key, first op, one past the last op); key is (phase, unit FQN or "", call index), numbered where it repeats.
     """
     starts = np.array([c.first_sequence for c in calls], np.int64)
+    sequences = np.array([min(s, _ENGINE_SEQUENCE) for s in trace.sequence[ops]], np.int64)
+    call_before = np.searchsorted(starts, sequences, side="right") - 1
     unit_of_stack = [next((f for f in s if f in units), "") for s in stacks]
-    call_of_op = {}
-    for c in calls:
-        for op in (c.first_op,):
-            call_of_op[op] = c
+    first_op = {c.first_op: c for c in reversed(calls)}
     runs: list[list[Any]] = []
     current: tuple[str, str, int] = ("forward", "", 0)
-    by_first = {c.first_op: c for c in reversed(calls)}
     open_call: Any = None
     for i in range(ops.start, ops.stop):
-        if trace.phase[i] == "backward":
+        phase = trace.phase[i]
+        if phase == "backward":  # a node belongs to the call in which it was made
             sequence = trace.sequence[i]
-            if 0 <= sequence < 2**62:
-                k = int(np.searchsorted(starts, sequence, side="right")) - 1
-                inside = k >= 0 and sequence < calls[k].last_sequence
-                current = ("backward", calls[k].fqn, calls[k].index) if inside else ("backward", "", 0)
-            elif current[0] != "backward":
-                current = ("backward", "", 0)
+            if 0 <= sequence < _ENGINE_SEQUENCE:
+                call = calls[k] if (k := int(call_before[i - ops.start])) >= 0 else None
+                inside = call is not None and sequence < call.last_sequence
+                current = (phase, call.fqn, call.index) if call is not None and inside else (phase, "", 0)
+            elif current[0] != phase:
+                current = (phase, "", 0)
         else:
-            if i in by_first:
-                open_call = by_first[i]
+            open_call = first_op.get(i, open_call)
             fqn = unit_of_stack[trace.stack[i]]
             inside = bool(fqn) and open_call is not None and open_call.fqn == fqn
-            current = (trace.phase[i], fqn, open_call.index) if inside else (trace.phase[i], "", 0)
+            current = (phase, fqn, open_call.index) if inside else (phase, "", 0)
         if runs and runs[-1][0] == current:
             runs[-1][2] = i + 1
         else:
             runs.append([current, i, i + 1])
-    seen: dict[Any, int] = {}
+    seen: Counter[Any] = Counter()
     result = []
     for key, first, last in runs:
-        seen[key] = seen.get(key, -1) + 1
         result.append(((*key, seen[key]), first, last))
+        seen[key] += 1
     return result

@@ -8,94 +8,27 @@ autograd engine accumulates gradients in place only when no mode is active, and 
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError
-from ullage.capture._outputs import KnownOutputs, argument_key
+from ullage.capture._kernels import FakeKernels
+from ullage.capture._outputs import argument_key
+from ullage.capture._source import source_line
+from ullage.capture._trace import Signature, Storage, Trace, spec_of
 from ullage.capture._values import Values
 from ullage.mechanisms import recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # frames that are not the model's
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What an op signature keeps of a tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-
-@dataclass(frozen=True)
-class Signature:
-    """A distinct op call: the op, its tensors' specs and its other arguments."""
-
-    func: Any
-    args: Any
-    kwargs: Any
-    outputs: tuple[TensorSpec, ...]
-    output_bytes: int
-
-
-@dataclass
-class Storage:
-    """One storage's life, in op indices: alive from `birth` (during that op) to after op `death`."""
-
-    nbytes: int
-    birth: int
-    death: int = sys.maxsize
-    position: int = -1  # among the storages its op allocated; -1: not from an op
-    category: str = ""
-
-
-@dataclass
-class Trace:
-    """One run's ops and storages. Parallel lists, one entry per op."""
-
-    signature: list[int] = field(default_factory=list)
-    phase: list[str] = field(default_factory=list)
-    stack: list[int] = field(default_factory=list)
-    sequence: list[int] = field(default_factory=list)
-    source: list[str] = field(default_factory=list)
-    recomputed: list[bool] = field(default_factory=list)
-    storages: list[Storage] = field(default_factory=list)
-    calls: list[tuple[str, int, int, int, int]] = field(default_factory=list)  # fqn, first/last op, first/last seq
-    marks: list[int] = field(default_factory=list)  # op index at which each step starts
-
-
-def spec_of(value: Any) -> Any:
-    """A hashable description of an op argument."""
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided:
-            return TensorSpec(tuple(value.shape), (), value.dtype, str(value.device))
-        return TensorSpec(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
-    if isinstance(value, list | tuple):
-        return tuple(spec_of(v) for v in value)
-    if isinstance(value, torch.Generator):
-        return None
-    return value
 
 
 class Tracker(TorchDispatchMode):
@@ -103,8 +36,8 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1) -> None:
         super().__init__()
-        self.fake_mode, self.values, self.round_bytes = fake_mode, values, round_bytes
-        self.known = KnownOutputs(fake_mode)
+        self.round_bytes = round_bytes
+        self.kernels = FakeKernels(fake_mode, values)
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
@@ -165,75 +98,9 @@ class Tracker(TorchDispatchMode):
         self._queried.clear()
         self._refuse_real(func, args)
         key = (func, argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
-        out, fresh = self._known_or_run(key, func, args, kwargs)
+        out, fresh = self.kernels.call(key, func, args, kwargs)
         self._record(key, func, args, kwargs, out, in_engine, fresh)
         return out
-
-    def _known_or_run(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """The op's outputs, and whether they may have storages that were not seen before."""
-        known = self.known.key(func, key, args)
-        if known is None:
-            return self._run(func, args, kwargs), True
-        hit, out = self.known.make(known, args)
-        if hit:
-            self.values.follow(func, args, kwargs, out)
-            return out, not (out is None or func.is_view or func._schema.is_mutable)
-        out = self._run(func, args, kwargs)
-        self.known.learn(known, func, args, kwargs, out)
-        return out, True
-
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if (
-            func is aten._local_scalar_dense.default
-            or torch.Tag.dynamic_output_shape in func.tags
-            or func is aten.equal.default
-        ):
-            return self._with_values(func, args, kwargs)
-        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
-            return _grouped_mm(*args)
-        try:
-            out = func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return self._with_values(func, args, kwargs)
-        self.values.follow(func, args, kwargs, out)
-        return out
-
-    def _with_values(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An op whose result depends on values: compute it from the real twins."""
-        given = self.values.reals(args, kwargs)
-        if given is None and func is aten.index.Tensor:
-            flat = [i for i in args[1] if isinstance(i, Tensor)]
-            if all(self.values.get(i) is not None for i in flat):
-                index = [None if i is None else self.values.get(i) for i in args[1]]
-                with _disable_current_modes():
-                    shape = torch.empty(args[0].shape, device="meta")[
-                        tuple(
-                            slice(None)
-                            if i is None
-                            else i.nonzero(as_tuple=True)[0].to("meta")
-                            if i.dtype == torch.bool and i.dim() == 1
-                            else i.to("meta")
-                            for i in index
-                        )
-                    ].shape
-                return args[0].new_empty(shape)
-        if given is None:
-            raise CaptureError(
-                f"{self._source()}: {func} needs values that depend on activations (data-dependent control flow or "
-                "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
-                "as several units"
-            )
-        with _disable_current_modes(), torch.no_grad():
-            real = func(*given[0], **given[1])
-        if not isinstance(real, Tensor):
-            return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)
-        return self._to_fake(real)
-
-    def _to_fake(self, real: Tensor) -> Tensor:
-        with _disable_current_modes():
-            fake = self.fake_mode.from_tensor(real)
-        self.values.attach(fake, real)
-        return fake
 
     def _accumulates_in_place(self, args: Any, kwargs: Any) -> bool:
         """Is this the engine adding into a gradient buffer that nothing else holds?
@@ -272,7 +139,7 @@ class Tracker(TorchDispatchMode):
         for a in tree_flatten(args)[0]:
             if isinstance(a, Tensor) and id(a) in self.real_parameters:
                 raise CaptureError(
-                    f"{self._source()}: {func} uses a parameter of the real model; the loss or step reaches the model "
+                    f"{source_line()}: {func} uses a parameter of the real model; the loss or step reaches the model "
                     "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"
                 )
 
@@ -306,7 +173,7 @@ class Tracker(TorchDispatchMode):
                 stack = self.stacks[stack_id]
         else:
             sequence = torch._C._autograd._get_sequence_nr()
-            source = self._source()
+            source = source_line()
         stack_id = self._stack_ids.setdefault(stack, len(self.stacks))
         if stack_id == len(self.stacks):
             self.stacks.append(stack)
@@ -351,37 +218,7 @@ class Tracker(TorchDispatchMode):
                 if name is not None and self.phase == "forward":
                     self.mutated_buffers[name] = None
 
-    def _source(self) -> str:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            short = _short_path(frame.f_code.co_filename)
-            if short:
-                return f"{short}:{frame.f_lineno}"
-            frame = frame.f_back
-        return ""
-
-
-@functools.cache
-def _short_path(filename: str) -> str:
-    """The last two parts of a file that is the model's own, or ""."""
-    foreign = filename.startswith(_OWN) or filename.startswith("<")
-    return "" if foreign else "/".join(filename.split("/")[-2:])
-
 
 _SAVES_SCALAR = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}
-
-
-_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
-
-
-def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
-    """The fake kernel refuses what the real one takes (fp32); its shapes are these."""
-    if a.dim() == 2 and b.dim() == 3:
-        return a.new_empty(a.shape[0], b.shape[2])
-    if a.dim() == 3 and b.dim() == 2:
-        return a.new_empty(a.shape[1], b.shape[1])
-    if a.dim() == 2 and offsets is not None:
-        return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
-    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])

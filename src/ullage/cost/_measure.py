@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ullage.capture._timeline import OpCost
-from ullage.capture._tracker import Signature, TensorSpec
+from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device
 from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
 from ullage.measure._allocator import MemoryEvent, record_allocations

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from ullage.capture._timeline import OpCost
-from ullage.capture._tracker import Signature, TensorSpec
+from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device
 
 # Ops whose CPU kernels allocate about as much again as they return (layout conversions, partial sums), read off

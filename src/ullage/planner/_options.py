@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ullage.capture import OptionFailed, Session, UnitFacts
-from ullage.capture._tracker import Signature
+from ullage.capture._trace import Signature
 from ullage.mechanisms import KEEP, RECOMPUTE, SELECT_LEVELS, Option
 from ullage.mechanisms._options import ATTENTION, MATMUL, ROUTING
 from ullage.planner._study import Study

@@ -17,7 +17,7 @@ from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
-from ullage.capture._tracker import Signature
+from ullage.capture._trace import Signature
 from ullage.capture._units import UnitFacts, unit_facts
 from ullage.cost import measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings

@@ -1,0 +1,107 @@
+"""How one op runs on fake tensors: from what is known of its signature, by its fake kernel, or from real values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ullage._errors import CaptureError
+from ullage.capture._outputs import KnownOutputs
+from ullage.capture._source import source_line
+from ullage.capture._values import Values
+
+aten = torch.ops.aten
+
+
+class FakeKernels:
+    """Runs ops; values of small tensors are carried along."""
+
+    def __init__(self, fake_mode: FakeTensorMode, values: Values) -> None:
+        self.fake_mode, self.values = fake_mode, values
+        self.known = KnownOutputs(fake_mode)
+
+    def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """The op's outputs, and whether they may have storages that were not seen before."""
+        known = self.known.key(func, key, args)
+        if known is None:
+            return self._run(func, args, kwargs), True
+        hit, out = self.known.make(known, args)
+        if hit:
+            self.values.follow(func, args, kwargs, out)
+            return out, not (out is None or func.is_view or func._schema.is_mutable)
+        out = self._run(func, args, kwargs)
+        self.known.learn(known, func, args, kwargs, out)
+        return out, True
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if (
+            func is aten._local_scalar_dense.default
+            or torch.Tag.dynamic_output_shape in func.tags
+            or func is aten.equal.default
+        ):
+            return self._with_values(func, args, kwargs)
+        if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args)
+        try:
+            out = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return self._with_values(func, args, kwargs)
+        self.values.follow(func, args, kwargs, out)
+        return out
+
+    def _with_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An op whose result depends on values: compute it from the real twins."""
+        given = self.values.reals(args, kwargs)
+        if given is None and func is aten.index.Tensor:
+            index = [None if i is None else self.values.get(i) for i in args[1]]
+            if all(i is None or known is not None for i, known in zip(args[1], index, strict=True)):
+                return args[0].new_empty(_indexed_shape(args[0], index))
+        if given is None:
+            raise CaptureError(
+                f"{source_line()}: {func} needs values that depend on activations (data-dependent control flow or "
+                "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
+                "as several units"
+            )
+        with _disable_current_modes(), torch.no_grad():
+            real = func(*given[0], **given[1])
+        if not isinstance(real, Tensor):
+            return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)
+        return self._to_fake(real)
+
+    def _to_fake(self, real: Tensor) -> Tensor:
+        with _disable_current_modes():
+            fake = self.fake_mode.from_tensor(real)
+        self.values.attach(fake, real)
+        return fake
+
+
+def _indexed_shape(tensor: Tensor, index: Sequence[Tensor | None]) -> torch.Size:
+    """The shape of `tensor[index]`, None standing for a whole dimension."""
+
+    def on_meta(i: Tensor | None) -> Any:
+        if i is None:
+            return slice(None)
+        flat_mask = i.dtype == torch.bool and i.dim() == 1
+        return (i.nonzero(as_tuple=True)[0] if flat_mask else i).to("meta")
+
+    with _disable_current_modes():
+        return torch.empty(tensor.shape, device="meta")[tuple(on_meta(i) for i in index)].shape
+
+
+_GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
+    """The fake kernel refuses what the real one takes (fp32); its shapes are these."""
+    if a.dim() == 2 and b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    if a.dim() == 3 and b.dim() == 2:
+        return a.new_empty(a.shape[1], b.shape[1])
+    if a.dim() == 2 and offsets is not None:
+        return a.new_empty(offsets.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])

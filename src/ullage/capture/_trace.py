@@ -1,0 +1,69 @@
+"""What a capture records: op signatures, ops in order, and the life of every storage."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What an op signature keeps of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A distinct op call: the op, its tensors' specs and its other arguments."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    outputs: tuple[TensorSpec, ...]
+    output_bytes: int
+
+
+@dataclass
+class Storage:
+    """One storage's life, in op indices: alive from `birth` (during that op) to after op `death`."""
+
+    nbytes: int
+    birth: int
+    death: int = sys.maxsize
+    position: int = -1  # among the storages its op allocated; -1: not from an op
+    category: str = ""
+
+
+@dataclass
+class Trace:
+    """One run's ops and storages. Parallel lists, one entry per op."""
+
+    signature: list[int] = field(default_factory=list)
+    phase: list[str] = field(default_factory=list)
+    stack: list[int] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    recomputed: list[bool] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)  # op index at which each step starts
+
+
+def spec_of(value: Any) -> Any:
+    """A hashable description of an op argument."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return TensorSpec(tuple(value.shape), (), value.dtype, str(value.device))
+        return TensorSpec(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
+    if isinstance(value, list | tuple):
+        return tuple(spec_of(v) for v in value)
+    if isinstance(value, torch.Generator):
+        return None
+    return value
