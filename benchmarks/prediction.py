@@ -125,12 +125,14 @@ def as_markdown(facts: dict[str, Any], results: dict[str, list[Row]]) -> str:
         f"{', '.join(PLANS)}; steps 1 and 3. The transient part is the peak minus the bytes the step started with. "
         f"Limits: {PEAK_LIMIT:.0%} of the peak, {TRANSIENT_LIMIT:.0%} of the transient part.",
         "",
-        "| family | worst error of the peak | worst error of the transient part | judged steps | over a limit or failed |",
-        "|---|---|---|---|---|",
+        "| family | largest difference | worst error of the peak | worst error of the transient part | judged steps "
+        "| over a limit or failed |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for family, rows in results.items():
         _, worst, transient, count, bad = summary(family, rows)
-        lines.append(f"| {family} | {worst:.3%} | {transient:.3%} | {count} | {bad} |")
+        most = max((abs(r["predicted_bytes"] - r["measured_bytes"]) for r in rows if "failed" not in r), default=0)
+        lines.append(f"| {family} | {most:,} bytes | {worst:.3%} | {transient:.3%} | {count} | {bad} |")
     return "\n".join(lines) + "\n"
 
 
