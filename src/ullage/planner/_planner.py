@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ullage._bytes import format_bytes, parse_budget
@@ -95,9 +96,11 @@ def _smallest(s: Study) -> StepCapture:
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
     size = _fresh_peak(s, best.assignment)
     phase, module, op = peak_moment(s, max(s.execute_fresh(best.assignment), key=s.peak))
+    kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
+    reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
-        f"bound by {phase} in {module or '(root)'} at {op}",
+        f"bound by {phase} in {module or '(root)'} at {op}{reasons}",
         limit,
         size,
         (phase, module, op),
