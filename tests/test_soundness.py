@@ -204,3 +204,25 @@ def test_tensors_outside_the_model_count() -> None:
     extra = ul.profile(with_teacher, costs="roofline").start_bytes - ul.profile(alone, costs="roofline").start_bytes
     assert extra == 4 * 1000 * (8 + 1)
     assert ul.measure(with_teacher, steps=1).start_bytes - ul.measure(alone, steps=1).start_bytes == extra
+
+
+def test_a_scaler_keeps_the_budget() -> None:
+    model = Stack(Block)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+
+    def step(m: nn.Module, x: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = m(x)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    work = ul.Workload(model, torch.randn(64, 16, 8), step=step)
+    with pytest.raises(ul.BudgetInfeasible) as caught:
+        ul.plan(work, 1)
+    plan = ul.plan(work, caught.value.smallest_bytes)
+    assert ul.measure(work, plan, steps=1).peak_bytes <= caught.value.smallest_bytes
+    assert sum(d.recomputed_ops for d in plan.decisions) > 0
+    ul.verify(work, plan).raise_if_failed()
