@@ -52,8 +52,26 @@ def _plan(work: ul.Workload, *units: str) -> ul.Plan:
 def test_what_differs_without_a_plan_is_named_and_not_blamed() -> None:
     work = ul.Workload(Blocks(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Unsteady()), torch.ones(2, 4))
     check = ul.verify(work, _plan(work, "blocks.0"), steps=1)
-    assert check.ok and check.replays == 1
+    assert not check.differences and check.replays == 1
     assert any("noisy" in d.name for d in check.unstable) and "unstable without any plan" in str(check)
+    assert not check.ok  # noise reaches every gradient, so nothing was compared
+    with pytest.raises(ul.VerifyError, match="nothing is proven"):
+        check.raise_if_failed()
+
+
+def test_what_is_steady_beside_it_is_proven() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.other = Blocks(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), Blocks(Unsteady())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x) + self.other(x)
+
+    work = ul.Workload(Beside(), torch.ones(2, 4))
+    check = ul.verify(work, _plan(work, "blocks.blocks.0"), steps=1)
+    assert check.ok and check.replays == 1 and any("noisy" in d.name for d in check.unstable)
+    assert f"{check.compared - len(check.unstable)} of {check.compared} tensors" in str(check)
     check.raise_if_failed()
 
 

@@ -6,10 +6,14 @@ Each entry names the code that would take another branch. Everything is put back
 from __future__ import annotations
 
 import contextlib
+import functools
+import random
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -88,7 +92,21 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         tracker.adopt(state)  # real bytes that checkpointing keeps per unit
         return state
 
-    def refuse_real_optimizer(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def in_forward(closure: Any) -> Any:
+        """`step(closure)` runs forward and backward inside the optimizer's step."""
+        if not isinstance(closure, types.FunctionType | types.MethodType | functools.partial):
+            return closure
+
+        def run() -> Any:
+            tracker.phase = "forward"
+            try:
+                return closure()
+            finally:
+                tracker.phase = "optimizer"
+
+        return run
+
+    def refuse_real_optimizer(optimizer: Any, args: Any, kwargs: Any) -> Any:
         tracker.phase = "optimizer"
         for group in optimizer.param_groups:
             if any(not isinstance(p, FakeTensor) for p in group["params"]):
@@ -96,6 +114,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
                     "step: an optimizer that is reached in a way that can't be copied would have stepped the real "
                     "parameters; pass it by argument, closure or functools.partial, or use Workload.from_factory"
                 )
+        return tuple(map(in_forward, args)), {k: in_forward(v) for k, v in kwargs.items()}
 
     def optimizer_done(optimizer: Any, args: Any, kwargs: Any) -> None:
         tracker.phase = "forward"
@@ -108,14 +127,18 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         hf = sys.modules.get("transformers.utils.import_utils")
         if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
             stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False))
-        types = getattr(optim, "_foreach_supported_types", None)
-        if types is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
-            stack.enter_context(_patched(optim, "_foreach_supported_types", [*types, FakeTensor]))
+        supported = getattr(optim, "_foreach_supported_types", None)
+        if supported is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
+            stack.enter_context(_patched(optim, "_foreach_supported_types", [*supported, FakeTensor]))
         before = optim.register_optimizer_step_pre_hook(refuse_real_optimizer)
         after = optim.register_optimizer_step_post_hook(optimizer_done)
         stack.callback(before.remove)
         stack.callback(after.remove)
         stack.callback(torch.set_rng_state, rng)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        for seed in (torch.manual_seed, random.seed, np.random.seed):  # draws that steer a step: the same every time
+            seed(0)
         one_hot = torch.nn.functional.one_hot
 
         def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:

@@ -67,6 +67,9 @@ class FakeKernels:
                 "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
                 "as several units"
             )
+        if self.values.are_drawn(given):
+            where = source_line()
+            self.values.assumptions[f"{where}: a random draw steers the step; it was captured for one draw"] = None
         with _disable_current_modes(), torch.no_grad():
             real = func(*given[0], **given[1])
         if not isinstance(real, Tensor):

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules import module as nn_module
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
+from ullage.capture._arguments import contents
 from ullage.capture._environment import unnoticed
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
-from ullage.measure._reach import optimizers_of
-from ullage.mechanisms import UnitSettings, is_recomputing
+from ullage.measure._reach import optimizers_of, reach
+from ullage.mechanisms import UnitSettings, host_rng, host_rng_moved, is_recomputing
 from ullage.workload import Instance, Workload, run_step
 
 
@@ -104,6 +104,7 @@ class Session:
         self.tracker = Tracker(self.fake_mode, self.values, round_bytes)
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
+        self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
         self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
         with self._active(), warnings.catch_warnings():
@@ -129,11 +130,12 @@ class Session:
         tracker, inst = self.tracker, self.inst
         tracker.trace = Trace()
         tracker._alive = {}
-        for p in inst.model.parameters():
+        for name, p in inst.model.named_parameters():
             tracker.adopt(p, "parameter")
+            tracker.resident_names[p.untyped_storage()._cdata] = name
         for name, b in inst.model.named_buffers():
             tracker.adopt(b, "buffer")
-            tracker.buffer_names[b.untyped_storage()._cdata] = name
+            tracker.resident_names[b.untyped_storage()._cdata] = name
         for t in tree_flatten(inst.batch)[0]:
             if isinstance(t, Tensor):
                 tracker.adopt(t, "input")
@@ -141,6 +143,9 @@ class Session:
             for t in tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
                     tracker.adopt(t, "optimizer state")
+        for t in reach(inst).tensors:  # a teacher in the loss's closure, class weights
+            if isinstance(t, FakeTensor) and t.is_leaf:
+                tracker.adopt(t, "other")
         if work.factory is None:
             self.values.seed(inst.batch, work.batch)
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
@@ -184,9 +189,13 @@ class Session:
         try:
             with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                host = host_rng()
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
                     self._one_step(self.inst if update else replace(self.inst, optimizer=None))
+                if host_rng_moved(host, host_rng()):
+                    note = "the step draws from Python's or numpy's generator; if that steers it, it was captured for one draw"
+                    self.values.assumptions[note] = None
         except UllageError:
             raise
         except Exception as error:
@@ -231,13 +240,13 @@ class Session:
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
         tracker, names = self.tracker, self.names
-        open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...]]] = []
+        open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...], list[Any]]] = []
         counts: dict[str, int] = {}
 
         def keys(value: Any) -> frozenset[int]:
             return frozenset(t.untyped_storage()._cdata for t in tree_flatten(value)[0] if isinstance(t, Tensor))
 
-        def before(module: nn.Module, args: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             fqn = names.get(id(module))
             if fqn is None:
                 return
@@ -250,24 +259,28 @@ class Session:
                     )
                 return
             shapes = tuple(tuple(t.shape) for t in tree_flatten(args)[0] if isinstance(t, Tensor))
-            open_calls.append((tracker.clock, torch._C._autograd._get_sequence_nr(), keys(args), shapes))
+            sequence, given = torch._C._autograd._get_sequence_nr(), contents((args, kwargs))
+            open_calls.append((tracker.clock, sequence, keys(args), shapes, given))
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             fqn = names.get(id(module))
             if fqn is None or not tracker.module_stack:
                 return
             tracker.module_stack.pop()
             if torch._C._current_graph_task_id() != -1:
                 return
-            op, sequence, inputs, shapes = open_calls.pop()
+            op, sequence, inputs, shapes, given = open_calls.pop()
+            for (was, kind), (now, _) in zip(given, contents((args, kwargs)), strict=False):
+                if was != now:
+                    self.changed_arguments.setdefault(fqn, kind)
             index = counts[fqn] = counts.get(fqn, -1) + 1
             end = torch._C._autograd._get_sequence_nr()
             self.calls.append(Call(fqn, index, op, tracker.clock, sequence, end, inputs, keys(output), shapes))
 
-        handles = [
-            nn_module.register_module_forward_pre_hook(before),
-            nn_module.register_module_forward_hook(after, always_call=True),
-        ]
+        handles = []
+        for module in self.inst.model.modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         try:
             yield
         finally:

@@ -67,3 +67,12 @@ def spec_of(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return None
     return value
+
+
+def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments an op writes by its schema, `out=` included."""
+    found = []
+    for position, schema in enumerate(func._schema.arguments):
+        if schema.alias_info is not None and schema.alias_info.is_write:
+            found.append(args[position] if position < len(args) else kwargs.get(schema.name))
+    return found

@@ -23,7 +23,7 @@ from ullage._errors import CaptureError
 from ullage.capture._kernels import FakeKernels
 from ullage.capture._outputs import argument_key
 from ullage.capture._source import source_line
-from ullage.capture._trace import Signature, Storage, Trace, spec_of
+from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
 from ullage.mechanisms import recomputing_units
 
@@ -44,8 +44,10 @@ class Tracker(TorchDispatchMode):
         self.phase = "forward"
         self.module_stack: list[str] = []
         self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
-        self.buffer_names: dict[int, str] = {}
-        self.mutated_buffers: dict[str, None] = {}
+        self.resident_names: dict[int, str] = {}  # of buffers and parameters, by storage
+        self.writes: dict[str, set[str]] = {}  # resident tensors that forwards write, and the modules that run then
+        self.changed_outputs: dict[Any, set[str]] = {}  # ops whose outputs are changed in place, and their modules
+        self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[Any, int] = {}
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
@@ -152,8 +154,10 @@ class Tracker(TorchDispatchMode):
                     self.adopt(tensor, empty=True)
             for position, storage in enumerate(trace.storages[before:]):
                 storage.position = position
-        if func._schema.is_mutable or func in _BATCH_NORMS:
-            self._note_mutation(func, args)
+        if kwargs:
+            self._note_generator(kwargs)
+        if (func._schema.is_mutable or func in _BATCH_NORMS) and not in_engine:
+            self._note_mutation(func, args, kwargs)
         index = self._signature_ids.get(key)
         if index is None:
             index = self._signature_ids[key] = len(self.signatures)
@@ -206,17 +210,28 @@ class Tracker(TorchDispatchMode):
         while self._saved_scalars and self._saved_scalars[-1][0] > sequence:
             self._saved_scalars.pop()[1].death = self.clock - 1
 
-    def _note_mutation(self, func: Any, args: Any) -> None:
-        written = [
-            v for s, v in zip(func._schema.arguments, args, strict=False) if s.alias_info and s.alias_info.is_write
-        ]
+    def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What a forward writes: buffers, other resident tensors, outputs that selective replays might keep."""
+        if self.phase != "forward":
+            return
+        written = written_arguments(func, args, kwargs)
         if func in _BATCH_NORMS and len(args) > 5 and args[5]:
             written += [args[3], args[4]]
         for tensor in tree_flatten(written)[0]:
-            if isinstance(tensor, Tensor):
-                name = self.buffer_names.get(tensor.untyped_storage()._cdata)
-                if name is not None and self.phase == "forward":
-                    self.mutated_buffers[name] = None
+            if not isinstance(tensor, Tensor):
+                continue
+            key = tensor.untyped_storage()._cdata
+            name = self.resident_names.get(key)
+            if name is not None and self.module_stack:
+                self.writes.setdefault(name, set()).update(self.module_stack)
+            known = self._alive.get(key)
+            if known is not None and known[1].position >= 0 and 0 <= known[1].birth < self.clock:
+                maker = self.signatures[self.trace.signature[known[1].birth]].func
+                self.changed_outputs.setdefault(maker, set()).update(self.stacks[self.trace.stack[known[1].birth]])
+
+    def _note_generator(self, kwargs: Any) -> None:
+        if kwargs.get("generator") not in (None, torch.default_generator):
+            self.own_generators.update(self.module_stack)
 
 
 _SAVES_SCALAR = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}

@@ -98,6 +98,31 @@ def _interleaved(calls: Sequence[Call], units: Mapping[str, int]) -> set[str]:
     return {f for f, n in runs.items() if n > 1}
 
 
+def _changes(session: Session, fqn: str, in_every_step: set[str]) -> tuple[tuple[str, ...], str]:
+    """The buffers below a unit that its forward changes, and why it can only be kept, or ""."""
+    tracker, below = session.tracker, fqn + "."
+    written = sorted(n for n, modules in tracker.writes.items() if fqn in modules)
+    own_buffers = {below + n for n, _ in session.inst.model.get_submodule(fqn).named_buffers()}
+    other = [n for n in written if n not in own_buffers]
+    attributes = sorted(n for n in session.mutated_modules if n == fqn or n.startswith(below))
+    again = "which a replay would change again"
+    if fqn not in in_every_step:
+        reason = "not every step calls it"
+    elif attributes:
+        reason = f"its forward changes attributes of {attributes[0]}, {again}"
+    elif other:
+        reason = f"its forward writes {other[0]}, which is not a buffer of its own"
+    elif fqn in session.changed_arguments:
+        kind = session.changed_arguments[fqn]
+        cache = "; set model.config.use_cache = False" if "Cache" in kind else ""
+        reason = f"its forward changes the {kind} it is given, {again}{cache}"
+    elif fqn in tracker.own_generators:
+        reason = "it draws from a torch.Generator of its own, which a replay would advance again"
+    else:
+        reason = ""
+    return tuple(n.removeprefix(below) for n in written if n in own_buffers), reason
+
+
 def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] | None) -> list[UnitFacts]:
     """Units in order of first call. `saved`: bytes each module's calls save for backward in one micro-batch."""
     calls = (
@@ -119,13 +144,12 @@ def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] 
     backward = next((i for i, p in enumerate(session.trace.phase) if p == "backward"), session.tracker.clock)
     for fqn in _interleaved([c for c in calls if c.first_op < backward], order) - set(blocks):
         del order[fqn]
+    later = session.trace.marks[-1]
+    in_every_step = [c for c in calls if any(k.fqn == c.fqn and k.first_op >= later for k in session.calls)]
     facts = []
     for fqn in sorted(order, key=order.__getitem__):
         module = session.inst.model.get_submodule(fqn)
-        below = fqn + "."
-        buffers = tuple(sorted(n.removeprefix(below) for n in session.tracker.mutated_buffers if n.startswith(below)))
-        changed = sorted(n for n in session.mutated_modules if n == fqn or n.startswith(below))
-        reason = f"its forward changes attributes of {changed[0]}, which a replay would change again" if changed else ""
+        buffers, reason = _changes(session, fqn, {c.fqn for c in in_every_step})
         facts.append(
             UnitFacts(
                 fqn,

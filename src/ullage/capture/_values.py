@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ullage.capture._trace import written_arguments
+
 aten = torch.ops.aten
 MAX_NUMEL = 1 << 18
 MAX_FLOAT_NUMEL = 1 << 12
@@ -35,6 +37,7 @@ class Values:
     def __init__(self) -> None:
         self._real: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._poisoned: dict[int, weakref.ref[Any]] = {}
+        self._drawn: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
 
     def get(self, fake: Any) -> Tensor | None:
@@ -82,24 +85,29 @@ class Values:
         given = self.reals(args, kwargs) if all(_limit(o) for o in written) else None
         if given is None:
             if mutates:
-                self._poison(func, args)
+                self._poison(func, args, kwargs)
             else:
                 self._assume(func, args, outs)
             return
         with _disable_current_modes(), torch.no_grad():
             given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
             real = func(*given[0], **given_kwargs)
+        drawn = torch.Tag.nondeterministic_seeded in func.tags or self.are_drawn(given)
         for f, r in zip(outs, [o for o in tree_flatten(real)[0] if isinstance(o, Tensor)], strict=True):
             self.attach(f, r)
+            if drawn:
+                self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
 
-    def _poison(self, func: Any, args: Any) -> None:
-        for schema, value in zip(func._schema.arguments, args, strict=False):
-            if schema.alias_info is None or not schema.alias_info.is_write:
-                continue
-            for tensor in tree_flatten(value)[0]:
-                real = self._real.get(tensor) if isinstance(tensor, Tensor) else None
-                if real is not None:
-                    self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
+    def are_drawn(self, reals: Any) -> bool:
+        """Does one of these values come from a random draw?"""
+        storages = [t.untyped_storage() for t in tree_flatten(reals)[0] if isinstance(t, Tensor)]
+        return any((known := self._drawn.get(s._cdata)) is not None and known() is s for s in storages)
+
+    def _poison(self, func: Any, args: Any, kwargs: Any) -> None:
+        for tensor in tree_flatten(written_arguments(func, args, kwargs))[0]:
+            real = self._real.get(tensor) if isinstance(tensor, Tensor) else None
+            if real is not None:
+                self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
 
     def _assume(self, func: Any, args: Any, outs: list[Tensor]) -> None:
         """Balanced routing for index outputs; no infinities and no NaN."""

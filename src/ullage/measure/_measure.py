@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
 from ullage.measure._allocator import record_steps
-from ullage.measure._reach import optimizers_of
+from ullage.measure._reach import optimizers_of, reach
 from ullage.measure._state import leaves_rng, preserved
 from ullage.workload import Instance, Workload, run_step
 
@@ -59,9 +59,10 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
-    """Bytes of parameters, buffers, gradients, batch, optimizer state and `held`: what a step starts with."""
-    tensors = [*inst.model.parameters(), *inst.model.buffers(), *tree_flatten(inst.batch)[0], *held]
-    tensors += [p.grad for p in inst.model.parameters() if p.grad is not None]
+    """Bytes of everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
+    # what a step leaves behind (a feature a hook noted) is freed in the next one, which its record does not show
+    tensors = [*(t for t in reach(inst).tensors if t.is_leaf), *tree_flatten(inst.batch)[0], *held]
+    tensors += [t.grad for t in tensors if isinstance(t, Tensor) and t.is_leaf and t.grad is not None]
     for optimizer in optimizers_of(inst):
         tensors += tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}

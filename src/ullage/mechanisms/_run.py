@@ -95,18 +95,19 @@ def run_unit(
         forward.__class__, replay.inner.__class__ = _ForwardMode, _ReplayMode
         return forward, replay
 
-    before = _host_rng()
+    before = host_rng()
     out = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts, **kwargs)
-    if _draws(before, _host_rng()):
+    if host_rng_moved(before, host_rng()):
         replay.host_rng = before
     return out
 
 
-def _host_rng() -> tuple[Any, Any]:
+def host_rng() -> tuple[Any, Any]:
+    """The state of Python's and numpy's generator."""
     return random.getstate(), np.random.get_state()
 
 
-def _draws(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+def host_rng_moved(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
     """Did Python's or numpy's generator move?"""
     return a[0] != b[0] or a[1][2:] != b[1][2:] or not np.array_equal(a[1][1], b[1][1])
 
@@ -167,7 +168,7 @@ class _Replay:
         for live, entry in self.registered:
             live.update(entry)
         if self.host_rng is not None:
-            self.host_rng_now = _host_rng()
+            self.host_rng_now = host_rng()
             _set_host_rng(self.host_rng)
         recomputing_units().append(self.name)
         self.inner.__enter__()

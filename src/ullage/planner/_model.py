@@ -118,7 +118,8 @@ def build_model(s: Study) -> StepModel:
             seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) * 1.0
             facts[u][n] = OptionFacts(option, held[n][u], own_peak[u, n], seconds)
-    pruned = tuple(tuple(_prune(list(f.values()))) for f in facts)
+    nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
+    pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
     return StepModel(order, pruned, tuple(outside), s.seconds(s.captures["keep"]))
 
 

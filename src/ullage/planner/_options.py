@@ -46,6 +46,11 @@ def _possible(s: Study, unit: UnitFacts) -> list[Option]:
     if any(isinstance(a, float) and a > 0 for o in attention for a in o.args[3:5]):
         s.reasons[unit.fqn, "select"] = "attention with dropout: skipping it would move the generator"
     else:
+        made = s.session.tracker.changed_outputs
+        changed = sorted(str(f) for f in MATMUL | ATTENTION if unit.fqn in made.get(f, ()))
+        if changed:
+            s.reasons[unit.fqn, "select"] = f"an output of {changed[0]} is changed in place, so it can't be kept"
+            return [KEEP, RECOMPUTE]
         levels += ["matmul_attention"] if matmuls else []
         levels += ["half_matmul_attention"] if len(matmuls) > 2 else []
         levels += ["attention"] if attention and matmuls else []

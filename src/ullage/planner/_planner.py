@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ullage._bytes import format_bytes, parse_budget
@@ -64,13 +65,13 @@ def plan(
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
         peak = _fresh_peak(s, assignment)
-        if limit is not None and peak > limit:
+        if limit is not None and peak > limit - s.reserve_bytes:
             raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
-    elif limit is not None and baseline.peak_bytes <= limit:
+    elif limit is not None and baseline.peak_bytes <= limit - s.reserve_bytes:
         assignment = {u.fqn: KEEP for u in s.units}
     else:
         assert limit is not None
-        assignment, added = _optimal(s, limit)
+        assignment, added = _optimal(s, limit - s.reserve_bytes)
         bound += added
     return _finish(s, assignment, limit, policy, baseline, bound, work)
 
@@ -93,11 +94,13 @@ def _smallest(s: Study) -> StepCapture:
 
 
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
-    size = _fresh_peak(s, best.assignment)
+    size = _fresh_peak(s, best.assignment) + s.reserve_bytes
     phase, module, op = peak_moment(s, max(s.execute_fresh(best.assignment), key=s.peak))
+    kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
+    reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
-        f"bound by {phase} in {module or '(root)'} at {op}",
+        f"bound by {phase} in {module or '(root)'} at {op}{reasons}",
         limit,
         size,
         (phase, module, op),
@@ -123,7 +126,7 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
     if chosen is None:
         chosen = _smallest(s)
         if _fresh_peak(s, chosen.assignment) > limit:
-            raise _infeasible(s, limit, chosen)
+            raise _infeasible(s, limit + s.reserve_bytes, chosen)
     everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
     return _relax(s, everything, s.peak(chosen), limit), bound or 0.0
 

@@ -27,6 +27,7 @@ from ullage.workload import Workload
 if TYPE_CHECKING:
     from ullage.planner._model import StepModel
 
+OWN_STEP_BYTES = 64
 Progress = Callable[[str], None]
 
 
@@ -106,6 +107,11 @@ class Study:
         t, trace = self.timeline(self.plain_session), self.plain_session.trace
         ops = [i for s in self.plain_steps for i in range(s.start, s.stop) if trace.phase[i] == "optimizer"]
         return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes of the budget that are left free: a step of one's own may hold scalars unseen (GradScaler: 4 bytes)."""
+        return OWN_STEP_BYTES if self.plain_session.inst.step is not None else 0
 
     @property
     def plain_session(self) -> Session:
