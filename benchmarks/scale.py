@@ -20,17 +20,17 @@ sys.path.insert(0, str(HERE))
 
 from _machine import machine
 
-COMMON = ["--seq", "8192", "--batch", "1", "--dtype", "bf16", "--optimizer", "adamw", "--device", "h200"]
-CASES = [  # (config, budget, limit in seconds); a budget under the plain peak makes the planner work
-    ("llama-3-8b", "130GiB", 20),
-    ("llama-3-8b", "90GiB", 20),
-    ("llama-3-70b", "900GiB", 60),
-    ("llama-3-70b", "600GiB", 60),
+COMMON = ["--seq", "8192", "--dtype", "bf16", "--optimizer", "adamw", "--device", "h200"]
+CASES = [  # (config, batch, budget, limit in seconds); a budget under the plain peak makes the planner work
+    ("llama-3-8b", 1, "130GiB", 20),
+    ("llama-3-8b", 1, "90GiB", 20),
+    ("llama-3-70b", 1, "900GiB", 60),
+    ("llama-3-70b", 2, "700GiB", 60),
 ]
 MEMORY_LIMIT = 2 * 2**30
 
 
-def timed(config: str, budget: str) -> dict[str, Any]:
+def timed(config: str, batch: int, budget: str) -> dict[str, Any]:
     """Run the command as the only child of a fresh process, whose children's largest resident set is its own."""
     command = [
         sys.executable,
@@ -39,6 +39,8 @@ def timed(config: str, budget: str) -> dict[str, Any]:
         "plan",
         f"configs/{config}.json",
         *COMMON,
+        "--batch",
+        str(batch),
         "--budget",
         budget,
         "--json",
@@ -50,6 +52,7 @@ def timed(config: str, budget: str) -> dict[str, Any]:
     actions = [d["action"] for d in plan["decisions"]]
     return {
         "config": config,
+        "batch": batch,
         "budget": budget,
         "seconds": round(seconds, 1),
         "max_resident_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
@@ -61,23 +64,23 @@ def timed(config: str, budget: str) -> dict[str, Any]:
 
 def main() -> int:
     rows, late = [], False
-    for config, budget, limit in CASES:
+    for config, batch, budget, limit in CASES:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(timed, (config, budget))
+            row = pool.apply(timed, (config, batch, budget))
         row["limit_seconds"] = limit
         late |= row["seconds"] > limit or row["max_resident_bytes"] > MEMORY_LIMIT
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     lines = [
-        "| config | budget | plan | plain peak | planned peak | seconds (limit) | real memory |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| config | batch | budget | plan | plain peak | planned peak | seconds (limit) | real memory |",
+        "|---|---:|---|---|---:|---:|---:|---:|",
     ]
     for r in rows:
         plan = ", ".join(f"{n} x {a}" for a, n in r["actions"].items())
         sizes = " | ".join(f"{r[k] / 2**30:.1f} GiB" for k in ("plain_bytes", "predicted_bytes"))
         memory = f"{r['max_resident_bytes'] / 2**20:.0f} MiB"
         lines.append(
-            f"| {r['config']} | {r['budget']} | {plan} | {sizes} | {r['seconds']} ({r['limit_seconds']}) | {memory} |"
+            f"| {r['config']} | {r['batch']} | {r['budget']} | {plan} | {sizes} | {r['seconds']} ({r['limit_seconds']}) | {memory} |"
         )
     results = HERE / "results"
     results.mkdir(exist_ok=True)

@@ -138,20 +138,24 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
     too much, might have refused wrongly is executed.
     """
     model, work = model_of(s), RELAX_WORK
-    rejected: set[tuple[str, str]] = set()
+    # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
+    # a trial that did not fit is not tried
+    rejected: dict[tuple[str, int, float], int] = {}
     while work > 0:
         at = _choice(model, assignment)
         slack = max(model.peak(at) - peak, _overestimate(s)) + SLACK_BYTES
         tries = []
-        for u, fqn in enumerate(model.units):
-            facts = model.options[u]
-            if at[u] == 0 or (fqn, facts[at[u] - 1].option.name) in rejected:
+        for u, facts in enumerate(model.options):
+            if at[u] == 0:
                 continue
-            if model.peak([*at[:u], at[u] - 1, *at[u + 1 :]]) <= limit + slack:
-                tries.append((facts[at[u] - 1].seconds - facts[at[u]].seconds, u, facts[at[u] - 1].option))
+            old, new = facts[at[u]], facts[at[u] - 1]
+            kind = new.option.name, new.held_bytes - old.held_bytes, new.seconds
+            said = model.peak([*at[:u], at[u] - 1, *at[u + 1 :]])
+            if said <= limit + slack and said < rejected.get(kind, said + 1):
+                tries.append((new.seconds - old.seconds, u, new.option, kind, said))
         if not tries:
             break
-        _, u, option = min(tries, key=lambda t: (t[0], t[1]))
+        _, u, option, kind, said = min(tries, key=lambda t: (t[0], t[1]))
         s.progress("trying to relax single units")
         trial = s.execute({**assignment, model.units[u]: option})
         work -= trial.ops.stop - trial.ops.start
@@ -160,7 +164,7 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
             assignment, peak = dict(trial.assignment), s.peak(trial)
             rejected.clear()
         else:
-            rejected.add((model.units[u], option.name))
+            rejected[kind] = said
     return assignment
 
 
