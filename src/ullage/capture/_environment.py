@@ -84,13 +84,36 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unnoticed(tracker: Any) -> Iterator[None]:
-    """Patch what would notice the fake tensors, for the time of a capture; RNG is put back as well."""
+    """Patch what would notice the fake tensors, for the time of a capture; generators are put back as well."""
+    with contextlib.ExitStack() as stack:
+        _fix_generators(stack, tracker)
+        _watch_optimizers(stack, tracker)
+        _choose_kernels(stack, tracker)
+        hf = sys.modules.get("transformers.utils.import_utils")
+        if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
+            stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False))
+        yield
+
+
+def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """Draws that steer a step are the same every time, and the user's generators stay where they are."""
     get_rng_state = torch.get_rng_state
 
     def tracked_rng_state() -> Tensor:
         state: Tensor = get_rng_state()
         tracker.adopt(state)  # real bytes that checkpointing keeps per unit
         return state
+
+    stack.callback(torch.set_rng_state, get_rng_state())
+    stack.callback(random.setstate, random.getstate())
+    stack.callback(np.random.set_state, np.random.get_state())
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(0)
+    stack.enter_context(_patched(torch, "get_rng_state", tracked_rng_state))
+
+
+def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """Ops of an optimizer's step are told apart, and one that would step real parameters is refused."""
 
     def in_forward(closure: Any) -> Any:
         """`step(closure)` runs forward and backward inside the optimizer's step."""
@@ -106,7 +129,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
 
         return run
 
-    def refuse_real_optimizer(optimizer: Any, args: Any, kwargs: Any) -> Any:
+    def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
         tracker.phase = "optimizer"
         for group in optimizer.param_groups:
             if any(not isinstance(p, FakeTensor) for p in group["params"]):
@@ -116,44 +139,31 @@ def unnoticed(tracker: Any) -> Iterator[None]:
                 )
         return tuple(map(in_forward, args)), {k: in_forward(v) for k, v in kwargs.items()}
 
-    def optimizer_done(optimizer: Any, args: Any, kwargs: Any) -> None:
+    def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         tracker.phase = "forward"
 
     import torch.optim.optimizer as optim
 
-    rng = get_rng_state()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_patched(torch, "get_rng_state", tracked_rng_state))
-        hf = sys.modules.get("transformers.utils.import_utils")
-        if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
-            stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False))
-        supported = getattr(optim, "_foreach_supported_types", None)
-        if supported is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
-            stack.enter_context(_patched(optim, "_foreach_supported_types", [*supported, FakeTensor]))
-        before = optim.register_optimizer_step_pre_hook(refuse_real_optimizer)
-        after = optim.register_optimizer_step_post_hook(optimizer_done)
-        stack.callback(before.remove)
-        stack.callback(after.remove)
-        stack.callback(torch.set_rng_state, rng)
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        for seed in (torch.manual_seed, random.seed, np.random.seed):  # draws that steer a step: the same every time
-            seed(0)
-        one_hot = torch.nn.functional.one_hot
+    supported = getattr(optim, "_foreach_supported_types", None)
+    if supported is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
+        stack.enter_context(_patched(optim, "_foreach_supported_types", [*supported, FakeTensor]))
+    stack.callback(optim.register_optimizer_step_pre_hook(before_step).remove)
+    stack.callback(optim.register_optimizer_step_post_hook(after_step).remove)
 
-        def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
-            """C++ asks for the backend, and would compare with a range on Meta."""
-            fits = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
-            return _one_hot(tracker.kernels.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
 
-        stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
-        if torch.backends.mkldnn.is_available():
-            lstm = torch._VF.lstm
+def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """Where C++ asks for the backend, which is Meta for a fake tensor, take the path of real tensors."""
+    one_hot, lstm = torch.nn.functional.one_hot, torch._VF.lstm
 
-            def choose_lstm(*args: Any) -> Any:
-                """C++ asks for the backend, which is Meta for a fake tensor, and would unroll over time."""
-                fits = len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
-                return _mkldnn_lstm(*args) if fits else lstm(*args)
+    def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
+        fits = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
+        return _one_hot(tracker.kernels.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
 
-            stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))
-        yield
+    def choose_lstm(*args: Any) -> Any:
+        """The other path would unroll over time."""
+        fits = len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
+        return _mkldnn_lstm(*args) if fits else lstm(*args)
+
+    stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
+    if torch.backends.mkldnn.is_available():
+        stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -157,25 +158,58 @@ def profile(
     """
     s = study(work, device, costs, units, None, progress)
     find_options(s)
-    first, later = StepCapture(s.plain_session, s.plain_steps[0], {}), s.captures["keep"]
+    first, later = s.plain_capture
     peaks = s.peak(first), s.peak(later)
     worst = first if peaks[0] > peaks[1] else later
-    session = worst.session
-    trace, tracker = session.trace, session.tracker
     at = peak_op(s, worst)
     live = _live(s, at)
-    by_category: dict[str, int] = {}
-    by_module: dict[str, int] = {}
-    for t in live:
-        by_category[t.category] = by_category.get(t.category, 0) + t.nbytes
-        by_module[t.module] = by_module.get(t.module, 0) + t.nbytes
-    line = s.timeline(session)
-    rest = max(peaks) - sum(by_category.values())
-    if rest > 0:
+    by_category = _totals([(t.category, t.nbytes) for t in live])
+    if (rest := max(peaks) - sum(by_category.values())) > 0:
         by_category["inside the op"] = rest
     phase, module, op = peak_moment(s, worst)
+    return Profile(
+        device=s.device.name,
+        estimate=s.device.estimate,
+        costs=s.costs_mode,
+        peak_bytes=max(peaks),
+        first_step_peak_bytes=peaks[0],
+        later_step_peak_bytes=peaks[1],
+        start_bytes=int(s.timeline(s.plain_session).before[later.ops.start]),
+        step_seconds=s.seconds(later),
+        phase=phase,
+        module=module,
+        op=op,
+        source=s.plain_session.trace.source[at],
+        by_category=by_category,
+        by_module=_totals([(t.module, t.nbytes) for t in live]),
+        largest=sorted(live, key=lambda t: -t.nbytes)[:50],
+        units=_unit_profiles(s),
+        timeline=_bytes_over_time(s, later),
+        notes=list(s.plain_session.values.assumptions),
+        op_cost_table=_cost_table(s),
+    )
+
+
+def _totals(rows: list[tuple[str, int]]) -> dict[str, int]:
+    """Bytes per name, the largest first."""
+    totals: Counter[str] = Counter()
+    for name, nbytes in rows:
+        totals[name] += nbytes
+    return dict(totals.most_common())
+
+
+def _bytes_over_time(s: Study, step: StepCapture) -> list[tuple[str, str, str, int]]:
+    trace, stacks, peak = step.session.trace, step.session.tracker.stacks, s.timeline(step.session).peak
+    names = [str(x.func) for x in step.session.signatures]
+    return [
+        (trace.phase[i], (stacks[trace.stack[i]] or ("",))[-1], names[trace.signature[i]], int(peak[i]))
+        for i in range(step.ops.start, step.ops.stop)
+    ]
+
+
+def _unit_profiles(s: Study) -> list[UnitProfile]:
     seconds, model = _unit_seconds(s), model_of(s)
-    rows = [
+    return [
         UnitProfile(
             fqn=u.fqn,
             class_name=u.class_name,
@@ -188,37 +222,6 @@ def profile(
         )
         for u in s.units
     ]
-    ops = range(later.ops.start, later.ops.stop)
-    names = [str(x.func) for x in session.signatures]
-    return Profile(
-        device=s.device.name,
-        estimate=s.device.estimate,
-        costs=s.costs_mode,
-        peak_bytes=max(peaks),
-        first_step_peak_bytes=peaks[0],
-        later_step_peak_bytes=peaks[1],
-        start_bytes=int(line.before[later.ops.start]),
-        step_seconds=s.seconds(later),
-        phase=phase,
-        module=module,
-        op=op,
-        source=trace.source[at],
-        by_category=dict(sorted(by_category.items(), key=lambda kv: -kv[1])),
-        by_module=dict(sorted(by_module.items(), key=lambda kv: -kv[1])),
-        largest=sorted(live, key=lambda t: -t.nbytes)[:50],
-        units=rows,
-        timeline=[
-            (
-                trace.phase[i],
-                (tracker.stacks[trace.stack[i]] or ("",))[-1],
-                names[trace.signature[i]],
-                int(line.peak[i]),
-            )
-            for i in ops
-        ],
-        notes=list(session.values.assumptions),
-        op_cost_table=_cost_table(s),
-    )
 
 
 def _options(model: StepModel, fqn: str) -> list[OptionProfile]:
