@@ -131,7 +131,7 @@ class Own(Block):
         return super().forward(x * torch.bernoulli(torch.full_like(x, 0.5), generator=Own.generator))
 
 
-def _kept(work: ul.Workload, reason: str) -> None:
+def assert_kept(work: ul.Workload, reason: str) -> None:
     plan = ul.plan(work, policy="every_block", costs="roofline")
     blocks = [d for d in plan.decisions if d.unit.startswith("blocks")]
     assert {d.action for d in blocks} == {"keep"} and all(reason in d.reason for d in blocks), blocks
@@ -142,9 +142,9 @@ def test_what_a_replay_would_do_twice_is_kept() -> None:
     model = Stack(lambda: WritesRoot(root))
     model.register_buffer("count", torch.zeros(()))
     root.append(model)
-    _kept(workload(model), "writes count")
-    _kept(workload(Stack(Renorm)), "lin.weight")
-    _kept(workload(Stack(Own)), "torch.Generator")
+    assert_kept(workload(model), "writes count")
+    assert_kept(workload(Stack(Renorm)), "lin.weight")
+    assert_kept(workload(Stack(Own)), "torch.Generator")
 
 
 def test_a_unit_that_changes_its_argument_is_kept() -> None:
@@ -160,7 +160,7 @@ def test_a_unit_that_changes_its_argument_is_kept() -> None:
                 d = b(d)
             return d["h"].square().mean()
 
-    _kept(workload(Passes(Writes)), "changes the dict it is given")
+    assert_kept(workload(Passes(Writes)), "changes the dict it is given")
 
 
 def test_a_key_value_cache_is_named() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._errors import CaptureError
+from ullage.measure._state import preserved_rng
 
 
 def _mkldnn_lstm(
@@ -104,9 +105,7 @@ def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
         tracker.adopt(state)  # real bytes that checkpointing keeps per unit
         return state
 
-    stack.callback(torch.set_rng_state, get_rng_state())
-    stack.callback(random.setstate, random.getstate())
-    stack.callback(np.random.set_state, np.random.get_state())
+    stack.enter_context(preserved_rng())
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(0)
     stack.enter_context(_patched(torch, "get_rng_state", tracked_rng_state))

@@ -137,13 +137,13 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
     too much, might have refused wrongly is executed.
     """
-    model, work = model_of(s), RELAX_WORK
+    model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
     # a trial that did not fit is not tried
     rejected: dict[tuple[str, int, float], int] = {}
     while work > 0:
         at = _choice(model, assignment)
-        slack = max(model.peak(at) - peak, _overestimate(s)) + SLACK_BYTES
+        slack = max(model.peak(at) - peak, seen) + SLACK_BYTES
         tries = []
         for u, facts in enumerate(model.options):
             if at[u] == 0:
