@@ -19,6 +19,7 @@ from ullage._errors import (
     DeviceError,
     PlanError,
     PlanMismatch,
+    ReplayError,
     UllageError,
     UllageWarning,
     VerifyError,
@@ -27,8 +28,8 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
-from ullage.mechanisms import is_recomputing
 from ullage.planner import Decision, Forecast, Plan, Profile, plan, profile
+from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
 
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
-    "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "Report", "UllageError", "UllageWarning",
-    "VerifyError", "Workload", "WorkloadError", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
+    "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "ReplayError", "Report", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
     "verify",
 ]  # fmt: skip

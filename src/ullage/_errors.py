@@ -10,11 +10,14 @@ UllageError
 ├── PlanError            a plan file can't be read
 │   └── PlanMismatch     the plan was made for another model
 ├── ApplyError           the plan can't be applied now
+├── ReplayError          a replay differs from its forward, or can't be made equal to it
 ├── DeviceError          unknown device name
 └── VerifyError          the planned step differs from the plain one
 """
 
 from __future__ import annotations
+
+from torch.utils.checkpoint import CheckpointError
 
 
 class UllageError(Exception):
@@ -67,6 +70,13 @@ class PlanMismatch(PlanError):
 
 class ApplyError(UllageError):
     """The plan can't be applied to the model as it is now."""
+
+
+class ReplayError(UllageError, CheckpointError):
+    """A replay differs from its forward; the message names the unit, the tensor and the line.
+
+    Also a `torch.utils.checkpoint.CheckpointError`, so that code written for torch's checkpoint catches it.
+    """
 
 
 class DeviceError(UllageError):

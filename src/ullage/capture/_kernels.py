@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._errors import CaptureError
+from ullage._source import source_line
 from ullage.capture._outputs import KnownOutputs
-from ullage.capture._source import source_line
 from ullage.capture._values import Values
 
 aten = torch.ops.aten

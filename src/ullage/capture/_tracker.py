@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError
+from ullage._source import source_line
 from ullage.capture._kernels import FakeKernels
 from ullage.capture._outputs import argument_key
-from ullage.capture._source import source_line
 from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
 from ullage.mechanisms import recomputing_units

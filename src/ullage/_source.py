@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def source_line() -> str:

@@ -1,0 +1,126 @@
+"""A call's arguments, held so that a replay can be given the same ones.
+
+Tensors are held detached (a unit may return its own input, and the graph must not hold itself), or, where somebody else's
+saved-tensor hooks are in force (an outer checkpoint, `save_on_cpu`), as saved tensors of theirs: they decide what
+happens to them. Lists, tuples and dicts are copied, so a replay that appends to one appends to the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_AS_IS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
+
+
+def hooks_in_force() -> bool:
+    """Are there saved-tensor hooks around this call?"""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+class _SaveOne(torch.autograd.Function):
+    """Saves one tensor and does nothing, for versions of torch without `_make_saved_tensor`."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, flag: Tensor) -> Tensor:
+        ctx.save_for_backward(t)
+        return flag.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        raise AssertionError("nobody goes backward through it")
+
+
+class Held:
+    """One tensor argument."""
+
+    __slots__ = ("_hooked", "_requires_grad", "_tensor", "version")
+
+    def __init__(self, t: Tensor, hooked: bool) -> None:
+        self._hooked = self._tensor = None
+        self.version = t._version
+        self._requires_grad = t.requires_grad
+        if not hooked:
+            self._tensor = t.detach()
+        elif _make_saved_tensor is not None:
+            self._hooked = _make_saved_tensor(t, False)
+        else:
+            flag = torch.zeros((), requires_grad=True)
+            self._hooked = _SaveOne.apply(t, flag).grad_fn
+
+    def give(self) -> Tensor:
+        """The argument for a replay: a leaf, if the argument needs a gradient."""
+        if self._tensor is not None:
+            t: Tensor = self._tensor.detach()
+            return t.requires_grad_() if self._requires_grad else t
+        hooked: Any = self._hooked
+        return hooked.unpack() if _make_saved_tensor is not None else hooked.saved_tensors[0]  # type: ignore[no-any-return]
+
+    def changed(self) -> bool:
+        """Has it been written to since the call? Hooked ones are checked by autograd or by their hooks."""
+        return self._tensor is not None and self._tensor._version != self.version
+
+
+class _Box:
+    """A list, tuple, dict or named tuple of arguments."""
+
+    __slots__ = ("items", "kind")
+
+    def __init__(self, kind: Any, items: Any) -> None:
+        self.kind, self.items = kind, items
+
+
+def _maker(value: Any) -> Any:
+    return type(value)._make
+
+
+class Inputs:
+    """All arguments of a call.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    __slots__ = ("args", "held", "hooked", "kwargs")
+
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.hooked = hooks_in_force()
+        self.held: list[tuple[str, Held]] = []
+        self.args = [a if isinstance(a, _AS_IS) else self._hold(a, f"argument {i}") for i, a in enumerate(args)]
+        self.kwargs = {k: a if isinstance(a, _AS_IS) else self._hold(a, k) for k, a in kwargs.items()}
+
+    def _hold(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            held = Held(value, self.hooked)
+            self.held.append((name, held))
+            return held
+        if type(value) in (list, tuple):
+            return _Box(type(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
+        if type(value) is dict:
+            return _Box(dict, {k: self._hold(v, f"{name}[{k!r}]") for k, v in value.items()})
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return _Box(_maker(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
+        return value
+
+    def _give(self, value: Any) -> Any:
+        if isinstance(value, Held):
+            return value.give()
+        if not isinstance(value, _Box):
+            return value
+        if value.kind is dict:
+            return {k: self._give(v) for k, v in value.items.items()}
+        return value.kind([self._give(v) for v in value.items])
+
+    def give(self) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments for one replay."""
+        return [self._give(a) for a in self.args], {k: self._give(a) for k, a in self.kwargs.items()}
+
+    def changed(self) -> str:
+        """The name of an argument that was written to since the call, or ""."""
+        return next((name for name, held in self.held if held.changed()), "")

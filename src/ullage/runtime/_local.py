@@ -1,0 +1,41 @@
+"""What each thread is doing: which units it re-runs, and whether our own bookkeeping runs; the hooks of autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.units: list[str] = []
+        self.quiet = False
+
+
+local = _Local()
+
+
+def is_recomputing() -> bool:
+    """True while ullage re-runs a unit's forward during backward."""
+    return bool(local.units)
+
+
+def recomputing_units() -> list[str]:
+    """Names of the units this thread is re-running, outermost first."""
+    return local.units
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Ops inside are ours, not the unit's: the modes that log or skip a unit's ops let them pass."""
+    before, local.quiet = local.quiet, True
+    try:
+        yield
+    finally:
+        local.quiet = before

@@ -1,0 +1,171 @@
+"""The op log of one call of a unit, and what autograd saved in it, in order.
+
+A value is (storage, offset, shape, stride, dtype); a storage is known by a number of its own, from its birth to its death.
+Everything here is shapes and numbers: no tensor is held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from ullage._source import source_line
+from ullage.runtime._local import local
+
+aten = torch.ops.aten
+
+Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
+Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
+
+# ops whose answer goes to Python, so their input has to be there
+READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
+# their outputs' shapes are known only once they have run
+DATA_DEPENDENT = torch.Tag.dynamic_output_shape
+_BATCH_NORMS = {
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+    "miopen_batch_norm",
+}
+
+
+def meta_of(t: Tensor) -> Meta:
+    """What forward notes of a saved tensor, and replay compares."""
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+@dataclass
+class Op:
+    """One op: what it was given, what it made, what it wrote to.
+
+    Attributes:
+        func: the overload.
+        inputs: values of its tensor arguments.
+        outputs: per leaf of its result: (value, meta), or (None, constant) for what is no tensor.
+        spec: the result's structure.
+        returns: per leaf of the result, which tensor argument it is (in-place ops), or -1.
+        writes: storages it writes to.
+        must_run: it draws, is read by Python, or is unknown: it is never skipped.
+        source: the model's own line.
+    """
+
+    func: Any
+    inputs: list[Value]
+    outputs: list[tuple[Value | None, Any]]
+    spec: TreeSpec
+    returns: list[int]
+    writes: set[int]
+    must_run: bool
+    source: str = ""
+
+
+@dataclass
+class Log:
+    """Ops, saved values, which storages came from outside, and why skipping is not safe here ("" if it is)."""
+
+    ops: list[Op] = field(default_factory=list)
+    saved: list[Value] = field(default_factory=list)
+    saved_at: list[int] = field(default_factory=list)  # how many ops had run
+    outside: set[int] = field(default_factory=set)
+    refusal: str = ""
+    dynamic: bool = False
+
+
+class Recorder(TorchDispatchMode):
+    """Writes a `Log`, while a unit's forward runs as always."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._next = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if local.quiet:
+            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            self.log.refusal = f"{func} is a higher-order op"
+            return func(*args, **kwargs)
+        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        inputs = [self.value(t) for t in tensors]
+        out = func(*args, **kwargs)
+        self._note(func, args, kwargs, tensors, inputs, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], inputs: list[Value], out: Any) -> None:
+        given = {i[0] for i in inputs}
+        leaves, spec = tree_flatten(out)
+        outputs: list[tuple[Value | None, Any]] = []
+        returns = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                outputs.append((self.value(leaf, given), meta_of(leaf)))
+                returns.append(next((i for i, t in enumerate(tensors) if t is leaf), -1))
+            else:
+                outputs.append((None, leaf))
+                returns.append(-1)
+        self._refuse_unknown([*tensors, *leaves], func)
+        self.log.dynamic |= DATA_DEPENDENT in func.tags
+        op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), self._must_run(func, args))
+        op.source = source_line()
+        self.log.ops.append(op)
+
+    def _refuse_unknown(self, tensors: list[Any], func: Any) -> None:
+        for t in tensors:
+            if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not isinstance(t, FakeTensor):
+                self.log.refusal = f"{func} has a {type(t).__name__}, a subclass of Tensor"
+            elif isinstance(t, Tensor) and t.layout != torch.strided:
+                self.log.refusal = f"{func} has a tensor that is not strided"
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
+        written = []
+        for i, a in enumerate(func._schema.arguments):
+            if a.alias_info is not None and a.alias_info.is_write:
+                written.append(args[i] if i < len(args) else kwargs.get(a.name))
+        if func._schema.name.removeprefix("aten::") in _BATCH_NORMS and len(args) > 5 and args[5]:
+            written += [args[3], args[4]]
+        return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
+
+    def _must_run(self, func: Any, args: Any) -> bool:
+        if func in READS or func.namespace not in ("aten", "prims", "prim"):
+            return True
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return False
+        dropout = next((i for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"), None)
+        if dropout is None:
+            return True
+        return dropout < len(args) and args[dropout] != 0  # attention without dropout draws nothing
+
+    def value(self, t: Tensor, given: set[int] | None = None) -> Value:
+        """The value a tensor is; `given`: storages of the op that just made it, which it may share."""
+        if t.layout != torch.strided:
+            return (-1, 0, t.shape, (), t.dtype)
+        storage = t.untyped_storage()
+        key = storage._cdata
+        known = self._numbers.get(key)
+        fresh = known is None or known[1].expired() or (given is not None and known[0] not in given)
+        if fresh:
+            known = (self._next, StorageWeakRef(storage))
+            self._numbers[key] = known
+            self._next += 1
+            if given is None:
+                self.log.outside.add(known[0])
+        assert known is not None
+        return (known[0], t.storage_offset(), t.shape, t.stride(), t.dtype)
+
+    def saved(self, t: Tensor) -> None:
+        """Autograd saves this tensor now."""
+        self.log.saved.append(self.value(t))
+        self.log.saved_at.append(len(self.log.ops))
+        self._refuse_unknown([t], "autograd")

@@ -1,0 +1,96 @@
+"""What a call reaches besides its arguments: modules, closures, and the tensors it can read there."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import Tensor, nn
+
+_DEEPEST = 3  # functions in closures of functions
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
+
+
+def roots_of(fn: Callable[..., Any], depth: int = 0) -> list[Any]:
+    """Modules and other objects a callable holds: its `self`, closure, defaults, bound arguments."""
+    if isinstance(fn, nn.Module):
+        return [fn]
+    if isinstance(fn, functools.partial):
+        held = [fn.func, *fn.args, *fn.keywords.values()]
+    elif isinstance(fn, types.MethodType):
+        return [fn.__self__] if not isinstance(fn.__self__, type) else []
+    elif isinstance(fn, types.FunctionType):
+        cells = []
+        for cell in fn.__closure__ or ():
+            try:
+                cells.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        held = [*cells, *(fn.__defaults__ or ())]
+    else:
+        return [fn]
+    found: list[Any] = []
+    for value in held:
+        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            found += roots_of(value, depth + 1) if depth < _DEEPEST else []
+        elif not isinstance(value, _PLAIN):
+            found.append(value)
+    return found
+
+
+def objects_in(args: Iterable[Any]) -> list[Any]:
+    """Arguments that may carry state of their own: modules, caches."""
+    return [a for a in args if not isinstance(a, (Tensor, list, tuple, dict, *_PLAIN)) and hasattr(a, "__dict__")]
+
+
+# Weak references and dicts of tensors: a value of this mapping must not hold its key.
+_Below = tuple[list[dict[str, Any]], list["ReferenceType[nn.Module]"]]
+_below: WeakKeyDictionary[nn.Module, _Below] = WeakKeyDictionary()
+
+
+def _found_below(module: nn.Module) -> _Below:
+    """Of a module and all below it: the dicts of parameters and buffers, and the modules."""
+    known = _below.get(module)
+    if known is None:
+        modules = list(module.modules())
+        tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        known = _below[module] = (tensors, [ref(m) for m in modules])
+    return known
+
+
+def tensors_in(roots: Iterable[Any]) -> list[Tensor]:
+    """Parameters and buffers of modules, and tensors held directly."""
+    found: list[Tensor] = []
+    for root in roots:
+        if isinstance(root, nn.Module):
+            for d in _found_below(root)[0]:
+                found += [t for t in d.values() if t is not None]
+        elif isinstance(root, Tensor):
+            found.append(root)
+    return found
+
+
+def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
+    """What a person would call that tensor."""
+    for root in roots:
+        if isinstance(root, nn.Module):
+            for name, t in [*root.named_parameters(), *root.named_buffers()]:
+                if t is tensor:
+                    return name
+    return f"a tensor of shape {tuple(tensor.shape)} that it closes over"
+
+
+def training_flags(roots: Iterable[Any]) -> tuple[bool, ...]:
+    """`training` of every module reached: state and draws depend on it."""
+    flags: list[bool] = []
+    for root in roots:
+        if isinstance(root, nn.Module):
+            try:
+                flags += [m().training for m in _found_below(root)[1]]  # type: ignore[union-attr]
+            except AttributeError:  # one of them is gone: the structure has changed
+                del _below[root]
+                flags += [m.training for m in root.modules()]
+    return tuple(flags)

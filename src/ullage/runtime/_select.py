@@ -1,0 +1,186 @@
+"""From an op log and a rule to what a selective replay does, op by op.
+
+The rule names ops whose work must not be done again. Kept are the saved tensors that make this so: the op's own outputs
+where autograd saves them, else the nearest saved tensors computed from them. Nothing that autograd does not save is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ullage.runtime._keep import Rule, kind_of
+from ullage.runtime._log import Log, Op, Value
+
+RUN, SKIP = 0, 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a replay does at one op.
+
+    Attributes:
+        func: the op that must come.
+        action: RUN or SKIP.
+        outputs: per leaf of the result, (meta, storage offset) of a tensor, or (constant, 0).
+        handed: per leaf of the result, the index of the kept tensor whose storage it is, or -1.
+        returns: per leaf of the result, which tensor argument it is, or -1.
+        spec: the result's structure.
+        source: the model's own line.
+    """
+
+    func: Any
+    action: int
+    outputs: tuple[tuple[Any, Any], ...] = ()
+    handed: tuple[int, ...] = ()
+    returns: tuple[int, ...] = ()
+    spec: Any = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a unit keeps, and what its replay does.
+
+    Attributes:
+        kept: indices of saved tensors that forward keeps.
+        checked: of these, the ones that are handed out and must be packed again by the replay.
+        steps: per op of the log.
+        skipped: how many ops the replay does not run, up to the last it needs.
+        refusal: why the replay skips nothing, or "".
+    """
+
+    kept: frozenset[int]
+    checked: frozenset[int]
+    steps: tuple[Step, ...]
+    skipped: int
+    refusal: str = ""
+
+
+def select(log: Log, rule: Rule) -> Selection:
+    """Choose what to keep and what to run. `rule(op, n)`: is the n-th call of this op not to be done again?"""
+    if log.refusal:
+        return Selection(frozenset(), frozenset(), (), 0, log.refusal)
+    return _Chooser(log, rule).selection()
+
+
+class _Chooser:
+    def __init__(self, log: Log, rule: Rule) -> None:
+        self.log = log
+        self.dirty = {s for op in log.ops for s in op.writes}
+        self.maker: dict[Value, int] = {}  # value -> the op that first made it
+        self.born: dict[int, int] = {}  # storage -> the op that allocated it
+        self.touching: dict[int, list[int]] = {}
+        for k, op in enumerate(log.ops):
+            given = {v[0] for v in op.inputs}
+            for value, _ in op.outputs:
+                if value is not None:
+                    self.maker.setdefault(value, k)
+                    if value[0] not in given and value[0] not in log.outside:
+                        self.born.setdefault(value[0], k)
+            for s in given | {v[0] for v, _ in op.outputs if v is not None}:
+                self.touching.setdefault(s, []).append(k)
+        self.saved_by: dict[int, list[int]] = {}
+        for i, value in enumerate(log.saved):
+            self.saved_by.setdefault(value[0], []).append(i)
+        self.chosen = self._chosen(rule)
+        self.kept = self._kept()
+
+    def _chosen(self, rule: Rule) -> set[int]:
+        seen: dict[Any, int] = {}
+        chosen = set()
+        for k, op in enumerate(self.log.ops):
+            kind = kind_of(op.func)
+            n = seen[kind] = seen.get(kind, -1) + 1
+            if not op.writes and rule(op.func, n):
+                chosen.add(k)
+        return chosen
+
+    def _can_hand(self, s: int) -> bool:
+        return s in self.saved_by and s in self.born and s not in self.dirty
+
+    def _kept(self) -> frozenset[int]:
+        consumers: dict[int, list[int]] = {}
+        for k, op in enumerate(self.log.ops):
+            for value in op.inputs:
+                consumers.setdefault(value[0], []).append(k)
+        kept: set[int] = set()
+        for k in self.chosen:
+            fresh = {v[0] for v, _ in self.log.ops[k].outputs if v is not None}
+            saved = {s for s in fresh if self._can_hand(s)}
+            todo = list(fresh) if not saved else []
+            seen = set(todo)
+            while todo:  # the nearest saved tensors computed from it
+                for c in consumers.get(todo.pop(), ()):
+                    for value, _ in self.log.ops[c].outputs if c not in self.chosen else ():
+                        if value is not None and value[0] not in seen:
+                            seen.add(value[0])
+                            (saved.add if self._can_hand(value[0]) else todo.append)(value[0])
+            kept |= {i for s in saved for i in self.saved_by[s]}
+        return frozenset(kept)
+
+    def selection(self) -> Selection:
+        log = self.log
+        self.handed = {log.saved[i][0]: i for i in sorted(self.kept, reverse=True)}  # storage -> the first index
+        self.run: set[int] = set()
+        self.used: set[int] = set()
+        self.wanted: list[Value] = [v for i, v in enumerate(log.saved) if i not in self.kept]
+        last, done = -1, set[Value]()
+        while True:
+            ends = [log.saved_at[i] for i in range(len(log.saved)) if i not in self.kept or i in self.used]
+            if max(ends, default=0) <= last:
+                break
+            last = max(ends, default=0)
+            for k, op in enumerate(log.ops[:last]):
+                if self._always_runs(k, op):
+                    self._need_op(k)
+            while self.wanted:
+                value = self.wanted.pop()
+                if value not in done:
+                    done.add(value)
+                    self._need(value)
+        # an op that runs anyway hands nothing out
+        used = frozenset(i for i in self.used if self.born[log.saved[i][0]] not in self.run)
+        steps = tuple(self._step(k, used) for k in range(len(log.ops)))
+        return Selection(self.kept, used, steps, sum(s.action == SKIP for s in steps[:last]))
+
+    def _always_runs(self, k: int, op: Op) -> bool:
+        if op.must_run or any(s in self.log.outside for s in op.writes):
+            return True
+        # where shapes depend on data only what is kept as it was made may stand in for an op
+        return self.log.dynamic and not all(
+            v is not None and v[0] in self.handed and self.log.saved[self.handed[v[0]]] == v for v, _ in op.outputs
+        )
+
+    def _need_op(self, k: int) -> None:
+        if k not in self.run:
+            self.run.add(k)
+            self.wanted.extend(self.log.ops[k].inputs)
+
+    def _need(self, value: Value) -> None:
+        s = value[0]
+        if s in self.dirty:
+            for k in self.touching.get(s, ()):
+                self._need_op(k)
+            return
+        k = self.maker.get(value, -1)
+        if k < 0:
+            return  # from outside
+        if self.born.get(s) == k and s in self.handed:
+            index = self.handed[s]
+            if index not in self.used:
+                self.used.add(index)
+                self.wanted.append(self.log.saved[index])  # the views that lead to where it is packed again
+            return
+        self._need_op(k)
+
+    def _step(self, k: int, used: frozenset[int]) -> Step:
+        op = self.log.ops[k]
+        if k in self.run:
+            return Step(op.func, RUN, source=op.source)
+        handed = []
+        for value, _ in op.outputs:
+            index = self.handed.get(value[0], -1) if value is not None and self.born.get(value[0]) == k else -1
+            handed.append(index if index in used else -1)
+        outputs = tuple((meta, 0 if value is None else value[1]) for value, meta in op.outputs)
+        return Step(op.func, SKIP, outputs, tuple(handed), tuple(op.returns), op.spec, op.source)

@@ -1,0 +1,128 @@
+"""What is remembered between the calls of one unit: facts about its state, and the logs that replays skip by."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ullage._errors import UllageWarning
+from ullage.runtime._log import Meta
+from ullage.runtime._select import Selection
+from ullage.runtime._state import Changes
+
+MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
+MOST_STALE = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the first call of a unit showed.
+
+    Attributes:
+        changes: state it changes.
+        host_rng: it draws from Python's or numpy's generator.
+        must_keep: why it can't be run again, so that everything is kept, or "".
+    """
+
+    changes: Changes = field(default_factory=Changes)
+    host_rng: bool = False
+    must_keep: str = ""
+
+
+@dataclass
+class Known:
+    """A selection for one input signature, and whether one replay has proven it bit for bit."""
+
+    selection: Selection
+    notes: list[Meta]
+    trusted: bool = False
+
+
+@dataclass
+class Shared:
+    """What units of one structure share: selections by input signature, and how often each went stale."""
+
+    known: OrderedDict[Hashable, Known] = field(default_factory=OrderedDict)
+    stale: dict[Hashable, int] = field(default_factory=dict)
+    proven: bool = False  # one full replay of this structure gave back what its forward had saved
+
+    def look_up(self, signature: Hashable) -> Known | None:
+        """What is known for a signature."""
+        found = self.known.get(signature)
+        if found is not None:
+            self.known.move_to_end(signature)
+        return found
+
+    def learn(self, signature: Hashable, selection: Selection, notes: list[Meta]) -> Known:
+        """Remember a selection; it is not trusted yet."""
+        if self.stale.get(signature, 0) >= MOST_STALE:
+            selection = refused("what it saves changes from call to call")
+        known = self.known[signature] = Known(selection, notes)
+        while len(self.known) > MOST_SIGNATURES:
+            old, _ = self.known.popitem(last=False)
+            self.stale.pop(old, None)
+        return known
+
+    def forget(self, signature: Hashable) -> None:
+        """It went stale: the next call with it makes a new log."""
+        self.stale[signature] = self.stale.get(signature, 0) + 1
+        self.known.pop(signature, None)
+
+
+@dataclass
+class Site:
+    """One unit: its name, what is known of it, and what happened.
+
+    Attributes:
+        name: what messages call it.
+        shared: what it shares with units of its structure.
+        values: paths' owners' names of buffers that are known to change (from a plan).
+        facts: by the `training` flags below it.
+        replays: how often it was re-run.
+        skipped: ops that selective replays did not run, in all.
+        stale: how often a log was not of what ran.
+        notes: what a user should know, each once.
+    """
+
+    name: str
+    shared: Shared = field(default_factory=Shared)
+    buffers: tuple[str, ...] = ()
+    facts: dict[tuple[bool, ...], Facts] = field(default_factory=dict)
+    replays: int = 0
+    skipped: int = 0
+    stale: int = 0
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def say(self, note: str, warn: bool = True) -> None:
+        """Note something; the first time as a warning too."""
+        if note not in self.notes:
+            self.notes[note] = None
+            if warn:
+                warnings.warn(f"{self.name}: {note}", UllageWarning, stacklevel=2)
+
+
+def refused(reason: str) -> Selection:
+    """Nothing is kept and nothing skipped."""
+    return Selection(frozenset(), frozenset(), (), 0, reason)
+
+
+def signature_of(args: Any, kwargs: Any, flags: Hashable, training: Hashable) -> Hashable:
+    """What a log depends on: shapes, strides, dtypes and types of the arguments, flags around the call."""
+    parts: list[Any] = [flags, training]
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if hasattr(a, "untyped_storage"):
+            parts.append((type(a), a.shape, a.stride(), a.dtype, a.device, a.requires_grad))
+        elif a is None or isinstance(a, bool | int | float | str):
+            parts.append(a)
+        elif isinstance(a, list | tuple):
+            parts.append((type(a), signature_of(a, {}, None, None)))
+        elif isinstance(a, dict):
+            parts.append((type(a), tuple(map(str, a)), signature_of(tuple(a.values()), {}, None, None)))
+        else:
+            parts.append(type(a))
+    if kwargs:
+        parts.append(tuple(kwargs))
+    return tuple(parts)

@@ -1,0 +1,86 @@
+"""The dispatch mode of a selective replay: hand out what is kept, run what is needed, make up the rest."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ullage._source import source_line
+from ullage.runtime._local import local
+from ullage.runtime._select import RUN, Selection, Step
+
+_TO_COPY = torch.ops.aten._to_copy.default
+_make = Tensor._make_wrapper_subclass
+
+
+class Stale(BaseException):
+    """The log is not of what runs now. Not an `Exception`: the unit's own handlers must not catch it."""
+
+
+class Placeholder(Tensor):
+    """What nothing needs: a shape without memory. Whoever reads it proves the log wrong."""
+
+    @staticmethod
+    def __new__(cls, meta: Any, offset: int) -> Placeholder:
+        shape, stride, dtype, device = meta
+        return _make(cls, shape, strides=stride, storage_offset=offset, dtype=dtype, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
+        raise Stale(f"{func} at {source_line() or 'unknown line'} needs what the log says nobody needs")
+
+    def data_ptr(self) -> NoReturn:
+        """No kernel gets at its memory: there is none."""
+        raise Stale(f"data_ptr() at {source_line() or 'unknown line'} of what the log says nobody needs")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<ullage placeholder {tuple(self.shape)}>"
+
+
+class SkipMode(TorchDispatchMode):
+    """See the module's docstring.
+
+    Args:
+        selection: what to do op by op.
+        kept: forward's kept tensors by index.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, selection: Selection, kept: dict[int, Any]) -> None:
+        super().__init__()
+        self.steps, self.kept, self.at = selection.steps, kept, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if local.quiet:
+            return func(*args, **(kwargs or {}))
+        at = self.at
+        step = self.steps[at] if at < len(self.steps) else None
+        if step is None or func is not step.func:
+            if func is _TO_COPY:  # autocast had this cast in its cache in forward
+                return func(*args, **(kwargs or {}))
+            raise Stale(f"{func} at {source_line()} where the log has {step.func if step else 'its end'}")
+        self.at = at + 1
+        if step.action == RUN:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self._made_up(step, args, kwargs)
+
+    def _made_up(self, step: Step, args: Any, kwargs: Any) -> Any:
+        leaves = []
+        for (meta, offset), index, same_as in zip(step.outputs, step.handed, step.returns, strict=True):
+            if same_as >= 0:
+                leaves.append([a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)][same_as])
+            elif index >= 0:
+                kept = self.kept[index][0]
+                shape, stride = meta[0], meta[1]
+                same = kept.shape == shape and kept.stride() == stride and kept.storage_offset() == offset
+                leaves.append(kept.detach() if same else kept.as_strided(shape, stride, offset))
+            elif type(meta) is tuple:
+                leaves.append(Placeholder(meta, offset))
+            else:
+                leaves.append(meta)
+        return leaves[0] if step.spec.is_leaf() else tree_unflatten(leaves, step.spec)
