@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-_SDP = ("flash", "mem_efficient", "math", "cudnn")
-_sdp_enabled = [(getattr(torch._C, f"_get_{n}_sdp_enabled"), f"_set_sdp_use_{n}") for n in _SDP]
-_host_tensor = torch.device("cpu")
+_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+_kernels_enabled = tuple(getattr(torch._C, f"_get_{n}_sdp_enabled") for n in _KERNELS)
+_deterministic = torch._C._get_deterministic_algorithms, torch._C._get_deterministic_algorithms_warn_only
 
 
 def _accelerator() -> str | None:
@@ -27,7 +27,6 @@ def _accelerator() -> str | None:
 
 
 _ACCELERATOR = _accelerator()
-AUTOCAST_TYPES = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR)
 
 Flags = tuple[Any, ...]
 
@@ -38,12 +37,18 @@ def read_flags() -> Flags:
     if torch._C._len_torch_function_stack():
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
         device = modes[-1].device if modes else None
+    flash, efficient, math, cudnn = _kernels_enabled
+    is_deterministic, warn_only = _deterministic
     return (
-        *[(torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in AUTOCAST_TYPES],
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        _ACCELERATOR is not None and torch.is_autocast_enabled(_ACCELERATOR),
+        _ACCELERATOR is not None and torch.get_autocast_dtype(_ACCELERATOR),
         torch.is_autocast_cache_enabled(),
-        (torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()),
+        is_deterministic(),
+        warn_only(),
         torch.get_default_dtype(),
-        tuple(get() for get, _ in _sdp_enabled),
+        (flash(), efficient(), math(), cudnn()),
         device,
     )
 
@@ -51,23 +56,24 @@ def read_flags() -> Flags:
 @contextlib.contextmanager
 def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
     """Set the flags that differ, and put them back."""
-    n = len(AUTOCAST_TYPES)
+    cache, deterministic, warn_only, dtype, kernels, device = wanted[4:]
     with contextlib.ExitStack() as stack:
-        cache, deterministic, dtype, kernels, device = wanted[n:]
-        for kind, (enabled, low) in zip(AUTOCAST_TYPES, wanted[:n], strict=True):
-            if wanted[:n] != now[:n] or cache != now[n]:
-                # the one context that also drops its cache of casts at the end
-                stack.enter_context(torch.autocast(kind, low, enabled=enabled, cache_enabled=cache))
-        if deterministic != now[n + 1]:
-            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-            stack.callback(torch.use_deterministic_algorithms, now[n + 1][0], warn_only=now[n + 1][1])
-        if dtype != now[n + 2]:
+        if wanted[:5] != now[:5]:
+            # the one context that also drops its cache of casts at the end
+            stack.enter_context(torch.autocast("cpu", wanted[1], enabled=wanted[0], cache_enabled=cache))
+            if _ACCELERATOR is not None:
+                stack.enter_context(torch.autocast(_ACCELERATOR, wanted[3], enabled=wanted[2], cache_enabled=cache))
+        if wanted[5:7] != now[5:7]:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            stack.callback(torch.use_deterministic_algorithms, now[5], warn_only=now[6])
+        if dtype != now[7]:
             torch.set_default_dtype(dtype)
-            stack.callback(torch.set_default_dtype, now[n + 2])
-        for (_, setter), want, have in zip(_sdp_enabled, kernels, now[n + 3], strict=True):
+            stack.callback(torch.set_default_dtype, now[7])
+        for name, want, have in zip(_KERNELS, kernels, now[8], strict=True):
             if want != have:
-                getattr(torch._C, setter)(want)
-                stack.callback(getattr(torch._C, setter), have)
+                setter = getattr(torch._C, f"_set_sdp_use_{name}")
+                setter(want)
+                stack.callback(setter, have)
         if device is not None:
             stack.enter_context(device)
         yield
@@ -78,26 +84,22 @@ def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
 Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # get, set
 
 
-def _set_cpu(state: Tensor) -> None:
-    torch.set_rng_state(state)
-
-
 def _get_cpu() -> Tensor:
     return torch.get_rng_state()  # looked up at each call: a capture counts these bytes
 
 
-_CPU: Source = (_get_cpu, _set_cpu)
+_CPU: tuple[Source, ...] = ((_get_cpu, torch.set_rng_state),)
 
 
-def device_sources(tensors: list[Tensor]) -> list[Source]:
-    """The CPU's default generator, and those of the accelerators that hold the tensors or are current."""
-    sources = [_CPU]
-    if _ACCELERATOR is not None:
-        module = torch.get_device_module(_ACCELERATOR)
-        if getattr(module, "_initialized", True):
-            indices = {t.get_device() for t in tensors if t.device.type == _ACCELERATOR} or {module.current_device()}
-            sources += [_accelerator_source(module, i) for i in sorted(indices)]
-    return sources
+def sources_for(args: Sequence[Any]) -> Sequence[Source]:
+    """The CPU's default generator, and those of the accelerators that hold the tensors among `args` or are current."""
+    if _ACCELERATOR is None:
+        return _CPU
+    module = torch.get_device_module(_ACCELERATOR)
+    if not getattr(module, "_initialized", True):
+        return _CPU
+    indices = {t.get_device() for t in args if isinstance(t, Tensor) and t.device.type == _ACCELERATOR}
+    return [*_CPU, *(_accelerator_source(module, i) for i in sorted(indices or {module.current_device()}))]
 
 
 def _accelerator_source(module: Any, index: int) -> Source:
@@ -105,11 +107,6 @@ def _accelerator_source(module: Any, index: int) -> Source:
     if generators:
         return generators[index].get_state, generators[index].set_state
     return (lambda: module.get_rng_state(index)), (lambda state: module.set_rng_state(state, index))
-
-
-def generator_source(generator: torch.Generator) -> Source:
-    """A generator of the user's own."""
-    return generator.get_state, generator.set_state
 
 
 def _get_host() -> tuple[Any, Any]:

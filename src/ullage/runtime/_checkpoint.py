@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +23,7 @@ _CHECKS = ("default", "none", "values")
 _peek = torch._C._functorch.peek_interpreter_stack
 
 # What is remembered between calls: by module and function, or by a plain function's code.
-_sites: WeakKeyDictionary[Any, dict[str, Site]] = WeakKeyDictionary()
+_sites: WeakKeyDictionary[Any, dict[Hashable, Site]] = WeakKeyDictionary()
 
 
 def checkpoint(
@@ -99,7 +99,7 @@ def checkpoint(
     if torchs._checkpoint_debug_enabled is not None:
         debug = torchs._checkpoint_debug_enabled
     options = Options(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
-    return run(_site_of(function, options), options, function, args, kwargs)
+    return run(_site_of(function, keep, context_fn is None), options, function, args, kwargs)
 
 
 def run(
@@ -115,7 +115,7 @@ def run(
         return torchs.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=options.preserve_rng_state, **kwargs
         )
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise ReplayError(
             f"{site.name}: a CUDA graph is being captured; a replay's checks and generators are not part of a graph. "
             "Capture the plain module, or use torch.utils.checkpoint there"
@@ -148,16 +148,16 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return checkpoint(lambda: function(), **options)
 
 
-def _site_of(function: Callable[..., Any], options: Options) -> Site:
+def _site_of(function: Callable[..., Any], keep: Any, plain: bool) -> Site:
     owner, name = _owner(function)
+    key = (name, keep if keep is None or isinstance(keep, Hashable) else frozenset(keep), plain)
     try:
         sites = _sites.get(owner)
         if sites is None:
             sites = _sites[owner] = {}
+        site = sites.get(key)
     except TypeError:  # not hashable, or has no weak references
         return Site(name)
-    key = f"{name}|{options.rule and getattr(options.rule, 'name', id(options.rule))}|{options.context_fn is not None}"
-    site = sites.get(key)
     if site is None:
         site = sites[key] = Site(name)
     return site

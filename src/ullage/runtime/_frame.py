@@ -1,18 +1,21 @@
 """One call of a unit: what its forward leaves behind, and how backward asks for it.
 
 A frame lives as long as autograd holds one of the unit's saved tensors. What autograd packs is an index; `unpack` gives the
-tensor back from what was kept, from what this backward has rebuilt, or after a replay.
+tensor back from what was kept, from what was rebuilt, or after a replay. The pack hooks are closures over plain lists and dicts:
+they run once per saved tensor, which makes them the hottest code there is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
@@ -21,15 +24,17 @@ from ullage.runtime._digest import digest
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
-from ullage.runtime._log import Meta, Recorder
+from ullage.runtime._log import Meta
 from ullage.runtime._reach import name_in, objects_in, roots_of, tensors_in, training_flags
 from ullage.runtime._replay import rebuild
-from ullage.runtime._select import select
-from ullage.runtime._site import Facts, Known, Site, refused, signature_of
-from ullage.runtime._state import State, Survey, Unreachable, describe
+from ullage.runtime._site import Facts, Known, Site, signature_of
+from ullage.runtime._state import State, Unreachable, describe
 
 _graph_task = torch._C._current_graph_task_id
 _group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
+_at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
+
+Pack = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -58,30 +63,8 @@ class Frame:
     """
 
     __slots__ = (
-        "complete",
-        "contexts",
-        "count",
-        "digests",
-        "entry",
-        "flags",
-        "fn",
-        "inputs",
-        "keep",
-        "kept",
-        "known",
-        "learning",
-        "notes",
-        "on_replay",
-        "ops",
-        "options",
-        "reads",
-        "rebuilt",
-        "recorder",
-        "rng",
-        "roots",
-        "signature",
-        "site",
-        "stale",
+        "__weakref__", "complete", "contexts", "digests", "entry", "flags", "fn", "inputs", "kept", "known", "learning", "notes", "on_replay",
+        "ops", "options", "reads", "rebuilt", "rng", "roots", "signature", "site", "stale",
     )  # fmt: skip
 
     def __init__(
@@ -96,65 +79,85 @@ class Frame:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.notes: list[Meta] = []
         self.kept: dict[int, tuple[Tensor, int]] = {}
-        self.rebuilt: dict[Any, dict[int, Tensor]] = {}
-        self.count = 0
-        self.complete = self.stale = False
+        self.rebuilt: dict[int, Tensor] = {}
+        self.complete = self.stale = self.learning = False
         self.digests: dict[int, bytes | None] | None = {} if options.determinism_check == "values" else None
         self.known: Known | None = None
-        self.keep: frozenset[int] = frozenset()
         self.entry: State | None = None
-        self.recorder: Recorder | None = None
         self.contexts: tuple[Any, Any] | None = None
         self.ops: list[str] | None = [] if options.debug else None
-        self.flags = ambient.read_flags()
-        self.roots = roots_of(fn) + objects_in((*args, *kwargs.values()))
         self.signature: Hashable = None
-        self.learning = False
-        local.quiet, before = True, local.quiet
+        self.flags = ambient.read_flags()
+        self.roots = roots_of(fn) + objects_in(args, kwargs)
+        before, local.quiet = local.quiet, True
         try:
             self.inputs = Inputs(args, kwargs)
         finally:
             local.quiet = before
-        sources = (
-            ambient.device_sources([a for a in args if isinstance(a, Tensor)]) if options.preserve_rng_state else []
-        )
-        self.rng = [(source, source[0]()) for source in sources]
+        self.rng = [(s, s[0]()) for s in ambient.sources_for(args)] if options.preserve_rng_state else []
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
+        from ullage.runtime._learn import learn  # which runs frames
+
+        options = self.options
         training = training_flags(self.roots)
         facts = self.site.facts.get(training)
-        if self.options.rule is not None and self.options.context_fn is None:
+        selective = options.rule is not None and options.context_fn is None
+        if selective:
             self.signature = signature_of(args, kwargs, self.flags, training)
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
             if facts.must_keep:
                 return self.fn(*args, **kwargs)
-            try:
-                facts = self._note_entry(facts)
-            except Unreachable:
+            if not self._note_entry(facts):
                 facts = None
-        unknown = self.options.rule is not None and self.options.context_fn is None and self.known is None
-        if facts is None or unknown:
-            return self._learn(args, kwargs, training, facts, unknown)
-        if self.known is not None:
-            self.keep = self.known.selection.kept
-        out = self._run(args, kwargs, self._pack)
-        self._finish()
+        if facts is None or (selective and self.known is None):
+            return learn(self, args, kwargs, training, facts)
+        out = self.run(args, kwargs, self.packer(self.known.selection.kept if self.known is not None else ()))
+        self.finish()
         return out
 
-    def _note_entry(self, facts: Facts) -> Facts:
+    def _note_entry(self, facts: Facts) -> bool:
+        """Copy the state that the forward will change; False if it is not where it was."""
         changes = facts.changes
         if changes.containers or changes.values or changes.generators:
-            with quiet():
-                self.entry = State.read(self.roots, changes)
+            try:
+                with quiet():
+                    self.entry = State.read(self.roots, changes)
+            except Unreachable:
+                return False
         if facts.host_rng or self.options.host_rng:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
-        return facts
+        return True
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Callable[[Tensor], int]) -> Any:
+    def packer(self, keep: Any) -> Pack:
+        """The pack hook of a forward: note each saved tensor, keep those in `keep`, digest the others if asked to."""
+        notes, kept, digests = self.notes, self.kept, self.digests
+        note = notes.append
+
+        def pack(x: Tensor) -> int:
+            note((x.shape, x.stride(), x.dtype, x.device))
+            return len(notes) - 1
+
+        def pack_some(x: Tensor) -> int:
+            i = len(notes)
+            note((x.shape, x.stride(), x.dtype, x.device))
+            if i in keep:
+                before, local.quiet = local.quiet, True
+                kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
+                local.quiet = before
+            elif digests is not None:
+                with quiet():
+                    digests[i] = digest(x)
+            return i
+
+        return pack_some if keep or digests is not None else pack
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Pack) -> Any:
+        """Call the unit under a pack hook."""
         if self.options.context_fn is not None:
             self.contexts = self.options.context_fn()
         push_hooks(pack, self.unpack)
@@ -170,115 +173,35 @@ class Frame:
         finally:
             pop_hooks()
 
-    def _finish(self) -> None:
-        """After a forward that went well."""
+    def finish(self) -> None:
+        """After a forward that went well: generators nobody drew from go, versions of what it read are noted."""
         self.complete = True
-        if self.count == 0:
+        notes = self.notes
+        if not notes:
             return
         known = self.known
         if known is not None and not known.selection.refusal:
-            if self.notes == known.notes:
+            if notes == known.notes:
                 self.notes = known.notes
             else:
                 self.stale = True
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
-        written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
-        self.reads = [(id(t), t._version) for t in tensors_in(self.roots) if id(t) not in written]
+        self.reads = self._versions()
 
-    def _pack(self, x: Tensor) -> int:
-        i = self.count
-        self.count = i + 1
-        self.notes.append((x.shape, x.stride(), x.dtype, x.device))
-        if i in self.keep:
-            local.quiet, before = True, local.quiet
-            self.kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
-            local.quiet = before
-        elif self.digests is not None:
-            with quiet():
-                self.digests[i] = digest(x)
-        return i
-
-    # --- the first call ----------------------------------------------------------------------------------------------
-
-    def _learn(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: tuple[bool, ...], facts: Facts | None, log: bool
-    ) -> Any:
-        """Run the forward, see what it does, and only then let go of what is not to be kept.
-
-        It holds no more than the unit's own backward will: everything that the unit saves.
-        """
-        self.learning = True
-        with quiet():
-            survey = Survey(self.roots) if facts is None else None
-        host = ambient.HOST[0]() if facts is None else None
-        self.recorder = recorder = Recorder() if log else None
-        try:
-            with recorder if recorder is not None else contextlib.nullcontext():
-                out = self._run(args, kwargs, self._pack_all)
-        finally:
-            self.recorder = None
-        if survey is not None:
-            facts = self._learn_facts(survey, host)
-            self.site.facts[training] = facts
-        assert facts is not None
-        if facts.must_keep:
-            self.complete = True
-            self.site.say(f"{facts.must_keep}; its activations are kept")
-            return out
-        keep: frozenset[int] = frozenset()
-        if recorder is not None:
-            selection = self._selection(recorder)
-            keep = selection.kept
-            self.known = self.site.shared.learn(self.signature, selection, self.notes)
-            if self.known.selection.refusal:
-                self.site.say(f"full replay: {self.known.selection.refusal}", warn=False)
-        prove = not self.site.shared.proven or recorder is not None
-        with quiet():
-            dropped = [i for i in self.kept if i not in keep]
-            if prove and self.digests is None:
-                intact = [i for i in dropped if self.kept[i][0]._version == self.kept[i][1]]
-                self.digests = {i: digest(self.kept[i][0]) for i in intact}
-        for i in dropped:
-            del self.kept[i]
-        self._finish()
-        return out
-
-    def _selection(self, recorder: Recorder) -> Any:
-        rule = self.options.rule
-        assert rule is not None
-        if compiled(self.roots):
-            return refused("it is compiled, so what it saves is torch.compile's choice")
-        return select(recorder.log, rule)
-
-    def _learn_facts(self, survey: Survey, host: Any) -> Facts:
-        with quiet():
-            changes, self.entry = survey.changes()
-        moved = ambient.host_rng_moved(host, ambient.HOST[0]())
-        if moved or self.options.host_rng:
-            self.rng.append((ambient.HOST, host))
-        argument = self.inputs.changed()
-        must_keep = ""
-        if changes.parameters:
-            must_keep = f"its forward writes parameter {changes.parameters[0]}, which a replay would write again"
-        elif argument:
-            must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
-        if not (changes.containers or changes.values or changes.generators):
-            self.entry = None
-        return Facts(changes, moved, must_keep)
-
-    def _pack_all(self, x: Tensor) -> int:
-        i = self._pack(x)
-        if i not in self.kept:
-            with quiet():
-                self.kept[i] = (x.detach(), x._version)
-        if self.recorder is not None:
-            self.recorder.saved(x)
-        return i
+    def _versions(self) -> tuple[list[int], list[int]]:
+        tensors = tensors_in(self.roots)
+        if self.entry is not None:
+            written = {id(o) for o, _ in self.entry.values}
+            tensors = [t for t in tensors if id(t) not in written]
+        return list(map(id, tensors)), [t._version for t in tensors]
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def unpack(self, i: int) -> Tensor:
         """The i-th saved tensor. ReplayError if it can't be what the forward saved."""
+        found = self.rebuilt.pop(i, None)
+        if found is not None:
+            return found
         kept = self.kept.get(i)
         if kept is not None:
             tensor, version = kept
@@ -288,41 +211,32 @@ class Frame:
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
             return tensor
-        task = _group() or _graph_task()
-        store = self.rebuilt.get(task)
-        if store is not None:
-            found = store.pop(i, None)
-            if found is not None:
-                return found
         store = rebuild(self)
         found = store.pop(i)
-        if task != -1 and store:
-            self.rebuilt[task] = store
+        if store and _graph_task() != -1:
+            self.rebuilt = store
             if _group() is None:
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._let_go(task))
+                # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
+                _at_end_of_backward(functools.partial(_let_go, ref(self)))
         return found
-
-    def _let_go(self, task: Any) -> None:
-        """A backward is over: what it rebuilt and did not use goes."""
-        self.rebuilt.pop(task, None)
 
     def check_reads(self) -> None:
         """Raise if something the replay reads is not what the forward read."""
-        argument = self.inputs.changed()
-        what = argument
-        if not what and self.complete:
-            written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
-            tensors = [t for t in tensors_in(self.roots) if id(t) not in written]
-            if len(tensors) != len(self.reads):
-                what = "the set of its parameters"
-            for t, (identity, version) in zip(tensors, self.reads, strict=False):
-                if not what and (id(t) != identity or t._version != version):
-                    what = name_in(self.roots, t)
+        what = self.inputs.changed()
+        if not what and self.complete and self._versions() != self.reads:
+            what = self._changed_tensor()
         if what:
             raise ReplayError(
                 f"{self.site.name}: {what} was changed between forward and backward, so the replay would give other values; "
                 "change it after backward, or leave this unit out of checkpointing"
             )
+
+    def _changed_tensor(self) -> str:
+        was = dict(zip(*self.reads, strict=True))
+        for t in tensors_in(self.roots):
+            if was.get(id(t), t._version if self.entry is not None else -1) != t._version:
+                return name_in(self.roots, t)
+        return "the set of its parameters"
 
     def state_names(self) -> str:
         """What the unit's forward changes, for messages."""
@@ -330,9 +244,8 @@ class Frame:
         return ", ".join(dict.fromkeys(map(describe, paths)))
 
 
-def compiled(roots: list[Any]) -> bool:
-    """Is one of these modules, or one below it, compiled?"""
-    modules = [m for r in roots if isinstance(r, nn.Module) for m in r.modules()]
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_torchdynamo_orig_callable") for m in modules
-    )
+def _let_go(frame: ReferenceType[Frame]) -> None:
+    """A backward is over: what it rebuilt and did not use goes."""
+    alive = frame()
+    if alive is not None:
+        alive.rebuilt = {}

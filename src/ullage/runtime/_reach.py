@@ -41,9 +41,13 @@ def roots_of(fn: Callable[..., Any], depth: int = 0) -> list[Any]:
     return found
 
 
-def objects_in(args: Iterable[Any]) -> list[Any]:
+_STATELESS = (Tensor, list, tuple, dict, *_PLAIN)
+
+
+def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments that may carry state of their own: modules, caches."""
-    return [a for a in args if not isinstance(a, (Tensor, list, tuple, dict, *_PLAIN)) and hasattr(a, "__dict__")]
+    found = [a for a in args if not isinstance(a, _STATELESS)]
+    return found + [a for a in kwargs.values() if not isinstance(a, _STATELESS)] if kwargs else found
 
 
 # Weak references and dicts of tensors: a value of this mapping must not hold its key.
@@ -63,14 +67,14 @@ def _found_below(module: nn.Module) -> _Below:
 
 def tensors_in(roots: Iterable[Any]) -> list[Tensor]:
     """Parameters and buffers of modules, and tensors held directly."""
-    found: list[Tensor] = []
+    found: list[Any] = []
     for root in roots:
         if isinstance(root, nn.Module):
             for d in _found_below(root)[0]:
-                found += [t for t in d.values() if t is not None]
+                found.extend(d.values())
         elif isinstance(root, Tensor):
             found.append(root)
-    return found
+    return [t for t in found if t is not None]
 
 
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:

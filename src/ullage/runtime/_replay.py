@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def _check_values(frame: Frame, store: dict[int, Tensor]) -> None:
 
 
 class _Replay:
-    """One attempt; its pack hook checks and collects.
+    """One attempt: what its pack hook has collected, and the checks that need the whole of it.
 
     Args:
         frame: the call.
@@ -115,46 +115,78 @@ class _Replay:
     """
 
     def __init__(self, frame: Frame, selection: Selection | None) -> None:
-        self.frame, self.selection = frame, selection
+        self.frame, self.selection, self.name = frame, selection, frame.site.name
         self.store: dict[int, Tensor] = {}
-        self.versions: dict[int, int] = {}
-        self.count, self.total = 0, frame.count
-        self.checked = selection.checked if selection is not None else frozenset()
-        self.left = self.total - len(frame.kept) + len(self.checked) if selection is not None else self.total
+        self.versions: list[int] = []
+        self.total = len(frame.notes)
+        self.seen = 0  # set when all is over; the hook itself counts in a closure
+        self.left = self.total
+        if selection is not None:
+            self.left += len(selection.checked) - len(frame.kept)
         self.stops = frame.options.early_stop or not frame.complete
         self.checks = frame.options.determinism_check != "none" or selection is not None
-        self.over = False
         self.ops: list[str] = []
 
-    def pack(self, x: Tensor) -> int:
-        i = self.count
-        self.count = i + 1
-        if self.over or i >= self.total:
-            return self._more(i)
-        frame = self.frame
-        if self.checks and (x.shape, x.stride(), x.dtype, x.device) != frame.notes[i]:
-            self._differs(i, x)
-        if self.selection is None:
-            self.store[i], self.versions[i] = x, x._version
+    def packer(self) -> Any:
+        """The pack hook: check against forward's note, collect, stop when everything is there."""
+        return self._full() if self.selection is None else self._selective(self.selection)
+
+    def _full(self) -> Any:
+        store, version, notes = self.store, self.versions.append, self.frame.notes
+        last, checks, stops = self.total - 1, self.checks, self.stops
+        i = -1
+
+        def pack(x: Tensor) -> int:
+            nonlocal i
+            i += 1
+            if i > last:
+                return self._more(i)
+            if (x.shape, x.stride(), x.dtype, x.device) != notes[i] and checks:
+                self._differs(i, x)
+            store[i] = x
+            version(x._version)
+            if i == last:
+                self.left = 0
+                if stops:
+                    raise _Stop
+            else:
+                self.seen = i + 1
+            return i
+
+        return pack
+
+    def _selective(self, selection: Selection) -> Any:
+        store, version, notes, kept = self.store, self.versions.append, self.frame.notes, self.frame.kept
+        checked, last = selection.checked, self.total - 1
+        i = -1
+
+        def pack(x: Tensor) -> int:
+            nonlocal i
+            i += 1
+            if i > last or not self.left:
+                return self._more(i)
+            if (x.shape, x.stride(), x.dtype, x.device) != notes[i]:
+                self._differs(i, x)
+            if i not in kept:
+                if type(x) is Placeholder:
+                    raise Stale(f"saved tensor {i} at {source_line()} was skipped")
+                store[i] = x
+                version(x._version)
+            elif i in checked:
+                self._check_kept(i, x, kept[i][0])
+            else:
+                return i
             self.left -= 1
-        elif i not in frame.kept:
-            if type(x) is Placeholder:
-                raise Stale(f"saved tensor {i} at {source_line()} was skipped")
-            self.store[i], self.versions[i] = x, x._version
-            self.left -= 1
-        elif i in self.checked:
-            kept = frame.kept[i][0]
-            if (
-                x.untyped_storage()._cdata != kept.untyped_storage()._cdata
-                or x.storage_offset() != kept.storage_offset()
-            ):
-                raise Stale(f"saved tensor {i} at {source_line()} is not the one that was kept")
-            self.left -= 1
-        if not self.left:
-            self.over = True
-            if self.stops:
+            if not self.left and self.stops:
                 raise _Stop
-        return i
+            return i
+
+        return pack
+
+    def _check_kept(self, i: int, x: Tensor, kept: Tensor) -> None:
+        same = type(x) is not Placeholder and x.untyped_storage()._cdata == kept.untyped_storage()._cdata
+        if not same or x.storage_offset() != kept.storage_offset():
+            raise Stale(f"saved tensor {i} at {source_line()} is not the one that was kept")
 
     def _more(self, i: int) -> int:
         if self.stops:
@@ -187,28 +219,33 @@ class _Replay:
     def unpack(self, i: int) -> Tensor:
         """For a backward inside the unit's own forward."""
         found = self.store.get(i)
-        if found is None and i in self.frame.kept:
+        if found is None and self.frame is not None and i in self.frame.kept:
             found = self.frame.kept[i][0]
         if found is None:
-            raise ReplayError(f"{self.frame.site.name}: backward of a replay's own graph, after the replay")
+            raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         return found
 
     def finish(self) -> dict[int, Tensor]:
         """What was collected, after the checks that need the whole replay."""
-        frame = self.frame
+        frame, store = self.frame, self.store
         if self.left and self.selection is not None:
             raise Stale("fewer tensors are saved than in forward")
         if self.left and self.checks:
-            raise self._error(f"its forward saved {self.total} tensors, its replay {self.count}")
-        for i, version in self.versions.items():
-            if self.store[i]._version != version:
-                raise ReplayError(
-                    f"{frame.site.name}: saved tensor {i} of shape {tuple(self.store[i].shape)} is modified by an inplace operation "
-                    "after it was saved, inside the unit; the plain step would fail too"
-                )
-        store = {i: x for i, x in self.store.items() if i not in frame.kept}
-        self.store = {}  # the replay's graph holds this object: it must not hold the graph
-        return store
+            raise self._error(f"its forward saved {self.total} tensors, its replay {self.seen}")
+        if [x._version for x in store.values()] != self.versions:
+            i = next(i for (i, x), version in zip(store.items(), self.versions, strict=True) if x._version != version)
+            raise ReplayError(
+                f"{frame.site.name}: saved tensor {i} of shape {tuple(store[i].shape)} is modified by an inplace operation "
+                "after it was saved, inside the unit; the plain step would fail too"
+            )
+        if frame.kept and self.selection is None:
+            return {i: x for i, x in store.items() if i not in frame.kept}
+        return dict(store)
+
+    def close(self) -> None:
+        """The replay's graph holds the hooks, and so this object: it must hold neither that graph's tensors nor the frame."""
+        self.store.clear()
+        self.frame = None  # type: ignore[assignment]
 
 
 def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
@@ -227,19 +264,14 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
             for source, state in frame.rng:
                 source[1](state)
             _run(frame, replay, selection)
-    except BaseException:
-        replay.store = {}
-        raise
+        return replay.finish()
     finally:
+        replay.close()
         for put, state in before:
             put(state)
         local.quiet = quiet_before
         local.units.pop()
         torch._C._set_grad_enabled(grad)
-    try:
-        return replay.finish()
-    finally:
-        replay.store = {}
 
 
 _nothing = contextlib.nullcontext()
@@ -260,7 +292,7 @@ def _as_it_was(frame: Frame) -> Iterator[None]:
 
 def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
     args, kwargs = frame.inputs.give()
-    push_hooks(replay.pack, replay.unpack)
+    push_hooks(replay.packer(), replay.unpack)
     try:
         if selection is not None:
             with SkipMode(selection, frame.kept):

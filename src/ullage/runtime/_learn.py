@@ -1,0 +1,111 @@
+"""The first call of a unit: run the forward, see what it does, and only then let go of what is not to be kept.
+
+It holds no more than the unit's own backward will: everything that the unit saves. What it learns: the state the forward
+changes, whether it draws from Python's generators, whether it can be run again at all, and, if something is to be kept, the op
+log. Digests of what it drops are what the first replay has to give back, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from ullage.runtime import _ambient as ambient
+from ullage.runtime._digest import digest
+from ullage.runtime._frame import Frame, Pack
+from ullage.runtime._local import quiet
+from ullage.runtime._log import Recorder
+from ullage.runtime._select import Selection, select
+from ullage.runtime._site import Facts, refused
+from ullage.runtime._state import Survey
+
+
+def learn(
+    frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], training: tuple[bool, ...], facts: Facts | None
+) -> Any:
+    """The unit's output.
+
+    Args:
+        frame: this call.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        training: the key of the facts.
+        facts: what is known already, or None.
+    """
+    frame.learning = True
+    rule = frame.options.rule if frame.options.context_fn is None else None
+    recorder = Recorder() if rule is not None and frame.known is None else None
+    with quiet():
+        survey = Survey(frame.roots) if facts is None else None
+    host = ambient.HOST[0]() if facts is None else None
+    with recorder if recorder is not None else contextlib.nullcontext():
+        out = frame.run(args, kwargs, _packer(frame, recorder))
+    if survey is not None:
+        facts = frame.site.facts[training] = _facts(frame, survey, host)
+    assert facts is not None
+    if facts.must_keep:
+        frame.complete = True
+        frame.site.say(f"{facts.must_keep}; its activations are kept")
+        return out
+    keep: frozenset[int] = frozenset()
+    if recorder is not None and rule is not None:
+        selection = _selection(frame, recorder)
+        keep = selection.kept
+        frame.known = frame.site.shared.learn(frame.signature, selection, frame.notes)
+        if selection.refusal:
+            frame.site.say(f"full replay: {selection.refusal}", warn=False)
+    _drop(frame, keep, prove=recorder is not None or not frame.site.shared.proven)
+    frame.finish()
+    return out
+
+
+def _packer(frame: Frame, recorder: Recorder | None) -> Pack:
+    pack, kept = frame.packer(()), frame.kept
+
+    def pack_all(x: Tensor) -> int:
+        i = pack(x)
+        with quiet():
+            kept[i] = (x.detach(), x._version)
+        if recorder is not None:
+            recorder.saved(x)
+        return i
+
+    return pack_all
+
+
+def _selection(frame: Frame, recorder: Recorder) -> Selection:
+    rule = frame.options.rule
+    assert rule is not None
+    modules = [m for root in frame.roots if isinstance(root, nn.Module) for m in root.modules()]
+    if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_torchdynamo_orig_callable") for m in modules):
+        return refused("it is compiled, so what it saves is torch.compile's choice")
+    return select(recorder.log, rule)
+
+
+def _facts(frame: Frame, survey: Survey, host: Any) -> Facts:
+    with quiet():
+        changes, entry = survey.changes()
+    if changes.containers or changes.values or changes.generators:
+        frame.entry = entry
+    moved = ambient.host_rng_moved(host, ambient.HOST[0]())
+    if moved or frame.options.host_rng:
+        frame.rng.append((ambient.HOST, host))
+    argument = frame.inputs.changed()
+    must_keep = ""
+    if changes.parameters:
+        must_keep = f"its forward writes parameter {changes.parameters[0]}, which a replay would write again"
+    elif argument:
+        must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
+    return Facts(changes, moved, must_keep)
+
+
+def _drop(frame: Frame, keep: frozenset[int], prove: bool) -> None:
+    dropped = [i for i in frame.kept if i not in keep]
+    if prove and frame.digests is None:
+        with quiet():
+            intact = [i for i in dropped if frame.kept[i][0]._version == frame.kept[i][1]]
+            frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
+    for i in dropped:
+        del frame.kept[i]
