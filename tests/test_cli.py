@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import ullage as ul
+from tests.broken import without_rng
 from ullage.cli import _progress
 from ullage.cli._main import cli, run
 
@@ -113,11 +114,7 @@ def test_an_infeasible_budget(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failed_check_and_a_failing_step(plan_file: str, monkeypatch: Any, capsys: Any) -> None:
-    import ullage.mechanisms._run as module
-
-    real = module.checkpoint
-    with monkeypatch.context() as m:
-        m.setattr(module, "checkpoint", lambda *a, **k: real(*a, **{**k, "preserve_rng_state": False}))
+    with without_rng(monkeypatch):
         assert run(["verify", FACTORY, "--plan", plan_file, "--steps", "1"]) == 1
     assert "FAILED" in capsys.readouterr().out
     Path("bad.py").write_text(

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import ullage as ul
+from tests.broken import without_autocast, without_rng, without_state
 from tests.zoo import workload
-from ullage.mechanisms import _run
 
 
 def test_without_buffer_restore_batch_norm_statistics_differ(monkeypatch) -> None:
     work = workload("resnet")
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert ul.verify(work, plan).ok
-    monkeypatch.setattr(_run, "_set", lambda buffers, values: None)
-    check = ul.verify(work, plan)
+    with without_state(monkeypatch):
+        check = ul.verify(work, plan)
     assert not check.ok
     assert any("running_mean" in d.name for d in check.differences)
 
@@ -24,26 +24,16 @@ def test_without_rng_restore_dropout_gradients_differ(monkeypatch) -> None:
     work = workload("gpt")
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert ul.verify(work, plan).ok
-    real = _run.checkpoint
-    monkeypatch.setattr(_run, "checkpoint", lambda f, *a, **k: real(f, *a, **{**k, "preserve_rng_state": False}))
-    assert not ul.verify(work, plan).ok
+    with without_rng(monkeypatch):
+        assert not ul.verify(work, plan).ok
 
 
 def test_without_autocast_restore_it_fails(monkeypatch) -> None:
     work = workload("gpt", autocast=torch.bfloat16)
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert ul.verify(work, plan).ok
-    enter = _run._Replay.__enter__
-
-    def plain_precision(self: _run._Replay) -> None:
-        enter(self)
-        torch.set_autocast_enabled("cpu", False)
-
-    monkeypatch.setattr(_run._Replay, "__enter__", plain_precision)
-    try:
-        assert not ul.verify(work, plan).ok
-    except (RuntimeError, torch.utils.checkpoint.CheckpointError) as error:
-        assert "recomputed" in str(error) or "dtype" in str(error)
+    with without_autocast(monkeypatch), pytest.raises(ul.ReplayError, match="float32"):
+        ul.verify(work, plan)
 
 
 def test_unit_by_unit() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ullage as ul
 from tests.zoo import FAMILIES, workload
 from ullage.measure._state import preserved
-from ullage.mechanisms import recomputing_units
+from ullage.runtime import recomputing_units
 from ullage.workload import run_step
 
 PEAK_LIMIT, TRANSIENT_LIMIT = 0.01, 0.02

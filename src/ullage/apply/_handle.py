@@ -16,7 +16,7 @@ from ullage._bytes import format_bytes
 from ullage._errors import ApplyError, PlanMismatch, UllageWarning
 from ullage.apply._existing import refuse_existing
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
-from ullage.mechanisms import UnitSettings
+from ullage.mechanisms import Sites, UnitSettings
 
 if TYPE_CHECKING:
     from ullage.planner._plan import Plan
@@ -151,8 +151,9 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     handle = _in_force[model] = Handle(plan, units)
     if disabled():
         return handle
+    sites = Sites()
     for fqn, settings, module in modules:
-        unit = Unit(fqn, module, settings, handle.observe)
+        unit = Unit(fqn, module, settings, sites.site(fqn, module, settings), handle.observe)
         install(unit, module)
         units.append(unit)
     return handle

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ullage._errors import ApplyError
 from ullage.mechanisms import UnitSettings, run_unit
+from ullage.runtime import Site, checkpoint
 
 _MISSING = object()
 _FORWARD, _REDUCE = "forward", "__reduce_ex__"
@@ -37,6 +37,7 @@ class Unit:
         fqn: the module's name in its model.
         module: the module, held weakly.
         settings: what to do with its activations.
+        site: what the runtime knows of it.
         observer: called with (unit, args, kwargs) at every planned forward.
     """
 
@@ -45,9 +46,10 @@ class Unit:
         fqn: str,
         module: nn.Module,
         settings: UnitSettings,
+        site: Site,
         observer: Callable[[Unit, Any, Any], None] | None = None,
     ) -> None:
-        self.fqn, self.settings, self.observer = fqn, settings, observer
+        self.fqn, self.settings, self.site, self.observer = fqn, settings, site, observer
         self.owner = weakref.ref(module)
         self.active = True
         self.fired = self.recomputed = self.larger = 0
@@ -61,7 +63,7 @@ class Unit:
         self.fired += 1
         if self.observer is not None:
             self.observer(self, args, kwargs)
-        return run_unit(plain, module, self.settings, args, kwargs, self.fqn, self.count_replay)
+        return run_unit(plain, self.settings, self.site, args, kwargs, self.count_replay)
 
 
 class PlannedForward:
@@ -96,8 +98,7 @@ class PlannedForward:
         if not torch.is_grad_enabled() or not unit.active or disabled():
             return plain(*args, **kwargs)
         if torch.compiler.is_compiling():  # what Dynamo can trace; what was promised is not measured there
-            traceable = unit.settings.option.action == "recompute" and not unit.settings.buffers
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs) if traceable else plain(*args, **kwargs)
+            return checkpoint(plain, *args, keep=unit.settings.option.level or None, **kwargs)
         return unit.run(plain, module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -22,7 +22,8 @@ from ullage.capture._trace import Signature, Trace
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of, reach
-from ullage.mechanisms import UnitSettings, host_rng, host_rng_moved, is_recomputing
+from ullage.mechanisms import Sites, UnitSettings
+from ullage.runtime import Site, host_rng, host_rng_moved, is_recomputing
 from ullage.workload import Instance, Workload, run_step
 
 
@@ -107,6 +108,8 @@ class Session:
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
         self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
+        self._sites: dict[tuple[str, UnitSettings], Site] = {}
+        self._family = Sites()
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.tracker.calibrate()
@@ -166,13 +169,20 @@ class Session:
         with substituted, unnoticed(self.tracker), self.fake_mode, self.tracker:
             yield
 
-    def run(self, settings: Mapping[str, UnitSettings] | None = None, steps: int = 1, update: bool = True) -> None:
+    def run(
+        self,
+        settings: Mapping[str, UnitSettings] | None = None,
+        steps: int = 1,
+        update: bool = True,
+        settled: bool = False,
+    ) -> None:
         """Run steps with these units wrapped; each step's first op index is appended to `trace.marks`.
 
         Args:
             settings: per unit what to do; units that are not named are kept.
             steps: how many.
             update: run the optimizer too (a workload's own `step` always does).
+            settled: show steps as they are once the runtime knows its units (first calls are run before, unmarked).
 
         Raises:
             CaptureError: the step can't be run on fake tensors.
@@ -184,12 +194,14 @@ class Session:
         ]
         for fqn, module in modules:
             kind = _SubstitutedUnit if self._as_cuda else Unit
-            install(kind(fqn, module, self._settings[fqn]), module)
+            install(kind(fqn, module, self._settings[fqn], self._site(fqn, module)), module)
         before = _plain_attributes(self.inst.model) if not modules else {}
         try:
             with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 host = host_rng()
+                if settled and any(not self._site(f, m).facts for f, m in modules):
+                    self._one_step(replace(self.inst, optimizer=None))
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
                     self._one_step(self.inst if update else replace(self.inst, optimizer=None))
@@ -207,6 +219,13 @@ class Session:
         if before:
             after = _plain_attributes(self.inst.model)
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
+
+    def _site(self, fqn: str, module: nn.Module) -> Site:
+        settings = self._settings[fqn]
+        site = self._sites.get((fqn, settings))
+        if site is None:
+            site = self._sites[fqn, settings] = self._family.site(fqn, module, settings)
+        return site
 
     def _one_step(self, inst: Instance) -> None:
         def gradients() -> None:

@@ -25,7 +25,7 @@ from ullage.capture._kernels import FakeKernels
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
-from ullage.mechanisms import recomputing_units
+from ullage.runtime import recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -46,7 +46,6 @@ class Tracker(TorchDispatchMode):
         self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
         self.resident_names: dict[int, str] = {}  # of buffers and parameters, by storage
         self.writes: dict[str, set[str]] = {}  # resident tensors that forwards write, and the modules that run then
-        self.changed_outputs: dict[Any, set[str]] = {}  # ops whose outputs are changed in place, and their modules
         self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[Any, int] = {}
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
@@ -211,7 +210,7 @@ class Tracker(TorchDispatchMode):
             self._saved_scalars.pop()[1].death = self.clock - 1
 
     def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What a forward writes: buffers, other resident tensors, outputs that selective replays might keep."""
+        """What a forward writes: buffers and other resident tensors."""
         if self.phase != "forward":
             return
         written = written_arguments(func, args, kwargs)
@@ -224,10 +223,6 @@ class Tracker(TorchDispatchMode):
             name = self.resident_names.get(key)
             if name is not None and self.module_stack:
                 self.writes.setdefault(name, set()).update(self.module_stack)
-            known = self._alive.get(key)
-            if known is not None and known[1].position >= 0 and 0 <= known[1].birth < self.clock:
-                maker = self.signatures[self.trace.signature[known[1].birth]].func
-                self.changed_outputs.setdefault(maker, set()).update(self.stacks[self.trace.stack[known[1].birth]])
 
     def _note_generator(self, kwargs: Any) -> None:
         if kwargs.get("generator") not in (None, torch.default_generator):

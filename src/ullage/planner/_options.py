@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
-from ullage.mechanisms import KEEP, RECOMPUTE, SELECT_LEVELS, Option
-from ullage.mechanisms._options import ATTENTION, MATMUL, ROUTING
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner._study import Study
+from ullage.runtime import ATTENTION, LEVELS, MATMUL, ROUTING
 
 
 def find_options(s: Study) -> None:
@@ -42,19 +42,13 @@ def _possible(s: Study, unit: UnitFacts) -> list[Option]:
     ops = _ops_of(s.session, unit.fqn)
     attention = [o for o in ops if o.func in ATTENTION]
     matmuls = [o for o in ops if o.func in MATMUL]
-    levels = []
+    levels = ["matmul_attention"] if matmuls else []
+    levels += ["half_matmul_attention"] if len(matmuls) > 2 else []
     if any(isinstance(a, float) and a > 0 for o in attention for a in o.args[3:5]):
-        s.reasons[unit.fqn, "select"] = "attention with dropout: skipping it would move the generator"
-    else:
-        made = s.session.tracker.changed_outputs
-        changed = sorted(str(f) for f in MATMUL | ATTENTION if unit.fqn in made.get(f, ()))
-        if changed:
-            s.reasons[unit.fqn, "select"] = f"an output of {changed[0]} is changed in place, so it can't be kept"
-            return [KEEP, RECOMPUTE]
-        levels += ["matmul_attention"] if matmuls else []
-        levels += ["half_matmul_attention"] if len(matmuls) > 2 else []
-        levels += ["attention"] if attention and matmuls else []
-    return [KEEP, RECOMPUTE, *(Option("select", level) for level in SELECT_LEVELS if level in levels)]
+        s.reasons[unit.fqn, "select:attention"] = "attention with dropout draws, so it is always run again"
+    elif attention and matmuls:
+        levels.append("attention")
+    return [KEEP, RECOMPUTE, *(Option("select", level) for level in LEVELS if level in levels)]
 
 
 def capture_options(s: Study) -> None:
@@ -76,18 +70,12 @@ def capture_options(s: Study) -> None:
 
 
 def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
-    """An option failed on a unit: take it from all units of that class, unless keeping routing outputs was the cause."""
+    """An option failed on a unit: take it from all units of that class."""
     kind = next(u.class_name for u in s.units if u.fqn == failed.fqn)
-    same = [u for u in s.units if u.class_name == kind]
-    if "mutated" in str(failed.cause) and any(u.routing for u in same):
-        # topk's values are normalised in place (Mixtral), so they can't be kept by op; on one device, from the same
-        # bits, they come out the same, which `verify` checks.
-        s.units = [replace(u, routing=False) if u.class_name == kind else u for u in s.units]
-        s.reasons[failed.fqn, "keep routing"] = "routing outputs are changed in place; they are recomputed"
-        return
     s.reasons[failed.fqn, used.name] = str(failed.cause)
-    for u in same:
-        s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
+    for u in s.units:
+        if u.class_name == kind:
+            s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
 
 
 def _like(options: Sequence[Option], name: str) -> Option:

@@ -130,7 +130,7 @@ class Study:
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
         """Run forward and backward of one later step under an assignment; its peak is `peak_with_update`."""
         session = self.session
-        session.run(self.settings(assignment), update=False)
+        session.run(self.settings(assignment), update=False, settled=True)
         return StepCapture(session, slice(session.trace.marks[-1], session.tracker.clock), dict(assignment))
 
     def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:

@@ -1,6 +1,6 @@
 """One call of a unit: what its forward leaves behind, and how backward asks for it.
 
-A frame lives as long as autograd holds one of the unit's saved tensors. What autograd packs is an index; `unpack` gives the
+A frame lives as long as autograd holds one of the unit's saved tensors. What autograd packs is an index; `_missing` gives the
 tensor back from what was kept, from what was rebuilt, or after a replay. The pack hooks are closures over plain lists and dicts:
 they run once per saved tensor, which makes them the hottest code there is.
 """
@@ -63,7 +63,7 @@ class Frame:
     """
 
     __slots__ = (
-        "__weakref__", "complete", "contexts", "digests", "entry", "flags", "fn", "inputs", "kept", "known", "learning", "notes", "on_replay",
+        "__weakref__", "complete", "contexts", "digests", "entry", "flags", "fn", "inputs", "kept", "known", "notes", "on_replay",
         "ops", "options", "reads", "rebuilt", "rng", "roots", "signature", "site", "stale",
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ class Frame:
         self.notes: list[Meta] = []
         self.kept: dict[int, tuple[Tensor, int]] = {}
         self.rebuilt: dict[int, Tensor] = {}
-        self.complete = self.stale = self.learning = False
+        self.complete = self.stale = False
         self.digests: dict[int, bytes | None] | None = {} if options.determinism_check == "values" else None
         self.known: Known | None = None
         self.entry: State | None = None
@@ -116,8 +116,14 @@ class Frame:
                 facts = None
         if facts is None or (selective and self.known is None):
             return learn(self, args, kwargs, training, facts)
-        out = self.run(args, kwargs, self.packer(self.known.selection.kept if self.known is not None else ()))
-        self.finish()
+        known = self.known
+        if self.digests is None and (known.proof if known is not None else self.site.shared.proof).claim(self):
+            self.digests = {}
+        expected = self.site.notes_of(training) if known is None else known.notes
+        out = self.run(args, kwargs, self.packer(expected, known.selection.kept if known is not None else ()))
+        self.finish(expected)
+        if known is None and self.notes is not expected:
+            self.site.noted[training] = self.notes
         return out
 
     def _note_entry(self, facts: Facts) -> bool:
@@ -133,18 +139,22 @@ class Frame:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
         return True
 
-    def packer(self, keep: Any) -> Pack:
-        """The pack hook of a forward: note each saved tensor, keep those in `keep`, digest the others if asked to."""
+    def packer(self, expected: list[Meta], keep: Any = ()) -> Pack:
+        """The pack hook of a forward: note each saved tensor, keep those in `keep`, digest the others if asked to.
+
+        A note that an earlier call made too is shared with it, so that a call leaves nothing new behind.
+        """
         notes, kept, digests = self.notes, self.kept, self.digests
-        note = notes.append
+        note, known = notes.append, len(expected)
 
         def pack(x: Tensor) -> int:
-            note((x.shape, x.stride(), x.dtype, x.device))
-            return len(notes) - 1
+            i = len(notes)
+            meta = (x.shape, x.stride(), x.dtype, x.device)
+            note(expected[i] if i < known and meta == expected[i] else meta)
+            return i
 
         def pack_some(x: Tensor) -> int:
-            i = len(notes)
-            note((x.shape, x.stride(), x.dtype, x.device))
+            i = pack(x)
             if i in keep:
                 before, local.quiet = local.quiet, True
                 kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
@@ -160,7 +170,7 @@ class Frame:
         """Call the unit under a pack hook."""
         if self.options.context_fn is not None:
             self.contexts = self.options.context_fn()
-        push_hooks(pack, self.unpack)
+        push_hooks(pack, self.unpacker())
         try:
             if self.contexts is None and self.ops is None:
                 return self.fn(*args, **kwargs)
@@ -173,18 +183,16 @@ class Frame:
         finally:
             pop_hooks()
 
-    def finish(self) -> None:
+    def finish(self, expected: list[Meta]) -> None:
         """After a forward that went well: generators nobody drew from go, versions of what it read are noted."""
         self.complete = True
         notes = self.notes
         if not notes:
             return
-        known = self.known
-        if known is not None and not known.selection.refusal:
-            if notes == known.notes:
-                self.notes = known.notes
-            else:
-                self.stale = True
+        if notes == expected:
+            self.notes = expected
+        elif self.known is not None:
+            self.stale = not self.known.selection.refusal
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
         self.reads = self._versions()
 
@@ -197,11 +205,17 @@ class Frame:
 
     # --- backward ----------------------------------------------------------------------------------------------------
 
-    def unpack(self, i: int) -> Tensor:
-        """The i-th saved tensor. ReplayError if it can't be what the forward saved."""
-        found = self.rebuilt.pop(i, None)
-        if found is not None:
-            return found
+    def unpacker(self) -> Callable[[int], Tensor]:
+        """The unpack hook. ReplayError if it can't give what the forward saved."""
+        rebuilt = self.rebuilt.pop
+
+        def unpack(i: int) -> Tensor:
+            found = rebuilt(i, None)
+            return found if found is not None else self._missing(i)
+
+        return unpack
+
+    def _missing(self, i: int) -> Tensor:
         kept = self.kept.get(i)
         if kept is not None:
             tensor, version = kept
@@ -214,7 +228,7 @@ class Frame:
         store = rebuild(self)
         found = store.pop(i)
         if store and _graph_task() != -1:
-            self.rebuilt = store
+            self.rebuilt.update(store)
             if _group() is None:
                 # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
                 _at_end_of_backward(functools.partial(_let_go, ref(self)))
@@ -248,4 +262,4 @@ def _let_go(frame: ReferenceType[Frame]) -> None:
     """A backward is over: what it rebuilt and did not use goes."""
     alive = frame()
     if alive is not None:
-        alive.rebuilt = {}
+        alive.rebuilt.clear()

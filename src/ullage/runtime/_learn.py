@@ -34,7 +34,6 @@ def learn(
         training: the key of the facts.
         facts: what is known already, or None.
     """
-    frame.learning = True
     rule = frame.options.rule if frame.options.context_fn is None else None
     recorder = Recorder() if rule is not None and frame.known is None else None
     with quiet():
@@ -49,20 +48,21 @@ def learn(
         frame.complete = True
         frame.site.say(f"{facts.must_keep}; its activations are kept")
         return out
-    keep: frozenset[int] = frozenset()
+    keep = frame.known.selection.kept if frame.known is not None else frozenset[int]()
     if recorder is not None and rule is not None:
         selection = _selection(frame, recorder)
         keep = selection.kept
         frame.known = frame.site.shared.learn(frame.signature, selection, frame.notes)
         if selection.refusal:
             frame.site.say(f"full replay: {selection.refusal}", warn=False)
-    _drop(frame, keep, prove=recorder is not None or not frame.site.shared.proven)
-    frame.finish()
+    _drop(frame, keep)
+    frame.finish(frame.known.notes if frame.known is not None else frame.notes)
+    frame.site.noted[training] = frame.notes
     return out
 
 
 def _packer(frame: Frame, recorder: Recorder | None) -> Pack:
-    pack, kept = frame.packer(()), frame.kept
+    pack, kept = frame.packer([]), frame.kept
 
     def pack_all(x: Tensor) -> int:
         i = pack(x)
@@ -86,7 +86,8 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
 
 def _facts(frame: Frame, survey: Survey, host: Any) -> Facts:
     with quiet():
-        changes, entry = survey.changes()
+        changing = frame.site.changing
+        changes, entry = survey.changes(changing() if changing is not None else set())
     if changes.containers or changes.values or changes.generators:
         frame.entry = entry
     moved = ambient.host_rng_moved(host, ambient.HOST[0]())
@@ -101,9 +102,10 @@ def _facts(frame: Frame, survey: Survey, host: Any) -> Facts:
     return Facts(changes, moved, must_keep)
 
 
-def _drop(frame: Frame, keep: frozenset[int], prove: bool) -> None:
+def _drop(frame: Frame, keep: frozenset[int]) -> None:
     dropped = [i for i in frame.kept if i not in keep]
-    if prove and frame.digests is None:
+    proof = frame.known.proof if frame.known is not None else frame.site.shared.proof
+    if frame.digests is None and proof.claim(frame):
         with quiet():
             intact = [i for i in dropped if frame.kept[i][0]._version == frame.kept[i][1]]
             frame.digests = {i: digest(frame.kept[i][0]) for i in intact}

@@ -26,6 +26,8 @@ Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
 
 # ops whose answer goes to Python, so their input has to be there
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
+# what fake tensors are asked for by C++ (`prim::device`), where nothing may be raised: no ops
+QUERIES = "prim"
 # their outputs' shapes are known only once they have run
 DATA_DEPENDENT = torch.Tag.dynamic_output_shape
 _BATCH_NORMS = {
@@ -92,7 +94,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if local.quiet:
+        if local.quiet or func.namespace == QUERIES:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             self.log.refusal = f"{func} is a higher-order op"
@@ -138,7 +140,7 @@ class Recorder(TorchDispatchMode):
         return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
 
     def _must_run(self, func: Any, args: Any) -> bool:
-        if func in READS or func.namespace not in ("aten", "prims", "prim"):
+        if func in READS or func.namespace not in ("aten", "prims"):
             return True
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return False

@@ -56,7 +56,7 @@ def _usable(frame: Frame) -> Selection | None:
         return None
     selection = known.selection
     # before its proof a log serves only the call that has the digests to prove it
-    if selection.refusal or not (known.trusted or frame.learning):
+    if selection.refusal or not (known.proof.done or known.proof.belongs_to(frame)):
         return None
     return selection
 
@@ -73,8 +73,8 @@ def _proven(frame: Frame, store: dict[int, Tensor], selection: Selection) -> boo
     assert known is not None
     bad = _differing(frame, store)
     if bad is None:
-        if frame.learning:
-            known.trusted = True
+        if known.proof.belongs_to(frame):
+            known.proof.done = True
         return True
     known.selection = Selection(
         frozenset(), frozenset(), (), 0, f"its selective replay gave other values (saved tensor {bad})"
@@ -96,7 +96,8 @@ def _differing(frame: Frame, store: dict[int, Tensor]) -> int | None:
 def _check_values(frame: Frame, store: dict[int, Tensor]) -> None:
     bad = _differing(frame, store)
     if bad is None:
-        frame.site.shared.proven = True
+        if frame.digests:
+            frame.site.shared.proof.done = True
         return
     shape = tuple(store[bad].shape)
     what = f"its replay gave other values than its forward (saved tensor {bad}, shape {shape})"
@@ -119,10 +120,7 @@ class _Replay:
         self.store: dict[int, Tensor] = {}
         self.versions: list[int] = []
         self.total = len(frame.notes)
-        self.seen = 0  # set when all is over; the hook itself counts in a closure
-        self.left = self.total
-        if selection is not None:
-            self.left += len(selection.checked) - len(frame.kept)
+        self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
         self.stops = frame.options.early_stop or not frame.complete
         self.checks = frame.options.determinism_check != "none" or selection is not None
         self.ops: list[str] = []
@@ -134,23 +132,17 @@ class _Replay:
     def _full(self) -> Any:
         store, version, notes = self.store, self.versions.append, self.frame.notes
         last, checks, stops = self.total - 1, self.checks, self.stops
-        i = -1
 
         def pack(x: Tensor) -> int:
-            nonlocal i
-            i += 1
+            i = len(store)
             if i > last:
                 return self._more(i)
             if (x.shape, x.stride(), x.dtype, x.device) != notes[i] and checks:
                 self._differs(i, x)
             store[i] = x
             version(x._version)
-            if i == last:
-                self.left = 0
-                if stops:
-                    raise _Stop
-            else:
-                self.seen = i + 1
+            if i == last and stops:
+                raise _Stop
             return i
 
         return pack
@@ -228,10 +220,10 @@ class _Replay:
     def finish(self) -> dict[int, Tensor]:
         """What was collected, after the checks that need the whole replay."""
         frame, store = self.frame, self.store
-        if self.left and self.selection is not None:
+        if self.left:
             raise Stale("fewer tensors are saved than in forward")
-        if self.left and self.checks:
-            raise self._error(f"its forward saved {self.total} tensors, its replay {self.seen}")
+        if self.selection is None and len(store) < self.total and self.checks:
+            raise self._error(f"its forward saved {self.total} tensors, its replay {len(store)}")
         if [x._version for x in store.values()] != self.versions:
             i = next(i for (i, x), version in zip(store.items(), self.versions, strict=True) if x._version != version)
             raise ReplayError(

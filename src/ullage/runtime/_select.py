@@ -112,8 +112,9 @@ class _Chooser:
             seen = set(todo)
             while todo:  # the nearest saved tensors computed from it
                 for c in consumers.get(todo.pop(), ()):
-                    for value, _ in self.log.ops[c].outputs if c not in self.chosen else ():
-                        if value is not None and value[0] not in seen:
+                    made = [v for v, _ in self.log.ops[c].outputs if v is not None and c not in self.chosen]
+                    for value in made:
+                        if value[0] not in seen:
                             seen.add(value[0])
                             (saved.add if self._can_hand(value[0]) else todo.append)(value[0])
             kept |= {i for s in saved for i in self.saved_by[s]}

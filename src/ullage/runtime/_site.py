@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
 from ullage.runtime._log import Meta
@@ -33,12 +34,31 @@ class Facts:
 
 
 @dataclass
+class Proof:
+    """One replay has to give back, bit for bit, what its forward saved; one call at a time takes the digests for it."""
+
+    done: bool = False
+    by: ReferenceType[Any] | None = None
+
+    def claim(self, frame: Any) -> bool:
+        """Is it this call's to prove?"""
+        if self.done or (self.by is not None and self.by() is not None):
+            return False
+        self.by = ref(frame)
+        return True
+
+    def belongs_to(self, frame: Any) -> bool:
+        """Has this call claimed it?"""
+        return self.by is not None and self.by() is frame
+
+
+@dataclass
 class Known:
-    """A selection for one input signature, and whether one replay has proven it bit for bit."""
+    """A selection for one input signature, and whether a selective replay has proven it."""
 
     selection: Selection
     notes: list[Meta]
-    trusted: bool = False
+    proof: Proof = field(default_factory=Proof)
 
 
 @dataclass
@@ -47,7 +67,7 @@ class Shared:
 
     known: OrderedDict[Hashable, Known] = field(default_factory=OrderedDict)
     stale: dict[Hashable, int] = field(default_factory=dict)
-    proven: bool = False  # one full replay of this structure gave back what its forward had saved
+    proof: Proof = field(default_factory=Proof)  # of a full replay of this structure
 
     def look_up(self, signature: Hashable) -> Known | None:
         """What is known for a signature."""
@@ -79,8 +99,9 @@ class Site:
     Attributes:
         name: what messages call it.
         shared: what it shares with units of its structure.
-        values: paths' owners' names of buffers that are known to change (from a plan).
+        changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
         facts: by the `training` flags below it.
+        noted: what a full call last saved, by the same.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
@@ -89,12 +110,17 @@ class Site:
 
     name: str
     shared: Shared = field(default_factory=Shared)
-    buffers: tuple[str, ...] = ()
+    changing: Callable[[], set[int]] | None = None
     facts: dict[tuple[bool, ...], Facts] = field(default_factory=dict)
+    noted: dict[tuple[bool, ...], list[Meta]] = field(default_factory=dict)
     replays: int = 0
     skipped: int = 0
     stale: int = 0
     notes: dict[str, None] = field(default_factory=dict)
+
+    def notes_of(self, training: tuple[bool, ...]) -> list[Meta]:
+        """What a call last saved."""
+        return self.noted.get(training, [])
 
     def say(self, note: str, warn: bool = True) -> None:
         """Note something; the first time as a warning too."""

@@ -155,12 +155,12 @@ class Survey:
             else:
                 self._look(value, (*path, ("a", key)), inner)
 
-    def changes(self) -> tuple[Changes, State]:
-        """What changed since, and a state that holds what was there before."""
+    def changes(self, known: set[int]) -> tuple[Changes, State]:
+        """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
         containers = [(p, o, c) for p, o, c in self._containers.values() if not _same_content(c, _content(o))]
-        values = [(p, o, host) for p, o, host, version in self._values.values() if _moved(o, host, version)]
+        values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
         parameters = tuple(n for n, p, version in self._parameters.values() if p._version != version)
-        known = Changes(
+        found = Changes(
             tuple(p for p, _, _ in containers),
             tuple(p for p, _, _ in values),
             tuple(p for p, _, _ in self._generators.values()),
@@ -171,7 +171,7 @@ class Survey:
             [(o, _restored(o, host)) for _, o, host in values],
             [(g, state) for _, g, state in self._generators.values()],
         )
-        return known, entry
+        return found, entry
 
 
 def _noted(obj: Any) -> tuple[Any, int]:

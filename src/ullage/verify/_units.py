@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ullage.measure._state import preserved
-from ullage.mechanisms import UnitSettings, run_unit
+from ullage.mechanisms import Sites, UnitSettings, run_unit
 from ullage.planner import Plan
 from ullage.verify._compare import compare
 from ullage.workload import Instance, run_step
@@ -131,7 +131,7 @@ def _alone(module: nn.Module, settings: UnitSettings | None, entry: _Entry) -> t
         if settings is None:
             out = call(*args, **kwargs)
         else:
-            out = run_unit(call, module, settings, args, kwargs, on_recompute=replayed)
+            out = run_unit(call, settings, Sites().site("", module, settings), args, kwargs, replayed)
     outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
     result = {f"output {i}": t.detach().to("cpu", copy=True) for i, t in enumerate(outs)}
     outs = [t for t in outs if t.requires_grad]
