@@ -25,7 +25,7 @@ from ullage.capture._kernels import FakeKernels
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
-from ullage.runtime import recomputing_units
+from ullage.runtime import draws, recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -42,6 +42,7 @@ class Tracker(TorchDispatchMode):
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
         self.phase = "forward"
+        self._drawn = 0
         self.module_stack: list[str] = []
         self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
         self.resident_names: dict[int, str] = {}  # of buffers and parameters, by storage
@@ -100,8 +101,15 @@ class Tracker(TorchDispatchMode):
         self._refuse_real(func, args)
         key = (func, argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
         out, fresh = self.kernels.call(key, func, args, kwargs)
+        if draws(func, args):
+            self._advance(kwargs.get("generator"))
         self._record(key, func, args, kwargs, out, in_engine, fresh)
         return out
+
+    def _advance(self, generator: torch.Generator | None) -> None:
+        """A fake kernel draws nothing, but the runtime keeps the state of a generator that moved, and so must we."""
+        self._drawn += 1
+        (generator or torch.default_generator).manual_seed(self._drawn)
 
     def _accumulates_in_place(self, args: Any, kwargs: Any) -> bool:
         """Is this the engine adding into a gradient buffer that nothing else holds?

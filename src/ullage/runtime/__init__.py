@@ -5,9 +5,10 @@ from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
 from ullage.runtime._local import is_recomputing, recomputing_units
+from ullage.runtime._log import draws
 from ullage.runtime._site import Shared, Site
 
 __all__ = [
-    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Shared", "Site", "checkpoint", "host_rng", "host_rng_moved", "is_recomputing",
+    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Shared", "Site", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
     "level_rule", "recomputing_units", "run",
 ]  # fmt: skip

@@ -44,6 +44,18 @@ def meta_of(t: Tensor) -> Meta:
     return t.shape, t.stride(), t.dtype, t.device
 
 
+def draws(func: Any, args: Any) -> bool:
+    """Does this op draw random numbers? Attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    dropout = next((i for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"), None)
+    return dropout is None or (dropout < len(args) and args[dropout] != 0)
+
+
+def _must_run(func: Any, args: Any) -> bool:
+    return func in READS or func.namespace not in ("aten", "prims") or draws(func, args)
+
+
 @dataclass
 class Op:
     """One op: what it was given, what it made, what it wrote to.
@@ -119,7 +131,7 @@ class Recorder(TorchDispatchMode):
                 returns.append(-1)
         self._refuse_unknown([*tensors, *leaves], func)
         self.log.dynamic |= DATA_DEPENDENT in func.tags
-        op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), self._must_run(func, args))
+        op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), _must_run(func, args))
         op.source = source_line()
         self.log.ops.append(op)
 
@@ -138,16 +150,6 @@ class Recorder(TorchDispatchMode):
         if func._schema.name.removeprefix("aten::") in _BATCH_NORMS and len(args) > 5 and args[5]:
             written += [args[3], args[4]]
         return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
-
-    def _must_run(self, func: Any, args: Any) -> bool:
-        if func in READS or func.namespace not in ("aten", "prims"):
-            return True
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return False
-        dropout = next((i for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"), None)
-        if dropout is None:
-            return True
-        return dropout < len(args) and args[dropout] != 0  # attention without dropout draws nothing
 
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
         """The value a tensor is; `given`: storages of the op that just made it, which it may share."""

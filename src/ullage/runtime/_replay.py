@@ -248,7 +248,6 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
         frame.on_replay()
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)
-    local.units.append(frame.site.name)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
     try:
@@ -262,7 +261,6 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
         for put, state in before:
             put(state)
         local.quiet = quiet_before
-        local.units.pop()
         torch._C._set_grad_enabled(grad)
 
 
@@ -284,6 +282,7 @@ def _as_it_was(frame: Frame) -> Iterator[None]:
 
 def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
     args, kwargs = frame.inputs.give()
+    local.units.append(frame.site.name)
     push_hooks(replay.packer(), replay.unpack)
     try:
         if selection is not None:
@@ -302,3 +301,4 @@ def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
         return
     finally:
         pop_hooks()
+        local.units.pop()
