@@ -70,12 +70,15 @@ class _Chooser:
         self.dirty = {s for op in log.ops for s in op.writes}
         self.maker: dict[Value, int] = {}  # value -> the op that first made it
         self.born: dict[int, int] = {}  # storage -> the op that allocated it
+        self.aliases: dict[Value, list[int]] = {}  # value -> ops that give it on as it is: detach, views to one shape
         self.touching: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}
             for value, _ in op.outputs:
                 if value is not None:
                     self.maker.setdefault(value, k)
+                    if value in op.inputs:
+                        self.aliases.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
             for s in given | {v[0] for v, _ in op.outputs if v is not None}:
@@ -112,10 +115,10 @@ class _Chooser:
             seen = set(todo)
             while todo:  # the nearest saved tensors computed from it
                 for c in consumers.get(todo.pop(), ()):
-                    for value, _ in self.log.ops[c].outputs if c not in self.chosen else ():
-                        if value is not None and value[0] not in seen:
-                            seen.add(value[0])
-                            (saved.add if self._can_hand(value[0]) else todo.append)(value[0])
+                    for made, _ in self.log.ops[c].outputs if c not in self.chosen else ():
+                        if made is not None and made[0] not in seen:
+                            seen.add(made[0])
+                            (saved.add if self._can_hand(made[0]) else todo.append)(made[0])
             kept |= {i for s in saved for i in self.saved_by[s]}
         return frozenset(kept)
 
@@ -163,6 +166,8 @@ class _Chooser:
             for k in self.touching.get(s, ()):
                 self._need_op(k)
             return
+        for k in self.aliases.get(value, ()):
+            self._need_op(k)
         k = self.maker.get(value, -1)
         if k < 0:
             return  # from outside
