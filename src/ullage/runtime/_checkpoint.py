@@ -20,10 +20,11 @@ from ullage.runtime._keep import Keep, rule_of, torch_contexts
 from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
+_MOST_SITES = 64  # of one module or function
 _peek = torch._C._functorch.peek_interpreter_stack
 
 # What is remembered between calls: by module and function, or by a plain function's code.
-_sites: WeakKeyDictionary[Any, dict[str, Site]] = WeakKeyDictionary()
+_sites: WeakKeyDictionary[Any, dict[Any, Site]] = WeakKeyDictionary()
 
 
 def checkpoint(
@@ -156,10 +157,15 @@ def _site_of(function: Callable[..., Any], options: Options) -> Site:
             sites = _sites[owner] = {}
     except TypeError:  # not hashable, or has no weak references
         return Site(name)
-    key = f"{name}|{options.rule and getattr(options.rule, 'name', id(options.rule))}|{options.context_fn is not None}"
-    site = sites.get(key)
+    key = (name, options.rule and getattr(options.rule, "name", options.rule), options.context_fn is not None)
+    try:
+        site = sites.get(key)
+    except TypeError:  # a callable that is not hashable
+        return Site(name)
     if site is None:
         site = sites[key] = Site(name)
+        if len(sites) > _MOST_SITES:  # a new callable at every call
+            del sites[next(iter(sites))]
     return site
 
 
