@@ -193,7 +193,7 @@ def _host_copy(t: Tensor) -> np.ndarray[Any, Any] | None:
 
 def _moved(obj: Any, host: Any, version: int) -> bool:
     if isinstance(obj, np.ndarray):
-        return obj.tobytes() != host.tobytes() or obj.shape != host.shape
+        return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
     if host is None:
         return bool(obj._version != version)
     now = _host_copy(obj)
