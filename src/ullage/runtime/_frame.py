@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class Frame:
     """
 
     __slots__ = (
+        "__weakref__",
         "complete",
         "contexts",
         "count",
@@ -129,6 +131,8 @@ class Frame:
         if self.options.rule is not None and self.options.context_fn is None:
             self.signature = signature_of(args, kwargs, self.flags, training)
             self.known = self.site.shared.look_up(self.signature)
+            if self.known is not None and self.known.lost():
+                self.known = None
         if facts is not None:
             if facts.must_keep:
                 return self.fn(*args, **kwargs)
@@ -225,11 +229,12 @@ class Frame:
             self.complete = True
             self.site.say(f"{facts.must_keep}; its activations are kept")
             return out
-        keep: frozenset[int] = frozenset()
+        keep = self.known.selection.kept if self.known is not None else frozenset()
         if recorder is not None:
             selection = self._selection(recorder)
             keep = selection.kept
             self.known = self.site.shared.learn(self.signature, selection, self.notes)
+            self.known.learner = ref(self)
             if self.known.selection.refusal:
                 self.site.say(f"full replay: {self.known.selection.refusal}", warn=False)
         prove = not self.site.shared.proven or recorder is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,11 @@ class Known:
     selection: Selection
     notes: list[Meta]
     trusted: bool = False
+    learner: Callable[[], Any] = lambda: None  # a weak reference to the call that can prove it
+
+    def lost(self) -> bool:
+        """Was the call that could prove it dropped without a backward?"""
+        return not (self.trusted or self.selection.refusal) and self.learner() is None
 
 
 @dataclass
