@@ -7,6 +7,7 @@ tensor back from what was kept, from what this backward has rebuilt, or after a 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,8 @@ class Frame:
         facts = self.site.facts.get(training)
         if self.options.rule is not None and self.options.context_fn is None:
             self.signature = signature_of(args, kwargs, self.flags, training)
+            if isinstance(self.fn, functools.partial):
+                self.signature = (self.signature, signature_of(self.fn.args, self.fn.keywords, None, None))
             self.known = self.site.shared.look_up(self.signature)
             if self.known is not None and self.known.lost():
                 self.known = None
