@@ -70,14 +70,13 @@ class _Chooser:
         self.dirty = {s for op in log.ops for s in op.writes}
         self.maker: dict[Value, int] = {}  # value -> the op that first made it
         self.born: dict[int, int] = {}  # storage -> the op that allocated it
-        self.aliases: dict[Value, list[int]] = {}  # value -> ops that give it on as it is: detach, views to one shape
+        self.aliases: dict[Value, list[int]] = {}  # value -> ops that make it again: detach, the same view twice
         self.touching: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}
             for value, _ in op.outputs:
                 if value is not None:
-                    self.maker.setdefault(value, k)
-                    if value in op.inputs:
+                    if self.maker.setdefault(value, k) != k or value in op.inputs:
                         self.aliases.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
