@@ -80,6 +80,7 @@ class Frame:
         "reads",
         "rebuilt",
         "recorder",
+        "replaced",
         "rng",
         "roots",
         "signature",
@@ -113,6 +114,7 @@ class Frame:
         self.roots = roots_of(fn) + objects_in((*args, *kwargs.values()))
         self.signature: Hashable = None
         self.learning = False
+        self.replaced: set[tuple[int, str]] = set()
         local.quiet, before = True, local.quiet
         try:
             self.inputs = Inputs(args, kwargs)
@@ -128,7 +130,8 @@ class Frame:
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
         training = training_flags(self.roots)
-        facts = self.site.facts.get(training)
+        kinds = (training, *map(type, self.roots))
+        facts = self.site.facts.get(kinds)
         if self.options.rule is not None and self.options.context_fn is None:
             self.signature = signature_of(args, kwargs, self.flags, training)
             if isinstance(self.fn, functools.partial):
@@ -140,12 +143,12 @@ class Frame:
             if facts.must_keep:
                 return self.fn(*args, **kwargs)
             try:
-                facts = self._note_entry(facts)
+                facts = self._note_entry(facts) if facts.looks > 1 or not facts.changes.containers else None
             except Unreachable:
                 facts = None
         unknown = self.options.rule is not None and self.options.context_fn is None and self.known is None
         if facts is None or unknown:
-            return self._learn(args, kwargs, training, facts, unknown)
+            return self._learn(args, kwargs, kinds, facts, unknown)
         if self.known is not None:
             self.keep = self.known.selection.kept
         out = self._run(args, kwargs, self._pack)
@@ -190,7 +193,9 @@ class Frame:
                 self.stale = True
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
         written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
-        self.reads = [(id(t), t._version) for t in tensors_in(self.roots) if id(t) not in written]
+        if self.entry is not None:
+            self.replaced = self.entry.replaced()
+        self.reads = [(id(t), t._version) for t in tensors_in(self.roots, self.replaced) if id(t) not in written]
 
     def _pack(self, x: Tensor) -> int:
         i = self.count
@@ -208,7 +213,7 @@ class Frame:
     # --- the first call ----------------------------------------------------------------------------------------------
 
     def _learn(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: tuple[bool, ...], facts: Facts | None, log: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Hashable, facts: Facts | None, log: bool
     ) -> Any:
         """Run the forward, see what it does, and only then let go of what is not to be kept.
 
@@ -225,8 +230,8 @@ class Frame:
         finally:
             self.recorder = None
         if survey is not None:
-            facts = self._learn_facts(survey, host)
-            self.site.facts[training] = facts
+            facts = self._learn_facts(survey, host, self.site.facts.get(kinds))
+            self.site.facts[kinds] = facts
         assert facts is not None
         if facts.must_keep:
             self.complete = True
@@ -258,7 +263,7 @@ class Frame:
             return refused("it is compiled, so what it saves is torch.compile's choice")
         return select(recorder.log, rule)
 
-    def _learn_facts(self, survey: Survey, host: Any) -> Facts:
+    def _learn_facts(self, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
         with quiet():
             changes, self.entry = survey.changes()
         moved = ambient.host_rng_moved(host, ambient.HOST[0]())
@@ -272,6 +277,8 @@ class Frame:
             must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
         if not (changes.containers or changes.values or changes.generators):
             self.entry = None
+        if earlier is not None:
+            return Facts(changes | earlier.changes, moved or earlier.host_rng, must_keep, earlier.looks + 1)
         return Facts(changes, moved, must_keep)
 
     def _pack_all(self, x: Tensor) -> int:
@@ -320,7 +327,7 @@ class Frame:
         what = argument
         if not what and self.complete:
             written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
-            tensors = [t for t in tensors_in(self.roots) if id(t) not in written]
+            tensors = [t for t in tensors_in(self.roots, self.replaced) if id(t) not in written]
             if len(tensors) != len(self.reads):
                 what = "the set of its parameters"
             for t, (identity, version) in zip(tensors, self.reads, strict=False):

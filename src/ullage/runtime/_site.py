@@ -25,11 +25,13 @@ class Facts:
         changes: state it changes.
         host_rng: it draws from Python's or numpy's generator.
         must_keep: why it can't be run again, so that everything is kept, or "".
+        looks: from how many calls: what the first one made may be changed by the second.
     """
 
     changes: Changes = field(default_factory=Changes)
     host_rng: bool = False
     must_keep: str = ""
+    looks: int = 1
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Site:
         name: what messages call it.
         shared: what it shares with units of its structure.
         values: paths' owners' names of buffers that are known to change (from a plan).
-        facts: by the `training` flags below it.
+        facts: by the `training` flags below it and the types of what it reaches.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
@@ -95,7 +97,7 @@ class Site:
     name: str
     shared: Shared = field(default_factory=Shared)
     buffers: tuple[str, ...] = ()
-    facts: dict[tuple[bool, ...], Facts] = field(default_factory=dict)
+    facts: dict[Hashable, Facts] = field(default_factory=dict)
     replays: int = 0
     skipped: int = 0
     stale: int = 0
