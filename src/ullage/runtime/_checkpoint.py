@@ -20,6 +20,7 @@ from ullage.runtime._keep import Keep, rule_of, torch_contexts
 from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
+_MOST_SITES = 64  # of one module or function
 _peek = torch._C._functorch.peek_interpreter_stack
 
 # What is remembered between calls: by module and function, or by a plain function's code.
@@ -99,7 +100,7 @@ def checkpoint(
     if torchs._checkpoint_debug_enabled is not None:
         debug = torchs._checkpoint_debug_enabled
     options = Options(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
-    return run(_site_of(function, keep, context_fn is None), options, function, args, kwargs)
+    return run(_site_of(function, rule, context_fn is None), options, function, args, kwargs)
 
 
 def run(
@@ -148,9 +149,9 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return checkpoint(lambda: function(), **options)
 
 
-def _site_of(function: Callable[..., Any], keep: Any, plain: bool) -> Site:
+def _site_of(function: Callable[..., Any], rule: Any, plain: bool) -> Site:
     owner, name = _owner(function)
-    key = (name, keep if keep is None or isinstance(keep, Hashable) else frozenset(keep), plain)
+    key = (name, rule and getattr(rule, "name", rule), plain)
     try:
         sites = _sites.get(owner)
         if sites is None:
@@ -160,6 +161,8 @@ def _site_of(function: Callable[..., Any], keep: Any, plain: bool) -> Site:
         return Site(name)
     if site is None:
         site = sites[key] = Site(name)
+        if len(sites) > _MOST_SITES:  # a new callable at every call
+            del sites[next(iter(sites))]
     return site
 
 

@@ -64,7 +64,7 @@ class Frame:
 
     __slots__ = (
         "__weakref__", "complete", "contexts", "digests", "entry", "flags", "fn", "inputs", "kept", "known", "notes", "on_replay",
-        "ops", "options", "reads", "rebuilt", "rng", "roots", "signature", "site", "stale",
+        "ops", "options", "reads", "rebuilt", "replaced", "rng", "roots", "signature", "site", "stale",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +87,7 @@ class Frame:
         self.contexts: tuple[Any, Any] | None = None
         self.ops: list[str] | None = [] if options.debug else None
         self.signature: Hashable = None
+        self.replaced: set[tuple[int, str]] = set()
         self.flags = ambient.read_flags()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
         before, local.quiet = local.quiet, True
@@ -104,26 +105,29 @@ class Frame:
 
         options = self.options
         training = training_flags(self.roots)
-        facts = self.site.facts.get(training)
+        kinds = (training, *map(type, self.roots))
+        facts = self.site.facts.get(kinds)
         selective = options.rule is not None and options.context_fn is None
         if selective:
             self.signature = signature_of(args, kwargs, self.flags, training)
+            if isinstance(self.fn, functools.partial):
+                self.signature = (self.signature, signature_of(self.fn.args, self.fn.keywords, None, None))
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
             if facts.must_keep:
                 return self.fn(*args, **kwargs)
-            if not self._note_entry(facts):
+            if not (facts.looks > 1 or not facts.changes.containers) or not self._note_entry(facts):
                 facts = None
         if facts is None or (selective and self.known is None):
-            return learn(self, args, kwargs, training, facts)
+            return learn(self, args, kwargs, kinds, facts)
         known = self.known
         if self.digests is None and (known.proof if known is not None else self.site.shared.proof).claim(self):
             self.digests = {}
-        expected = self.site.notes_of(training) if known is None else known.notes
+        expected = self.site.notes_of(kinds) if known is None else known.notes
         out = self.run(args, kwargs, self.packer(expected, known.selection.kept if known is not None else ()))
         self.finish(expected)
         if known is None and self.notes is not expected:
-            self.site.noted[training] = self.notes
+            self.site.noted[kinds] = self.notes
         return out
 
     def _note_entry(self, facts: Facts) -> bool:
@@ -194,10 +198,12 @@ class Frame:
         elif self.known is not None:
             self.stale = not self.known.selection.refusal
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
+        if self.entry is not None:
+            self.replaced = self.entry.replaced()
         self.reads = self._versions()
 
     def _versions(self) -> tuple[list[int], list[int]]:
-        tensors = tensors_in(self.roots)
+        tensors = tensors_in(self.roots, self.replaced)
         if self.entry is not None:
             written = {id(o) for o, _ in self.entry.values}
             tensors = [t for t in tensors if id(t) not in written]

@@ -8,6 +8,7 @@ log. Digests of what it drops are what the first replay has to give back, bit fo
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -23,16 +24,14 @@ from ullage.runtime._site import Facts, refused
 from ullage.runtime._state import Survey
 
 
-def learn(
-    frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], training: tuple[bool, ...], facts: Facts | None
-) -> Any:
+def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Hashable, facts: Facts | None) -> Any:
     """The unit's output.
 
     Args:
         frame: this call.
         args: positional arguments.
         kwargs: keyword arguments.
-        training: the key of the facts.
+        kinds: the key of the facts.
         facts: what is known already, or None.
     """
     rule = frame.options.rule if frame.options.context_fn is None else None
@@ -43,22 +42,19 @@ def learn(
     with recorder if recorder is not None else contextlib.nullcontext():
         out = frame.run(args, kwargs, _packer(frame, recorder))
     if survey is not None:
-        facts = frame.site.facts[training] = _facts(frame, survey, host)
+        facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
     if facts.must_keep:
         frame.complete = True
         frame.site.say(f"{facts.must_keep}; its activations are kept")
         return out
-    keep = frame.known.selection.kept if frame.known is not None else frozenset[int]()
     if recorder is not None and rule is not None:
-        selection = _selection(frame, recorder)
-        keep = selection.kept
-        frame.known = frame.site.shared.learn(frame.signature, selection, frame.notes)
-        if selection.refusal:
-            frame.site.say(f"full replay: {selection.refusal}", warn=False)
-    _drop(frame, keep)
+        frame.known = frame.site.shared.learn(frame.signature, _selection(frame, recorder), frame.notes)
+        if frame.known.selection.refusal:
+            frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
+    _drop(frame, frame.known.selection.kept if frame.known is not None else frozenset())
     frame.finish(frame.known.notes if frame.known is not None else frame.notes)
-    frame.site.noted[training] = frame.notes
+    frame.site.noted[kinds] = frame.notes
     return out
 
 
@@ -85,7 +81,7 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
     return select(recorder.log, rule)
 
 
-def _facts(frame: Frame, survey: Survey, host: Any) -> Facts:
+def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
     with quiet():
         changing = frame.site.changing
         changes, entry = survey.changes(changing() if changing is not None else set())
@@ -100,6 +96,8 @@ def _facts(frame: Frame, survey: Survey, host: Any) -> Facts:
         must_keep = f"its forward writes parameter {changes.parameters[0]}, which a replay would write again"
     elif argument:
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
+    if earlier is not None:
+        return Facts(changes | earlier.changes, moved or earlier.host_rng, must_keep, earlier.looks + 1)
     return Facts(changes, moved, must_keep)
 
 

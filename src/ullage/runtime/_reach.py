@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 _DEEPEST = 3  # functions in closures of functions
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
@@ -41,13 +41,20 @@ def roots_of(fn: Callable[..., Any], depth: int = 0) -> list[Any]:
     return found
 
 
-_STATELESS = (Tensor, list, tuple, dict, *_PLAIN)
+_STATELESS = (Tensor, *_PLAIN)
 
 
 def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments that may carry state of their own: modules, caches."""
-    found = [a for a in args if not isinstance(a, _STATELESS)]
-    return found + [a for a in kwargs.values() if not isinstance(a, _STATELESS)] if kwargs else found
+    """Arguments that may carry state of their own: modules, caches, generators; in lists, tuples and dicts too."""
+    found: list[Any] = []
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, _STATELESS):
+            continue
+        if isinstance(a, list | tuple | dict):
+            found += objects_in(a.values() if isinstance(a, dict) else a, {})
+        elif isinstance(a, Generator) or hasattr(a, "__dict__"):
+            found.append(a)
+    return found
 
 
 # Weak references and dicts of tensors: a value of this mapping must not hold its key.
@@ -65,13 +72,13 @@ def _found_below(module: nn.Module) -> _Below:
     return known
 
 
-def tensors_in(roots: Iterable[Any]) -> list[Tensor]:
-    """Parameters and buffers of modules, and tensors held directly."""
+def tensors_in(roots: Iterable[Any], without: Container[tuple[int, str]] = ()) -> list[Tensor]:
+    """Parameters and buffers of modules, and tensors held directly; `without`: keys of dicts, given by their id."""
     found: list[Any] = []
     for root in roots:
         if isinstance(root, nn.Module):
             for d in _found_below(root)[0]:
-                found.extend(d.values())
+                found.extend([t for k, t in d.items() if (id(d), k) not in without] if without else d.values())
         elif isinstance(root, Tensor):
             found.append(root)
     return [t for t in found if t is not None]

@@ -70,6 +70,7 @@ class _Chooser:
         self.dirty = {s for op in log.ops for s in op.writes}
         self.makers: dict[Value, list[int]] = {}  # a view of the same kind may be made again and again
         self.born: dict[int, int] = {}  # storage -> the op that allocated it
+        self.aliases: dict[Value, list[int]] = {}  # value -> ops that make it again: detach, the same view twice
         self.touching: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}

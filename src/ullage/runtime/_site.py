@@ -26,11 +26,13 @@ class Facts:
         changes: state it changes.
         host_rng: it draws from Python's or numpy's generator.
         must_keep: why it can't be run again, so that everything is kept, or "".
+        looks: from how many calls: what the first one made may be changed by the second.
     """
 
     changes: Changes = field(default_factory=Changes)
     host_rng: bool = False
     must_keep: str = ""
+    looks: int = 1
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Site:
         name: what messages call it.
         shared: what it shares with units of its structure.
         changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
-        facts: by the `training` flags below it.
+        facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
@@ -111,16 +113,16 @@ class Site:
     name: str
     shared: Shared = field(default_factory=Shared)
     changing: Callable[[], set[int]] | None = None
-    facts: dict[tuple[bool, ...], Facts] = field(default_factory=dict)
-    noted: dict[tuple[bool, ...], list[Meta]] = field(default_factory=dict)
+    facts: dict[Hashable, Facts] = field(default_factory=dict)
+    noted: dict[Hashable, list[Meta]] = field(default_factory=dict)
     replays: int = 0
     skipped: int = 0
     stale: int = 0
     notes: dict[str, None] = field(default_factory=dict)
 
-    def notes_of(self, training: tuple[bool, ...]) -> list[Meta]:
+    def notes_of(self, kinds: Hashable) -> list[Meta]:
         """What a call last saved."""
-        return self.noted.get(training, [])
+        return self.noted.get(kinds, [])
 
     def say(self, note: str, warn: bool = True) -> None:
         """Note something; the first time as a warning too."""

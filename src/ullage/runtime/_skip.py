@@ -34,9 +34,11 @@ class Placeholder(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
         raise Stale(f"{func} at {source_line() or 'unknown line'} needs what the log says nobody needs")
 
-    def data_ptr(self) -> NoReturn:
-        """No kernel gets at its memory: there is none."""
-        raise Stale(f"data_ptr() at {source_line() or 'unknown line'} of what the log says nobody needs")
+    def data_ptr(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """No kernel gets at its memory: there is none. Not an error that the unit could catch."""
+        raise Stale(f"its memory is read at {source_line() or 'unknown line'}, which the log says nobody needs")
+
+    numpy = tolist = __array__ = __dlpack__ = data_ptr
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<ullage placeholder {tuple(self.shape)}>"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 _MOST_NODES = 20_000
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_OF_MODULES = frozenset(nn.Module().__dict__)
 _OPAQUE = (
     type,
     types.ModuleType,
@@ -52,6 +53,11 @@ class Changes:
     values: tuple[Path, ...] = ()
     generators: tuple[Path, ...] = ()
     parameters: tuple[str, ...] = ()
+
+    def __or__(self, other: Changes) -> Changes:
+        """What either changes."""
+        names = ("containers", "values", "generators", "parameters")
+        return Changes(*(tuple(dict.fromkeys((*getattr(self, n), *getattr(other, n)))) for n in names))
 
 
 class Unreachable(Exception):
@@ -218,6 +224,27 @@ def _follow(roots: Sequence[Any], path: Path) -> Any:
     return obj
 
 
+def _and_below(changed: list[Any]) -> list[Any]:
+    """Containers that a forward changes, and those in them: what it put there once, it may change at its next call."""
+    found, seen = list(changed), {id(c) for c in changed}
+    todo = list(changed)
+    while todo and len(seen) < _MOST_NODES:
+        content = todo.pop()
+        for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
+            if key in _OF_MODULES or isinstance(
+                value, (*_PLAIN, *_OPAQUE, Tensor, nn.Module, np.ndarray, torch.Generator)
+            ):
+                continue
+            if not isinstance(value, dict | list | set | deque | tuple):
+                value = getattr(value, "__dict__", None)
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                todo.append(value)
+                if not isinstance(value, tuple | types.MappingProxyType):
+                    found.append(value)
+    return found
+
+
 def describe(path: Path) -> str:
     """A path as a person would write it."""
     skip = ("_buffers", "_modules", "_parameters", None)
@@ -235,7 +262,7 @@ class State:
     @staticmethod
     def read(roots: Sequence[Any], changes: Changes) -> State:
         """What the forward will change, as it is now; Unreachable if the structure is another one."""
-        containers = [_follow(roots, p) for p in changes.containers]
+        containers = _and_below([_follow(roots, p) for p in changes.containers])
         values = [_follow(roots, p) for p in changes.values]
         generators = [_follow(roots, p) for p in changes.generators]
         return State._of(containers, values, generators)
@@ -247,6 +274,16 @@ class State:
             [(o, o.detach().clone() if isinstance(o, Tensor) else o.copy()) for o in values],
             [(g, g.get_state()) for g in generators],
         )
+
+    def replaced(self) -> set[tuple[int, str]]:
+        """Keys of dicts, given by their id, whose values are other objects now."""
+        return {
+            (id(d), k)
+            for d, content in self.containers
+            if isinstance(d, dict)
+            for k in {*d, *content}
+            if d.get(k, _MISSING) is not content.get(k, _MISSING)
+        }
 
     def put(self) -> None:
         """Write it all back."""

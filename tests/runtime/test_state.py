@@ -1,0 +1,372 @@
+"""State that a forward changes ends as after one forward, and a replay sees what its forward saw."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ullage
+from tests.runtime.steps import Wrap, bits, gradients, inputs, ours, plain, selective, steps, torchs, unit
+from ullage.runtime import Site
+
+both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
+XW = ((4, 4), (4, 4))
+
+
+class Stateful(nn.Module):
+    """Every step depends on the state, and changes it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("load", torch.zeros(4))
+        self.register_buffer("narrow", torch.zeros(4, dtype=torch.bfloat16))
+        self.n, self.seen, self.table, self.names = 0, [], {}, set()
+        self.recent: deque[int] = deque(maxlen=3)
+        self.array = np.zeros(3)
+        self.holder = SimpleNamespace(total=0.0, parts=[torch.zeros(())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.kind)(self.linear(x)).sin().exp()
+
+    def buffer(self, h: Tensor) -> Tensor:
+        self.count += 1
+        return h * self.count.item()
+
+    def replaced(self, h: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return h * self.count.item()
+
+    def integer(self, h: Tensor) -> Tensor:
+        self.n += 1
+        return h * self.n
+
+    def expert_load(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.load.add_(torch.bincount(h.argmax(-1), minlength=4))
+            self.narrow += 1
+        return h * (self.load.detach().clone() + self.narrow.clone())
+
+    def listed(self, h: Tensor) -> Tensor:
+        self.seen.append(h.detach())
+        return h * len(self.seen)
+
+    def dictionary(self, h: Tensor) -> Tensor:
+        self.table[len(self.table)] = len(self.names)
+        self.names.add(len(self.names))
+        self.recent.append(len(self.table))
+        return h * (len(self.table) + len(self.names) + sum(self.recent))
+
+    def numpys(self, h: Tensor) -> Tensor:
+        self.array += 1
+        return h * float(self.array.sum())
+
+    def held(self, h: Tensor) -> Tensor:
+        self.holder.total += 1.0
+        self.holder.parts[0] += 1
+        self.holder.parts.append(h.detach().mean())
+        return h * self.holder.total * self.holder.parts[0].item() + len(self.holder.parts)
+
+    def everything(self) -> Any:
+        recent = list(self.recent)
+        plain_state = (self.n, bits(self.seen), self.table, self.names, recent, self.array.tolist())
+        return plain_state, self.holder.total, bits(self.holder.parts)
+
+
+KINDS = ["buffer", "replaced", "integer", "expert_load", "listed", "dictionary", "numpys", "held"]
+
+
+@both
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_ends_as_after_one_forward(kind: str, wrap: Wrap) -> None:
+    models: list[Any] = []
+
+    def make() -> nn.Module:
+        models.append(Stateful(kind))
+        return models[-1]
+
+    def loss(model: nn.Module, call: Wrap) -> Tensor:
+        x = torch.randn(2, 4)
+        y = call(model, x)  # called twice: the first replay must not see the second call's state
+        return (y * call(model, x + y)).sum()
+
+    assert steps(make, loss, wrap) == steps(make, loss, plain)
+    assert models[0].everything() == models[1].everything()
+    before = len(models)
+    try:
+        wrong = steps(make, loss, torchs) != steps(make, loss, plain)
+    except RuntimeError:
+        wrong = True
+    assert wrong or models[before].everything() != models[1].everything()  # torch's replays change it again
+
+
+@both
+def test_identities_stay(wrap: Wrap) -> None:
+    model = Stateful("buffer")
+    before = {k: id(v) for k, v in model.__dict__.items()} | {k: id(b) for k, b in model.named_buffers()}
+    for _ in range(3):
+        wrap(model, torch.randn(2, 4)).sum().backward()
+    after = {k: id(v) for k, v in model.__dict__.items()} | {k: id(b) for k, b in model.named_buffers()}
+    assert before == after
+
+
+@both
+@pytest.mark.parametrize("track", [True, False])
+def test_batch_norm_in_training_and_evaluation(wrap: Wrap, track: bool) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=track), nn.GELU(), nn.Linear(4, 4))
+
+    def loss(model: nn.Module, call: Wrap) -> Tensor:
+        a = call(model.train(), torch.randn(6, 4)).sum()
+        return a + call(model.eval(), torch.randn(6, 4)).exp().sum()
+
+    if not track:
+        assert steps(make, loss, wrap, 4) == steps(make, loss, plain, 4)
+    else:
+        # the statistics changed between the two calls are read by the second: both ends must agree
+        def one(model: nn.Module, call: Wrap) -> Tensor:
+            return call(model.train(), torch.randn(6, 4)).exp().sum()
+
+        assert steps(make, one, wrap, 4) == steps(make, one, plain, 4)
+
+        def evaluated(model: nn.Module, call: Wrap) -> Tensor:
+            return call(model.eval(), torch.randn(6, 4)).exp().sum()
+
+        assert steps(make, evaluated, wrap) == steps(make, evaluated, plain)
+
+
+@both
+def test_a_list_that_is_an_argument(wrap: Wrap) -> None:
+    def f(x: Tensor, w: Tensor, seen: list[Tensor]) -> Tensor:
+        seen.append((x @ w).detach())
+        return (x @ w * len(seen)).sin().exp() @ w
+
+    def run(call: Wrap) -> Any:
+        seen: list[Tensor] = []
+        found = gradients(lambda x, w: call(f, x, w, seen), inputs(*XW), plain, 4)
+        return found, bits(seen)
+
+    assert run(wrap) == run(plain)
+    assert len(run(wrap)[1]) == 4
+
+
+def _stale_logs(wrap: Wrap) -> Any:
+    """State is not in a log's signature: where its shapes change the log is stale, and full replay takes over."""
+    return pytest.warns(ullage.UllageWarning, match="a stale op log") if wrap is selective else nullcontext()
+
+
+class Cache:
+    """Keys and values of the past, as generation code keeps them."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.length = 0
+
+    def update(self, key: Tensor) -> Tensor:
+        self.keys.append(key)
+        self.length += key.shape[0]
+        return torch.cat(self.keys)
+
+
+@both
+def test_a_cache_object(wrap: Wrap) -> None:
+    def f(x: Tensor, w: Tensor, cache: Cache) -> Tensor:
+        keys = cache.update((x @ w).sin())
+        return torch.softmax(x @ keys.t(), -1) @ keys
+
+    def run(call: Wrap) -> Any:
+        seen = []
+        for _ in range(3):
+            cache = Cache()
+            x, w = inputs(*XW)
+            y = call(f, x, w, cache)
+            z = call(f, y, w, cache)
+            z.sum().backward()
+            seen.append((bits(z), bits(x.grad), bits(w.grad), bits(cache.keys), cache.length))
+        return seen
+
+    with _stale_logs(wrap):
+        assert run(wrap) == run(plain)
+
+
+@both
+def test_the_cache_of_transformers(wrap: Wrap) -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+
+    def f(x: Tensor, w: Tensor, past: Any) -> Tensor:
+        h = (x @ w).view(1, 1, 4, 4).sin()
+        keys, values = past.update(h, h.exp(), 0)
+        return (torch.softmax(h @ keys.transpose(-1, -2), -1) @ values).view(4, 4)
+
+    def run(call: Wrap) -> Any:
+        seen = []
+        for _ in range(3):
+            past = cache_utils.DynamicCache()
+            x, w = inputs(*XW)
+            call(f, call(f, x, w, past=past), w, past=past).sum().backward()
+            seen.append((bits(x.grad), bits(w.grad), past.get_seq_length(), bits(past.layers[0].keys)))
+        return seen
+
+    with _stale_logs(wrap):
+        assert run(wrap) == run(plain)
+
+
+class Lazy(nn.Module):
+    """Its state is made by its first forward, and changed in place by the later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "count"):
+            self.register_buffer("count", torch.zeros(4))
+            self.total, self.seen = torch.zeros(()), []
+        self.count += 1
+        self.total += 1
+        self.seen.append(self.total.item())
+        return (self.linear(x) * (self.count + self.total).clone() * len(self.seen)).sin().exp()
+
+
+@both
+def test_state_made_by_the_first_forward(wrap: Wrap) -> None:
+    models: list[Any] = []
+
+    def make() -> nn.Module:
+        models.append(Lazy())
+        return models[-1]
+
+    def loss(model: nn.Module, call: Wrap) -> Tensor:
+        return call(model, torch.randn(2, 4)).sum()
+
+    with _stale_logs(wrap):
+        assert steps(make, loss, wrap, 5) == steps(make, loss, plain, 5)
+    assert bits([models[0].total, models[0].seen]) == bits([models[1].total, models[1].seen])
+
+
+@both
+def test_a_cache_that_only_some_calls_are_given(wrap: Wrap) -> None:
+    def f(x: Tensor, w: Tensor, caches: Any) -> Tensor:
+        keys = (x @ w).sin()
+        for cache in caches or ():
+            keys = cache.update(keys)
+        return torch.softmax(x @ keys.t(), -1) @ keys
+
+    def run(call: Wrap) -> Any:
+        seen = []
+        for n in (0, 1, 2, 1, 0):
+            caches = [Cache() for _ in range(n)]
+            x, w = inputs(*XW)
+            call(f, x, w, caches if n else None).sum().backward()
+            seen.append((bits(x.grad), bits(w.grad), [bits(c.keys) for c in caches]))
+        return seen
+
+    assert run(wrap) == run(plain)
+
+
+# --- what a replay can't have: kept, and said ------------------------------------------------------------------------
+
+
+class WritesParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.weight = nn.Parameter(torch.ones(4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.5)
+        return (x @ self.weight * self.scale).sin().exp()
+
+
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+def test_a_parameter_written_in_forward(keep: str | None) -> None:
+    def loss(model: nn.Module, call: Wrap) -> Tensor:
+        return call(model, torch.randn(2, 4)).sum()
+
+    site = Site("unit")
+    match = "unit: its forward writes parameter scale, which a replay would write again; its activations are kept"
+    with pytest.warns(ullage.UllageWarning, match=match):
+        seen = steps(WritesParameter, loss, unit(site, keep))
+    assert seen == steps(WritesParameter, loss, plain)
+    assert site.replays == 0
+
+
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+@pytest.mark.parametrize("name", ["argument 1", "into", "argument 1['k']"])
+def test_an_input_written_in_place(keep: str | None, name: str) -> None:
+    def f(x: Tensor, bag: Any = None, into: Any = None) -> Tensor:
+        t = into if into is not None else bag["k"] if isinstance(bag, dict) else bag
+        t += 1
+        return (x * t).sin().exp()
+
+    site = Site("unit")
+    call = unit(site, keep)
+
+    def run(call: Wrap) -> Any:
+        (t,) = inputs((4, 4), grad=False)
+        given = {"argument 1": ((t,), {}), "into": ((), {"into": t}), "argument 1['k']": (({"k": t},), {})}[name]
+        return gradients(lambda x: call(f, x, *given[0], **given[1]), inputs((4, 4)), plain, 3), bits(t)
+
+    with pytest.warns(ullage.UllageWarning, match=f"unit: its forward writes {re.escape(name)} in place, .* are kept"):
+        seen = run(call)
+    assert seen == run(plain)
+    assert site.replays == 0
+
+
+# --- what changed between forward and backward -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("what", ["0.weight", "argument 0", "2.running_mean", "closure"])
+def test_what_changed_between_forward_and_backward_is_named(what: str, keep: str | None, steps_before: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    outside = torch.ones(4)
+    fn = (lambda x: model(x * outside).exp().sin()) if what == "closure" else model
+    call = unit(Site("unit"), keep)
+    for _ in range(steps_before):
+        call(fn, torch.randn(3, 4)).sum().backward()
+    x = torch.randn(3, 4)
+    out = call(fn, x).sum()
+    with torch.no_grad():
+        {"argument 0": x, "closure": outside}.get(what, model.state_dict().get(what)).add_(1)
+    name = r"a tensor of shape \(4,\) that it closes over" if what == "closure" else re.escape(what)
+    with pytest.raises(ullage.ReplayError, match=f"^unit: {name} was changed between forward and backward"):
+        out.backward()
+
+
+def test_a_parameter_replaced_between_forward_and_backward_is_named() -> None:
+    model = nn.Linear(4, 4)
+    out = ullage.checkpoint(lambda x: model(x).exp().sin(), torch.randn(3, 4))
+    model.weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(ullage.ReplayError, match=r"weight was changed between forward and backward"):
+        out.sum().backward()
+
+
+# --- is_recomputing --------------------------------------------------------------------------------------------------
+
+_seen: list[bool] = []  # a global, which is outside what the runtime puts back
+
+
+@both
+def test_is_recomputing(wrap: Wrap) -> None:
+    def f(x: Tensor) -> Tensor:
+        _seen.append(ullage.is_recomputing())
+        return x.exp().sin().cos()
+
+    _seen.clear()
+    (x,) = inputs((4, 4))
+    out = wrap(f, x)
+    out.register_hook(lambda g: _seen.append(ullage.is_recomputing()))
+    out.sum().backward()
+    assert _seen == [False, False, True]
+    assert not ullage.is_recomputing()
