@@ -130,6 +130,8 @@ class Recorder(TorchDispatchMode):
                 outputs.append((None, leaf))
                 returns.append(-1)
         self._refuse_unknown([*tensors, *leaves], func)
+        if torch.Tag.inplace_view in func.tags:
+            self.log.refusal = f"{func} changes a tensor's shape in place"
         self.log.dynamic |= DATA_DEPENDENT in func.tags
         op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), _must_run(func, args))
         op.source = source_line()

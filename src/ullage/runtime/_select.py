@@ -26,6 +26,7 @@ class Step:
         handed: per leaf of the result, the index of the kept tensor whose storage it is, or -1.
         returns: per leaf of the result, which tensor argument it is, or -1.
         spec: the result's structure.
+        made: (meta, storage offset), if the result is one placeholder.
         source: the model's own line.
     """
 
@@ -35,6 +36,7 @@ class Step:
     handed: tuple[int, ...] = ()
     returns: tuple[int, ...] = ()
     spec: Any = None
+    made: tuple[Any, int] | None = None
     source: str = ""
 
 
@@ -181,4 +183,6 @@ class _Chooser:
             index = self.handed.get(value[0], -1) if value is not None and self.born.get(value[0]) == k else -1
             handed.append(index if index in used else -1)
         outputs = tuple((meta, 0 if value is None else value[1]) for value, meta in op.outputs)
-        return Step(op.func, SKIP, outputs, tuple(handed), tuple(op.returns), op.spec, op.source)
+        alone = op.spec.is_leaf() and op.outputs[0][0] is not None and handed[0] < 0 and op.returns[0] < 0
+        made = outputs[0] if alone else None
+        return Step(op.func, SKIP, outputs, tuple(handed), tuple(op.returns), op.spec, made, op.source)
