@@ -203,8 +203,13 @@ class Frame:
         self.notes.append((x.shape, x.stride(), x.dtype, x.device))
         if i in self.keep:
             local.quiet, before = True, local.quiet
-            self.kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
-            local.quiet = before
+            try:
+                self.kept[i] = (
+                    x.detach(),
+                    x._version,
+                )  # detached: a node that saves its own output must not hold itself
+            finally:
+                local.quiet = before
         elif self.digests is not None:
             with quiet():
                 self.digests[i] = digest(x)

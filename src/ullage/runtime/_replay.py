@@ -126,6 +126,7 @@ class _Replay:
 
     def __init__(self, frame: Frame, selection: Selection | None) -> None:
         self.frame, self.selection = frame, selection
+        self.name, self.kept = frame.site.name, frame.kept
         self.store: dict[int, Tensor] = {}
         self.versions: dict[int, int] = {}
         self.count, self.total = 0, frame.count
@@ -197,10 +198,10 @@ class _Replay:
     def unpack(self, i: int) -> Tensor:
         """For a backward inside the unit's own forward."""
         found = self.store.get(i)
-        if found is None and i in self.frame.kept:
-            found = self.frame.kept[i][0]
+        if found is None and i in self.kept:
+            found = self.kept[i][0]
         if found is None:
-            raise ReplayError(f"{self.frame.site.name}: backward of a replay's own graph, after the replay")
+            raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         return found
 
     def finish(self) -> dict[int, Tensor]:
@@ -216,9 +217,12 @@ class _Replay:
                     f"{frame.site.name}: saved tensor {i} of shape {tuple(self.store[i].shape)} is modified by an inplace operation "
                     "after it was saved, inside the unit; the plain step would fail too"
                 )
-        store = {i: x for i, x in self.store.items() if i not in frame.kept}
-        self.store = {}  # the replay's graph holds this object: it must not hold the graph
-        return store
+        return {i: x for i, x in self.store.items() if i not in frame.kept}
+
+    def close(self) -> None:
+        """Let go of all: what was rebuilt holds the replay's graph, that holds this object, and a frame holds what was rebuilt."""
+        self.store, self.kept = {}, {}
+        del self.frame
 
 
 def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
@@ -238,18 +242,18 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
                 source[1](state)
             _run(frame, replay, selection)
     except BaseException:
-        replay.store = {}
+        replay.close()
         raise
     finally:
-        for put, state in before:
-            put(state)
         local.quiet = quiet_before
         local.units.pop()
         torch._C._set_grad_enabled(grad)
+        for put, state in before:
+            put(state)
     try:
         return replay.finish()
     finally:
-        replay.store = {}
+        replay.close()
 
 
 _nothing = contextlib.nullcontext()
