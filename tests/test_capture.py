@@ -17,7 +17,6 @@ from ullage.planner._model import model_of
 from ullage.planner._options import find_options
 from ullage.planner._study import Study, study
 
-
 RNG_STATE_BYTES = 5056  # a unit holds one from entry to exit, to see whether it drew
 
 

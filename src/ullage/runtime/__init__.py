@@ -1,7 +1,25 @@
 """Run a function so that backward rebuilds its activations: the runtime that `ullage.checkpoint` and plans stand on."""
 
+from ullage import _source
+from ullage.runtime import (
+    _ambient,
+    _debug,
+    _digest,
+    _frame,
+    _inputs,
+    _learn,
+    _local,
+    _log,
+    _reach,
+    _replay,
+    _select,
+    _site,
+    _skip,
+    _state,
+)
 from ullage.runtime._ambient import host_rng, host_rng_moved
 from ullage.runtime._checkpoint import checkpoint, run
+from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
 from ullage.runtime._local import is_recomputing, recomputing_units
@@ -12,3 +30,23 @@ __all__ = [
     "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Shared", "Site", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
     "level_rule", "recomputing_units", "run",
 ]  # fmt: skip
+
+keep_eager(
+    [
+        _source,
+        _ambient,
+        _debug,
+        _digest,
+        _frame,
+        _inputs,
+        _learn,
+        _local,
+        _log,
+        _reach,
+        _replay,
+        _select,
+        _site,
+        _skip,
+        _state,
+    ]
+)

@@ -161,8 +161,13 @@ class Frame:
             i = pack(x)
             if i in keep:
                 before, local.quiet = local.quiet, True
-                kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
-                local.quiet = before
+                try:
+                    kept[i] = (
+                        x.detach(),
+                        x._version,
+                    )  # detached: a node that saves its own output must not hold itself
+                finally:
+                    local.quiet = before
             elif digests is not None:
                 with quiet():
                     digests[i] = digest(x)

@@ -268,10 +268,10 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
         return replay.finish()
     finally:
         replay.close()
-        for put, state in before:
-            put(state)
         local.quiet = quiet_before
         torch._C._set_grad_enabled(grad)
+        for put, state in before:
+            put(state)
 
 
 _nothing = contextlib.nullcontext()
