@@ -224,7 +224,6 @@ class Frame:
 
         It holds no more than the unit's own backward will: everything that the unit saves.
         """
-        self.learning = True
         with quiet():
             survey = Survey(self.roots) if facts is None else None
         host = ambient.HOST[0]() if facts is None else None
@@ -256,6 +255,7 @@ class Frame:
             if prove and self.digests is None:
                 intact = [i for i in dropped if self.kept[i][0]._version == self.kept[i][1]]
                 self.digests = {i: digest(self.kept[i][0]) for i in intact}
+        self.learning = self.digests is not None  # without digests this call proves no log
         for i in dropped:
             del self.kept[i]
         self._finish()
