@@ -299,6 +299,26 @@ def test_a_log_is_trusted_only_after_proof() -> None:
     assert (site.skipped, site.replays) == (0, 4)
 
 
+def test_only_the_call_with_digests_proves_a_log() -> None:
+    """Another unit of the structure, at its own first call, has none once a full replay of the structure was compared."""
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).sin().exp() @ w
+
+    shared = Shared()
+    x, w = inputs((4, 4), (4, 4))
+    unit(Site("full", shared), None)(f, x, w).sum().backward()
+    first, second = Site("first", shared), Site("second", shared)
+    held = unit(first)(f, x, w)
+    unit(second)(f, x, w).sum().backward()
+    assert (second.skipped, second.replays) == (0, 1)
+    assert not any(known.proof.done for known in shared.known.values())
+    held.sum().backward()
+    assert (first.skipped, [known.proof.done for known in shared.known.values()]) == (1, [True])
+    unit(second)(f, x, w).sum().backward()
+    assert second.skipped == 1
+
+
 def test_a_log_whose_call_had_no_backward_is_made_again() -> None:
     def f(x: Tensor, w: Tensor) -> Tensor:
         return (x @ w).sin() @ w

@@ -67,6 +67,28 @@ def test_a_parameter_changed_before_backward() -> None:
     assert step(torchs) is not None  # of other values, without a word
 
 
+def test_an_argument_written_in_the_unit() -> None:
+    def step(call: Wrap) -> Any:
+        x, w = inputs(*XW)
+        (t,) = inputs((4, 4), grad=False)
+        call(lambda x, t: (x * t.add_(1)).sin().exp(), x, t).sum().backward()
+        return bits(x.grad)
+
+    with pytest.warns(ullage.UllageWarning, match="writes argument 1 in place"):
+        assert step(ours) == step(plain)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        step(torchs)
+
+
+def test_use_reentrant() -> None:
+    x, w = inputs(*XW)
+    torchs(_f, x, w)
+    ullage.checkpoint(_f, x, w, use_reentrant=False)
+    ullage.checkpoint(_f, x, w)
+    with pytest.warns(UserWarning, match="use_reentrant parameter should be passed explicitly"):
+        torch.utils.checkpoint.checkpoint(_f, x, w)
+
+
 def test_strides_are_compared() -> None:
     turned = [False]
 

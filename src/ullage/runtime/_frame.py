@@ -121,7 +121,8 @@ class Frame:
         if facts is None or (selective and self.known is None):
             return learn(self, args, kwargs, kinds, facts)
         known = self.known
-        if self.digests is None and (known.proof if known is not None else self.site.shared.proof).claim(self):
+        proof = known.proof if known is not None else self.site.shared.proof
+        if proof.claim(self) and self.digests is None:
             self.digests = {}
         expected = self.site.notes_of(kinds) if known is None else known.notes
         out = self.run(args, kwargs, self.packer(expected, known.selection.kept if known is not None else ()))

@@ -104,7 +104,7 @@ def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Fa
 def _drop(frame: Frame, keep: frozenset[int]) -> None:
     dropped = [i for i in frame.kept if i not in keep]
     proof = frame.known.proof if frame.known is not None else frame.site.shared.proof
-    if frame.digests is None and proof.claim(frame):
+    if proof.claim(frame) and frame.digests is None:
         with quiet():
             intact = [i for i in dropped if _comparable(*frame.kept[i])]
             frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
