@@ -264,7 +264,11 @@ def attention(u: Unit, k: int, x: Tensor, y: Tensor, n: int) -> Made:
         key = value = q
     q, key, value = (t.reshape(b, s, heads, d // heads).transpose(1, 2) for t in (q, key, value))
     p = 0.2 if n % 5 == 4 else 0.0
-    return F.scaled_dot_product_attention(q, key, value, dropout_p=p, is_causal=n % 3 == 1).transpose(1, 2).reshape(b, s, d)
+    return (
+        F.scaled_dot_product_attention(q, key, value, dropout_p=p, is_causal=n % 3 == 1)
+        .transpose(1, 2)
+        .reshape(b, s, d)
+    )
 
 
 def softmax(u: Unit, k: int, x: Tensor, y: Tensor, n: int) -> Made:
@@ -275,7 +279,9 @@ def reduce(u: Unit, k: int, x: Tensor, y: Tensor, n: int) -> Made:
     if n % 4 == 0:
         return x.mean(-1, keepdim=True) + x
     if n % 4 == 1:
-        return F.cross_entropy(x.reshape(-1, x.shape[-1]), x.detach().reshape(-1, x.shape[-1]).argmax(-1), reduction="none")
+        return F.cross_entropy(
+            x.reshape(-1, x.shape[-1]), x.detach().reshape(-1, x.shape[-1]).argmax(-1), reduction="none"
+        )
     if n % 4 == 2:
         return x.norm(dim=-1)
     return x.sum(0)
@@ -433,7 +439,14 @@ OPS: dict[str, Callable[[Unit, int, Tensor, Tensor, int], Made]] = {
     )
 }  # fmt: skip
 _OFTEN = (
-    ["unary"] * 4 + ["binary"] * 3 + ["linear"] * 4 + ["matmul"] * 2 + ["residual"] * 2 + ["norm"] * 2 + ["view"] * 3 + ["in_place"] * 2
+    ["unary"] * 4
+    + ["binary"] * 3
+    + ["linear"] * 4
+    + ["matmul"] * 2
+    + ["residual"] * 2
+    + ["norm"] * 2
+    + ["view"] * 3
+    + ["in_place"] * 2
 )
 _NAMES = [*_OFTEN, *(n for n in OPS if n not in _OFTEN)]
 
@@ -482,7 +495,9 @@ class Unit(nn.Module):
     def _make(self, key: str, shape: tuple[int, ...]) -> None:
         number = zlib.crc32(f"{self.path}.{key}".encode())
         values = torch.randn(shape, generator=torch.Generator().manual_seed(number))
-        self.weights[key] = nn.Parameter(values * (shape[-1] ** -0.5), requires_grad=not self.frozen or number % self.frozen > 0)
+        self.weights[key] = nn.Parameter(
+            values * (shape[-1] ** -0.5), requires_grad=not self.frozen or number % self.frozen > 0
+        )
 
     def weight(self, k: int, *shape: int, bias: bool = False) -> Tensor:
         key = f"{k}_{'b' if bias else 'w'}_{'_'.join(map(str, shape))}"
@@ -613,7 +628,9 @@ def program_from(choose: Choose) -> Program:
     if not any(isinstance(o, Block) for o in top.ops):
         top = replace(top, ops=(*top.ops, _block(choose, 1)))
     backward = max(choose(8) - 3, 0)
-    return Program(top, choose(4) == 3, backward, max(choose(6) - 3, 0), max(choose(6) - 3, 0), choose(4), 1 + choose(3))
+    return Program(
+        top, choose(4) == 3, backward, max(choose(6) - 3, 0), max(choose(6) - 3, 0), choose(4), 1 + choose(3)
+    )
 
 
 def random_program(seed: int) -> Program:

@@ -40,13 +40,14 @@ class Verdict:
 
     Attributes:
         kind: "equal", or "mismatch" (ullage's step is not the plain one), "raises" (ullage raises where plain and torch's
-            checkpoint run), "silent" (ullage runs where plain and torch's checkpoint raise), "leak"; or "refused" (ullage and
-            torch's checkpoint raise where plain runs), "invalid" (plain raises, and so does ullage or it gives what torch's gives).
+            checkpoint run), "silent" (ullage runs where plain and torch's checkpoint raise), "leak"; or "refused" (ullage raises
+            its own error where plain runs, and torch's checkpoint raises or gives something else), "invalid" (plain raises, and so does ullage or it gives what torch's gives).
         what: details.
         torch: "equal", "mismatch" or "raises": torch's checkpoint.
         selective: selective sites where the rule named an op whose saved output, or one computed from it, can be kept.
         skipped: of these, how many skipped ops.
         replays: units run again, all steps.
+        idle: the sites that skipped nothing.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Verdict:
     skipped: int = 0
     replays: int = 0
     warned: tuple[str, ...] = ()
+    idle: list[Site] = field(default_factory=list)
 
     @property
     def defect(self) -> bool:
@@ -102,7 +104,13 @@ def _step(program: Program, model: Unit, step: int) -> dict[str, Any]:
     seen |= {n: b.detach().clone() for n, b in model.named_buffers()}
     for name, unit in model.named_modules():
         if isinstance(unit, Unit):
-            seen[f"attributes of {name}"] = (unit.calls, list(unit.history), sorted(unit.cache), unit.table.tolist(), unit.flag)
+            seen[f"attributes of {name}"] = (
+                unit.calls,
+                list(unit.history),
+                sorted(unit.cache),
+                unit.table.tolist(),
+                unit.flag,
+            )
     seen["generator"] = torch.get_rng_state()
     seen["python's generator"] = random.getstate()
     seen["numpy's generator"] = np.random.get_state()[1].tobytes(), np.random.get_state()[2]  # type: ignore[index]
@@ -188,6 +196,7 @@ def judge(program: Program) -> Verdict:
     verdict = _verdict(plain, by_torch, by_ullage)
     could = [s for s, can in found.values() if can and (s.replays or s.skipped)]
     verdict.selective, verdict.skipped = len(could), sum(s.skipped > 0 for s in could)
+    verdict.idle = [s for s in could if not s.skipped]
     verdict.replays = sum(s.replays for s, _ in found.values())
     verdict.warned = tuple(w for w in by_ullage.warned if w not in plain.warned)
     return verdict
@@ -201,7 +210,7 @@ def _verdict(plain: Outcome, by_torch: Outcome, by_ullage: Outcome) -> Verdict:
             return Verdict("invalid", f"{type(plain.error).__name__}: {plain.error}"[:200], theirs)
         return Verdict("silent", f"plain: {plain.error}; ullage runs"[:300], theirs)
     if error is not None:
-        kind = "refused" if by_torch.error and isinstance(error, UllageError) else "raises"
+        kind = "refused" if theirs != "equal" and isinstance(error, UllageError) else "raises"
         return Verdict(kind, f"{type(error).__name__}: {error}", theirs)
     what = difference(plain, by_ullage)
     return Verdict("mismatch" if what else "equal", what, theirs)
@@ -232,11 +241,16 @@ class Leaks:
         return f"{frames} frames, {[tuple(t.shape) for t in tensors[:5]]} ({len(tensors)} tensors), {sites} sites"
 
 
+def _leaks(program: Program, mode: str, leaks: Leaks) -> bool:
+    run(program, mode)
+    return bool(leaks.left())
+
+
 def checked(program: Program, leaks: Leaks) -> Verdict:
     """`judge`, and what it leaves behind; a leak does not hide another defect."""
     verdict = judge(program)
     left = leaks.left()
-    if left and not verdict.defect:
+    if left and not verdict.defect and not any(_leaks(program, mode, leaks) for mode in ("plain", "torch")):
         verdict.kind, verdict.what = "leak", left
     return verdict
 
@@ -244,7 +258,15 @@ def checked(program: Program, leaks: Leaks) -> Verdict:
 def smaller(program: Program) -> Iterator[Program]:
     """Programs that are one step simpler."""
     yield from (replace(program, top=t) for t in _smaller_blocks(program.top, True))
-    for name, value in (("autocast", False), ("backward", 0), ("varies", 0), ("varies", 1), ("frozen", 0), ("needs_grad", 1), ("batch", 2)):
+    for name, value in (
+        ("autocast", False),
+        ("backward", 0),
+        ("varies", 0),
+        ("varies", 1),
+        ("frozen", 0),
+        ("needs_grad", 1),
+        ("batch", 2),
+    ):
         if getattr(program, name) != value and (name != "varies" or program.varies > value):
             yield replace(program, **{name: value})
 
@@ -268,7 +290,14 @@ def _smaller_blocks(block: Block, top: bool = False) -> Iterator[Block]:
             yield replace(block, how="all")
     if not top and block.how != "plain":
         yield replace(block, how="plain")
-    for name, value in (("inputs", block.inputs[:1]), ("inputs", (0,)), ("call", 0), ("passing", 0), ("returns", 0), ("times", 1)):
+    for name, value in (
+        ("inputs", block.inputs[:1]),
+        ("inputs", (0,)),
+        ("call", 0),
+        ("passing", 0),
+        ("returns", 0),
+        ("times", 1),
+    ):
         if getattr(block, name) != value:
             yield replace(block, **{name: value})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +18,17 @@ from torch.autograd import forward_ad
 from ullage._errors import ArgumentError, ReplayError
 from ullage.runtime._frame import Frame, Options
 from ullage.runtime._keep import Keep, rule_of, torch_contexts
+from ullage.runtime._reach import roots_of
 from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
 _peek = torch._C._functorch.peek_interpreter_stack
 
 # What is remembered between calls: by module and function, or by a plain function's code.
-_sites: WeakKeyDictionary[Any, dict[str, Site]] = WeakKeyDictionary()
+_sites: WeakKeyDictionary[Any, dict[Any, Site]] = WeakKeyDictionary()
+_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_counter = itertools.count()
+_MOST_SITES = 64  # of one module or function; the first goes first
 
 
 def checkpoint(
@@ -99,7 +104,7 @@ def checkpoint(
     if torchs._checkpoint_debug_enabled is not None:
         debug = torchs._checkpoint_debug_enabled
     options = Options(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
-    return run(_site_of(function, options), options, function, args, kwargs)
+    return run(_site_of(function, options, args), options, function, args, kwargs)
 
 
 def run(
@@ -148,19 +153,34 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return checkpoint(lambda: function(), **options)
 
 
-def _site_of(function: Callable[..., Any], options: Options) -> Site:
+def _site_of(function: Callable[..., Any], options: Options, args: tuple[Any, ...]) -> Site:
     owner, name = _owner(function)
+    others: tuple[Any, ...] = ()
+    if isinstance(owner, types.CodeType):  # one function may run many modules, each a unit of its own
+        modules = [m for m in (*roots_of(function), *args) if isinstance(m, nn.Module)]
+        if modules:
+            owner, others = modules[0], (owner, *map(_number, modules[1:]))
     try:
         sites = _sites.get(owner)
         if sites is None:
             sites = _sites[owner] = {}
     except TypeError:  # not hashable, or has no weak references
         return Site(name)
-    key = f"{name}|{options.rule and getattr(options.rule, 'name', id(options.rule))}|{options.context_fn is not None}"
+    key = (name, others, options.rule, options.context_fn is not None)
     site = sites.get(key)
     if site is None:
+        if len(sites) >= _MOST_SITES:
+            del sites[next(iter(sites))]
         site = sites[key] = Site(name)
     return site
+
+
+def _number(module: nn.Module) -> int:
+    """A number that no other module has or had."""
+    found = _numbers.get(module)
+    if found is None:
+        found = _numbers[module] = next(_counter)
+    return found
 
 
 def _owner(function: Any) -> tuple[Any, str]:

@@ -22,12 +22,14 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._log import Meta, Recorder
-from ullage.runtime._reach import name_in, objects_in, roots_of, tensors_in, training_flags
-from ullage.runtime._replay import rebuild
+from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, tensors_in, training_flags
+from ullage.runtime._replay import Modified, rebuild
 from ullage.runtime._select import select
-from ullage.runtime._site import Facts, Known, Site, refused, signature_of
+from ullage.runtime._site import Facts, Known, Site, flags_of, refused, signature_of
+from ullage.runtime._skip import Placeholder
 from ullage.runtime._state import State, Survey, Unreachable, describe
 
+_SMALL = 4096  # elements of a buffer that is copied on entry even if no call has changed it yet
 _graph_task = torch._C._current_graph_task_id
 _group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
 
@@ -82,6 +84,8 @@ class Frame:
         "signature",
         "site",
         "stale",
+        "unseen",
+        "watched",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +100,7 @@ class Frame:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.notes: list[Meta] = []
         self.kept: dict[int, tuple[Tensor, int]] = {}
-        self.rebuilt: dict[Any, dict[int, Tensor]] = {}
+        self.rebuilt: dict[Any, dict[int, Any]] = {}
         self.count = 0
         self.complete = self.stale = False
         self.digests: dict[int, bytes | None] | None = {} if options.determinism_check == "values" else None
@@ -110,6 +114,8 @@ class Frame:
         self.roots = roots_of(fn) + objects_in((*args, *kwargs.values()))
         self.signature: Hashable = None
         self.learning = False
+        self.unseen = ""
+        self.watched: list[tuple[Tensor, int]] = []
         local.quiet, before = True, local.quiet
         try:
             self.inputs = Inputs(args, kwargs)
@@ -125,20 +131,23 @@ class Frame:
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
         training = training_flags(self.roots)
-        facts = self.site.facts.get(training)
+        case = (training, flags_of(args, kwargs))
+        facts = self.site.facts.get(case)
         if self.options.rule is not None and self.options.context_fn is None:
             self.signature = signature_of(args, kwargs, self.flags, training)
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
-            if facts.must_keep:
-                return self.fn(*args, **kwargs)
+            if facts.must_keep:  # kept by this frame, as in the first call: an outer unit must see the same in both
+                out = self._run(args, kwargs, self._pack_all)
+                self.complete = True
+                return out
             try:
                 facts = self._note_entry(facts)
             except Unreachable:
                 facts = None
         unknown = self.options.rule is not None and self.options.context_fn is None and self.known is None
         if facts is None or unknown:
-            return self._learn(args, kwargs, training, facts, unknown)
+            return self._learn(args, kwargs, case, facts, unknown)
         if self.known is not None:
             self.keep = self.known.selection.kept
         out = self._run(args, kwargs, self._pack)
@@ -150,9 +159,28 @@ class Frame:
         if changes.containers or changes.values or changes.generators:
             with quiet():
                 self.entry = State.read(self.roots, changes)
+        buffers = buffers_in(self.roots)
+        if buffers:
+            self._note_buffers(buffers)
         if facts.host_rng or self.options.host_rng:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
         return facts
+
+    def _note_buffers(self, buffers: list[Tensor]) -> None:
+        """Buffers that no call has changed so far: small ones are copied all the same, others watched."""
+        entry = self.entry if self.entry is not None else State([], [], [])
+        known = {id(o) for o, _ in entry.values}
+        self.watched = [(t, t._version) for t in buffers if id(t) not in known]
+        with quiet():
+            entry.values += [(t, t.detach().clone()) for t, _ in self.watched if t.numel() <= _SMALL]
+        if entry.values:
+            self.entry = entry
+
+    def _changed_unseen(self) -> str:
+        """The name of a buffer that this forward has changed, without a copy of what it was; "" if there is none."""
+        return next(
+            (name_in(self.roots, t) for t, version in self.watched if t._version != version and t.numel() > _SMALL), ""
+        )
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Callable[[Tensor], int]) -> Any:
         if self.options.context_fn is not None:
@@ -173,6 +201,10 @@ class Frame:
     def _finish(self) -> None:
         """After a forward that went well."""
         self.complete = True
+        self.unseen = self._changed_unseen() if self.watched else ""
+        self.watched = []
+        if self.unseen:
+            self.site.facts.clear()  # the next call learns
         if self.count == 0:
             return
         known = self.known
@@ -189,7 +221,7 @@ class Frame:
         i = self.count
         self.count = i + 1
         self.notes.append((x.shape, x.stride(), x.dtype, x.device))
-        if i in self.keep:
+        if i in self.keep and type(x) is not Placeholder:  # one is only seen inside the replay of an outer unit
             local.quiet, before = True, local.quiet
             self.kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
             local.quiet = before
@@ -201,7 +233,7 @@ class Frame:
     # --- the first call ----------------------------------------------------------------------------------------------
 
     def _learn(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], training: tuple[bool, ...], facts: Facts | None, log: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], case: tuple[Any, ...], facts: Facts | None, log: bool
     ) -> Any:
         """Run the forward, see what it does, and only then let go of what is not to be kept.
 
@@ -219,7 +251,7 @@ class Frame:
             self.recorder = None
         if survey is not None:
             facts = self._learn_facts(survey, host)
-            self.site.facts[training] = facts
+            self.site.facts[case] = facts
         assert facts is not None
         if facts.must_keep:
             self.complete = True
@@ -256,10 +288,10 @@ class Frame:
         moved = ambient.host_rng_moved(host, ambient.HOST[0]())
         if moved or self.options.host_rng:
             self.rng.append((ambient.HOST, host))
-        argument = self.inputs.changed()
+        argument = self.inputs.written()
         must_keep = ""
         if changes.parameters:
-            must_keep = f"its forward writes parameter {changes.parameters[0]}, which a replay would write again"
+            must_keep = f"its forward writes {changes.parameters[0]}, which a replay would write again"
         elif argument:
             must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
         if not (changes.containers or changes.values or changes.generators):
@@ -293,14 +325,22 @@ class Frame:
         if store is not None:
             found = store.pop(i, None)
             if found is not None:
-                return found
+                return self._sound(found, i)
         store = rebuild(self)
         found = store.pop(i)
         if task != -1 and store:
             self.rebuilt[task] = store
             if _group() is None:
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self._let_go(task))
-        return found
+        return self._sound(found, i)
+
+    def _sound(self, found: Any, i: int) -> Tensor:
+        if isinstance(found, Modified):
+            raise ReplayError(
+                f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "
+                "after it was saved, inside the unit; the plain step would fail too"
+            )
+        return found  # type: ignore[no-any-return]
 
     def _let_go(self, task: Any) -> None:
         """A backward is over: what it rebuilt and did not use goes."""
@@ -308,6 +348,11 @@ class Frame:
 
     def check_reads(self) -> None:
         """Raise if something the replay reads is not what the forward read."""
+        if self.unseen:
+            raise ReplayError(
+                f"{self.site.name}: its forward changed {self.unseen}, which its first call had left alone, so a replay would start from "
+                "another value; later calls are prepared for it"
+            )
         argument = self.inputs.changed()
         what = argument
         if not what and self.complete:

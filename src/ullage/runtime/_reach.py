@@ -73,6 +73,22 @@ def tensors_in(roots: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+_buffers: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
+
+
+def buffers_in(roots: Iterable[Any]) -> list[Tensor]:
+    """Buffers of modules."""
+    found: list[Tensor] = []
+    for root in roots:
+        if isinstance(root, nn.Module):
+            known = _buffers.get(root)
+            if known is None:
+                known = _buffers[root] = [m._buffers for m in root.modules() if m._buffers]
+            for d in known:
+                found += [t for t in d.values() if t is not None]
+    return found
+
+
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
     """What a person would call that tensor."""
     for root in roots:
@@ -92,5 +108,6 @@ def training_flags(roots: Iterable[Any]) -> tuple[bool, ...]:
                 flags += [m().training for m in _found_below(root)[1]]  # type: ignore[union-attr]
             except AttributeError:  # one of them is gone: the structure has changed
                 del _below[root]
+                _buffers.pop(root, None)
                 flags += [m.training for m in root.modules()]
     return tuple(flags)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from ullage.runtime._frame import Frame
 
 
+@dataclass(frozen=True)
+class Modified:
+    """In the place of a saved tensor that the unit itself writes to after it was saved."""
+
+    shape: torch.Size
+
+
 class _Stop(BaseException):
     """Everything is rebuilt. Not an `Exception`: the unit's own handlers must not catch it."""
 
 
-def rebuild(frame: Frame) -> dict[int, Tensor]:
+def rebuild(frame: Frame) -> dict[int, Any]:
     """Rebuild what a frame dropped: selectively where that is proven, else in full.
 
     Raises:
@@ -54,6 +62,10 @@ def _usable(frame: Frame) -> Selection | None:
     if frame.stale:
         _note_stale(frame, "what this call saved is not what the log says")
         return None
+    if any(enabled for enabled, _ in ambient.read_flags()[: len(ambient.AUTOCAST_TYPES)]):
+        # a skipped cast would stay in the cache of the region that backward is called in
+        frame.site.say("full replay: backward is called under autocast", warn=False)
+        return None
     selection = known.selection
     # before its proof a log serves only the call that has the digests to prove it
     if selection.refusal or not (known.trusted or frame.learning):
@@ -67,7 +79,7 @@ def _note_stale(frame: Frame, why: str) -> None:
     frame.site.say(f"a stale op log ({why}); what it dropped is rebuilt in full, the next call makes a new log")
 
 
-def _proven(frame: Frame, store: dict[int, Tensor], selection: Selection) -> bool:
+def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
     """Compare with the digests, where there are some; a log whose replay gave other bits is not used again."""
     known = frame.known
     assert known is not None
@@ -83,17 +95,17 @@ def _proven(frame: Frame, store: dict[int, Tensor], selection: Selection) -> boo
     return False
 
 
-def _differing(frame: Frame, store: dict[int, Tensor]) -> int | None:
+def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
     if not frame.digests:
         return None
     with quiet():
         for i, wanted in frame.digests.items():
-            if wanted is not None and i in store and digest(store[i]) != wanted:
+            if wanted is not None and isinstance(store.get(i), Tensor) and digest(store[i]) != wanted:
                 return i
     return None
 
 
-def _check_values(frame: Frame, store: dict[int, Tensor]) -> None:
+def _check_values(frame: Frame, store: dict[int, Any]) -> None:
     bad = _differing(frame, store)
     if bad is None:
         frame.site.shared.proven = True
@@ -116,7 +128,7 @@ class _Replay:
 
     def __init__(self, frame: Frame, selection: Selection | None) -> None:
         self.frame, self.selection = frame, selection
-        self.store: dict[int, Tensor] = {}
+        self.store: dict[int, Any] = {}
         self.versions: dict[int, int] = {}
         self.count, self.total = 0, frame.count
         self.checked = selection.checked if selection is not None else frozenset()
@@ -193,7 +205,7 @@ class _Replay:
             raise ReplayError(f"{self.frame.site.name}: backward of a replay's own graph, after the replay")
         return found
 
-    def finish(self) -> dict[int, Tensor]:
+    def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
         frame = self.frame
         if self.left and self.selection is not None:
@@ -201,17 +213,18 @@ class _Replay:
         if self.left and self.checks:
             raise self._error(f"its forward saved {self.total} tensors, its replay {self.count}")
         for i, version in self.versions.items():
-            if self.store[i]._version != version:
-                raise ReplayError(
-                    f"{frame.site.name}: saved tensor {i} of shape {tuple(self.store[i].shape)} is modified by an inplace operation "
-                    "after it was saved, inside the unit; the plain step would fail too"
-                )
-        store = {i: x for i, x in self.store.items() if i not in frame.kept}
+            if self.store[i]._version != version:  # told only if backward asks for it, as by autograd
+                self.store[i] = Modified(self.store[i].shape)
+        # detached: the replay's graph holds the frame, which would never be freed after an error in backward
+        with quiet():
+            store = {
+                i: x if isinstance(x, Modified) else x.detach() for i, x in self.store.items() if i not in frame.kept
+            }
         self.store = {}  # the replay's graph holds this object: it must not hold the graph
         return store
 
 
-def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
+def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Any]:
     replay = _Replay(frame, selection)
     if selection is None or not local.units:
         frame.site.replays += 1
@@ -223,10 +236,12 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
     try:
+        # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
+        args, kwargs = frame.inputs.give()
         with _as_it_was(frame) if _differs_around(frame) else _nothing:
             for source, state in frame.rng:
                 source[1](state)
-            _run(frame, replay, selection)
+            _run(frame, replay, selection, args, kwargs)
     except BaseException:
         replay.store = {}
         raise
@@ -258,8 +273,7 @@ def _as_it_was(frame: Frame) -> Iterator[None]:
         yield
 
 
-def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
-    args, kwargs = frame.inputs.give()
+def _run(frame: Frame, replay: _Replay, selection: Selection | None, args: list[Any], kwargs: dict[str, Any]) -> None:
     push_hooks(replay.pack, replay.unpack)
     try:
         if selection is not None:

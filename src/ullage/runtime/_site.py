@@ -80,7 +80,7 @@ class Site:
         name: what messages call it.
         shared: what it shares with units of its structure.
         values: paths' owners' names of buffers that are known to change (from a plan).
-        facts: by the `training` flags below it.
+        facts: by the `training` flags below it and the flags among its arguments.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
@@ -90,7 +90,7 @@ class Site:
     name: str
     shared: Shared = field(default_factory=Shared)
     buffers: tuple[str, ...] = ()
-    facts: dict[tuple[bool, ...], Facts] = field(default_factory=dict)
+    facts: dict[tuple[Any, ...], Facts] = field(default_factory=dict)
     replays: int = 0
     skipped: int = 0
     stale: int = 0
@@ -107,6 +107,11 @@ class Site:
 def refused(reason: str) -> Selection:
     """Nothing is kept and nothing skipped."""
     return Selection(frozenset(), frozenset(), (), 0, reason)
+
+
+def flags_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The flags among arguments: what state a forward changes often depends on them."""
+    return tuple([a for a in (*args, *kwargs.values()) if a is None or isinstance(a, bool | str)])
 
 
 def signature_of(args: Any, kwargs: Any, flags: Hashable, training: Hashable) -> Hashable:

@@ -45,7 +45,7 @@ class Changes:
         containers: paths of dicts, lists, sets, deques and `__dict__`s whose content it changes.
         values: paths of tensors and numpy arrays whose values it changes.
         generators: paths of `torch.Generator`s, which it may draw from.
-        parameters: names of parameters it writes to, which can't be put back.
+        parameters: names of parameters it writes to, and of other tensors that can't be put back.
     """
 
     containers: tuple[Path, ...] = ()
@@ -159,7 +159,8 @@ class Survey:
         """What changed since, and a state that holds what was there before."""
         containers = [(p, o, c) for p, o, c in self._containers.values() if not _same_content(c, _content(o))]
         values = [(p, o, host) for p, o, host, version in self._values.values() if _moved(o, host, version)]
-        parameters = tuple(n for n, p, version in self._parameters.values() if p._version != version)
+        parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
+        parameters += tuple(describe(p) for p, o, host in values if host is None)  # nothing to put back
         known = Changes(
             tuple(p for p, _, _ in containers),
             tuple(p for p, _, _ in values),
@@ -221,7 +222,9 @@ def _follow(roots: Sequence[Any], path: Path) -> Any:
 def describe(path: Path) -> str:
     """A path as a person would write it."""
     skip = ("_buffers", "_modules", "_parameters", None)
-    return ".".join(str(key) for _, key in path[1:] if key not in skip) or "attributes"
+    return ".".join(str(key) for _, key in path[1:] if key not in skip) or (
+        "attributes" if len(path) > 1 else "a tensor that it closes over"
+    )
 
 
 @dataclass
