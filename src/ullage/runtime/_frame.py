@@ -26,7 +26,6 @@ from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, ten
 from ullage.runtime._replay import Modified, rebuild
 from ullage.runtime._select import select
 from ullage.runtime._site import Facts, Known, Site, flags_of, refused, signature_of
-from ullage.runtime._skip import Placeholder
 from ullage.runtime._state import State, Survey, Unreachable, describe
 
 _SMALL = 4096  # elements of a buffer that is copied on entry even if no call has changed it yet
@@ -130,6 +129,8 @@ class Frame:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
+        if local.skipping:  # inside the selective replay of an outer unit: nobody asks for what is saved here, so nothing is learnt
+            return self._run(args, kwargs, self._pack)
         training = training_flags(self.roots)
         case = (training, flags_of(args, kwargs))
         facts = self.site.facts.get(case)
@@ -213,7 +214,9 @@ class Frame:
                 self.notes = known.notes
             else:
                 self.stale = True
+        local.quiet, before = True, local.quiet
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
+        local.quiet = before
         written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
         self.reads = [(id(t), t._version) for t in tensors_in(self.roots) if id(t) not in written]
 
@@ -221,7 +224,7 @@ class Frame:
         i = self.count
         self.count = i + 1
         self.notes.append((x.shape, x.stride(), x.dtype, x.device))
-        if i in self.keep and type(x) is not Placeholder:  # one is only seen inside the replay of an outer unit
+        if i in self.keep:
             local.quiet, before = True, local.quiet
             self.kept[i] = (x.detach(), x._version)  # detached: a node that saves its own output must not hold itself
             local.quiet = before

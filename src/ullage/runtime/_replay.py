@@ -275,6 +275,7 @@ def _as_it_was(frame: Frame) -> Iterator[None]:
 
 def _run(frame: Frame, replay: _Replay, selection: Selection | None, args: list[Any], kwargs: dict[str, Any]) -> None:
     push_hooks(replay.pack, replay.unpack)
+    skipping, local.skipping = local.skipping, selection is not None
     try:
         if selection is not None:
             with SkipMode(selection, frame.kept):
@@ -291,4 +292,5 @@ def _run(frame: Frame, replay: _Replay, selection: Selection | None, args: list[
     except _Stop:
         return
     finally:
+        local.skipping = skipping
         pop_hooks()

@@ -68,14 +68,15 @@ class _Chooser:
     def __init__(self, log: Log, rule: Rule) -> None:
         self.log = log
         self.dirty = {s for op in log.ops for s in op.writes}
-        self.maker: dict[Value, int] = {}  # value -> the op that first made it
+        # value -> the ops that made it: two views of one storage may be alike, and nobody knows which of them is used
+        self.makers: dict[Value, list[int]] = {}
         self.born: dict[int, int] = {}  # storage -> the op that allocated it
         self.touching: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}
             for value, _ in op.outputs:
                 if value is not None:
-                    self.maker.setdefault(value, k)
+                    self.makers.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
             for s in given | {v[0] for v, _ in op.outputs if v is not None}:
@@ -163,16 +164,14 @@ class _Chooser:
             for k in self.touching.get(s, ()):
                 self._need_op(k)
             return
-        k = self.maker.get(value, -1)
-        if k < 0:
-            return  # from outside
-        if self.born.get(s) == k and s in self.handed:
-            index = self.handed[s]
-            if index not in self.used:
-                self.used.add(index)
-                self.wanted.append(self.log.saved[index])  # the views that lead to where it is packed again
-            return
-        self._need_op(k)
+        for k in self.makers.get(value, ()):  # none: it is from outside
+            if self.born.get(s) == k and s in self.handed:
+                index = self.handed[s]
+                if index not in self.used:
+                    self.used.add(index)
+                    self.wanted.append(self.log.saved[index])  # the views that lead to where it is packed again
+            else:
+                self._need_op(k)
 
     def _step(self, k: int, used: frozenset[int]) -> Step:
         op = self.log.ops[k]
