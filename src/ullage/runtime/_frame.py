@@ -59,6 +59,7 @@ class Frame:
     """
 
     __slots__ = (
+        "case",
         "complete",
         "contexts",
         "count",
@@ -114,6 +115,7 @@ class Frame:
         self.signature: Hashable = None
         self.learning = False
         self.unseen = ""
+        self.case: tuple[Any, ...] = ()
         self.watched: list[tuple[Tensor, int]] = []
         local.quiet, before = True, local.quiet
         try:
@@ -129,10 +131,12 @@ class Frame:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
-        if local.skipping:  # inside the selective replay of an outer unit: nobody asks for what is saved here, so nothing is learnt
+        if (
+            local.skipping
+        ):  # inside the selective replay of an outer unit: nobody asks for what is saved here, so nothing is learnt
             return self._run(args, kwargs, self._pack)
         training = training_flags(self.roots)
-        case = (training, flags_of(args, kwargs))
+        case = self.case = (training, flags_of(args, kwargs))
         facts = self.site.facts.get(case)
         if self.options.rule is not None and self.options.context_fn is None:
             self.signature = signature_of(args, kwargs, self.flags, training)
@@ -177,11 +181,20 @@ class Frame:
         if entry.values:
             self.entry = entry
 
-    def _changed_unseen(self) -> str:
-        """The name of a buffer that this forward has changed, without a copy of what it was; "" if there is none."""
-        return next(
-            (name_in(self.roots, t) for t, version in self.watched if t._version != version and t.numel() > _SMALL), ""
+    def _look_for_unseen(self) -> None:
+        """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
+        watched, self.watched = self.watched, []
+        self.unseen = next(
+            (name_in(self.roots, t) for t, version in watched if t._version != version and t.numel() > _SMALL), ""
         )
+        if self.unseen:
+            self.site.facts.clear()  # the next call learns
+        argument = self.inputs.written()
+        if argument:
+            self.unseen = self.unseen or argument
+            must_keep = f"some of its forwards write {argument} in place, so a replay would start from other values"
+            self.site.facts[self.case] = Facts(must_keep=must_keep)
+            self.site.say(f"{must_keep}; its activations are kept", warn=False)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Callable[[Tensor], int]) -> Any:
         if self.options.context_fn is not None:
@@ -202,10 +215,7 @@ class Frame:
     def _finish(self) -> None:
         """After a forward that went well."""
         self.complete = True
-        self.unseen = self._changed_unseen() if self.watched else ""
-        self.watched = []
-        if self.unseen:
-            self.site.facts.clear()  # the next call learns
+        self._look_for_unseen()
         if self.count == 0:
             return
         known = self.known
@@ -217,7 +227,7 @@ class Frame:
         local.quiet, before = True, local.quiet
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
         local.quiet = before
-        written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
+        written = self.entry.written() if self.entry is not None else ()
         self.reads = [(id(t), t._version) for t in tensors_in(self.roots) if id(t) not in written]
 
     def _pack(self, x: Tensor) -> int:
@@ -359,7 +369,7 @@ class Frame:
         argument = self.inputs.changed()
         what = argument
         if not what and self.complete:
-            written = {id(o) for o, _ in self.entry.values} if self.entry is not None else ()
+            written = self.entry.written() if self.entry is not None else ()
             tensors = [t for t in tensors_in(self.roots) if id(t) not in written]
             if len(tensors) != len(self.reads):
                 what = "the set of its parameters"

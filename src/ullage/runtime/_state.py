@@ -251,6 +251,14 @@ class State:
             [(g, g.get_state()) for g in generators],
         )
 
+    def written(self) -> set[int]:
+        """Ids of what holds other values now, or is another object now: a replay sees what was there then."""
+        ids = {id(o) for o, _ in self.values}
+        for obj, content in self.containers:
+            if isinstance(obj, dict):
+                ids.update([id(v) for k, v in obj.items() if isinstance(v, Tensor) and content.get(k) is not v])
+        return ids
+
     def put(self) -> None:
         """Write it all back."""
         for obj, content in self.containers:
