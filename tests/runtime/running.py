@@ -235,6 +235,7 @@ class Leaks:
     def left(self) -> str:
         """What is alive that should not be, or ""."""
         gc.collect()
+        gc.collect()  # what the first one's finalizers let go of
         objects = gc.get_objects()
         frames = sum(type(o) is Frame for o in objects)
         tensors = [o for o in objects if isinstance(o, Tensor)]

@@ -144,7 +144,7 @@ class Frame:
         if facts is not None:
             if facts.must_keep:  # kept by this frame, as in the first call: an outer unit must see the same in both
                 out = self._run(args, kwargs, self._pack_all)
-                self.complete = True
+                self._keep_all()
                 return out
             try:
                 facts = self._note_entry(facts)
@@ -170,6 +170,11 @@ class Frame:
         if facts.host_rng or self.options.host_rng:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
         return facts
+
+    def _keep_all(self) -> None:
+        """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
+        self.complete = True
+        self.inputs, self.roots, self.entry, self.rng, self.reads = Inputs((), {}), [], None, [], []
 
     def _note_buffers(self, buffers: list[Tensor]) -> None:
         """Buffers that no call has changed so far: small ones are copied all the same, others watched."""
@@ -267,7 +272,7 @@ class Frame:
             self.site.facts[case] = facts
         assert facts is not None
         if facts.must_keep:
-            self.complete = True
+            self._keep_all()
             self.site.say(f"{facts.must_keep}; its activations are kept")
             return out
         keep: frozenset[int] = frozenset()
@@ -309,6 +314,10 @@ class Frame:
             must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
         if not (changes.containers or changes.values or changes.generators):
             self.entry = None
+        buffers = buffers_in(self.roots)
+        if buffers:
+            self._note_buffers(buffers)  # of those that it has not changed
+            self.watched = []
         return Facts(changes, moved, must_keep)
 
     def _pack_all(self, x: Tensor) -> int:

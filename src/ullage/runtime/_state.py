@@ -277,9 +277,14 @@ class State:
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
         """Inside it, everything is as it was then; afterwards as it was just before."""
+        tensors = tuple(o for o, _ in self.values if isinstance(o, Tensor))
+        versions = tuple(t._version for t in tensors)
         now = State._of([o for o, _ in self.containers], [o for o, _ in self.values], [g for g, _ in self.generators])
         try:
             self.put()
             yield
         finally:
             now.put()
+            # the values are those that others may have saved: nothing was modified
+            if versions != tuple(t._version for t in tensors):
+                torch._C._autograd._unsafe_set_version_counter(tensors, versions)
