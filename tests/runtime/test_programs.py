@@ -64,6 +64,16 @@ DEFECTS = {
     "a flag on which a counter depends": Program(
         Block((Block((Op("state", n=10), Op("linear")), "full"),)), varies=1
     ),
+    "a tensor in a dict that it holds is changed after it": Program(
+        Block(
+            (
+                Op("unary"), Op("binary", 2), Block((Op("in_place", n=5),), "full", (1,), 3, 3, 3), Op("in_place", 3, 1, 23),
+                Op("in_place", 3, 2, 3), Op("binary", 1, 3, 57),
+            ),
+            inputs=(2, 2), passing=2, returns=1,
+        ),
+        varies=1, needs_grad=2, batch=1,
+    ),
     "a failed backward left its frame": Program(
         Block((Block((Op("softmax"), Op("in_place", n=10), Op("unary")), "full", (3,)),))
     ),

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._log import Meta, Recorder
-from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, tensors_in, training_flags
+from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, tensors_around, tensors_in, training_flags
 from ullage.runtime._replay import Modified, rebuild
 from ullage.runtime._select import select
 from ullage.runtime._site import Facts, Known, Site, flags_of, refused, signature_of
@@ -77,6 +78,7 @@ class Frame:
         "ops",
         "options",
         "reads",
+        "reads_around",
         "rebuilt",
         "recorder",
         "rng",
@@ -115,6 +117,8 @@ class Frame:
         self.signature: Hashable = None
         self.learning = False
         self.unseen = ""
+        self.reads: list[tuple[int, int]] = []
+        self.reads_around: list[tuple[ReferenceType[Tensor], int]] = []
         self.case: tuple[Any, ...] = ()
         self.watched: list[tuple[Tensor, int]] = []
         local.quiet, before = True, local.quiet
@@ -174,7 +178,7 @@ class Frame:
     def _keep_all(self) -> None:
         """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
         self.complete = True
-        self.inputs, self.roots, self.entry, self.rng, self.reads = Inputs((), {}), [], None, [], []
+        self.inputs, self.roots, self.entry, self.rng = Inputs((), {}), [], None, []
 
     def _note_buffers(self, buffers: list[Tensor]) -> None:
         """Buffers that no call has changed so far: small ones are copied all the same, others watched."""
@@ -234,6 +238,7 @@ class Frame:
         local.quiet = before
         written = self.entry.written() if self.entry is not None else ()
         self.reads = [(id(t), t._version) for t in tensors_in(self.roots) if id(t) not in written]
+        self.reads_around = [(ref(t), t._version) for t in tensors_around(self.roots) if id(t) not in written]
 
     def _pack(self, x: Tensor) -> int:
         i = self.count
@@ -385,6 +390,10 @@ class Frame:
             for t, (identity, version) in zip(tensors, self.reads, strict=False):
                 if not what and (id(t) != identity or t._version != version):
                     what = name_in(self.roots, t)
+            for reference, version in self.reads_around:
+                held = reference()
+                if held is not None and held._version != version and id(held) not in written:
+                    what = what or name_in(self.roots, held)
         if what:
             raise ReplayError(
                 f"{self.site.name}: {what} was changed between forward and backward, so the replay would give other values; "

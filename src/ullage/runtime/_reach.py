@@ -89,6 +89,19 @@ def buffers_in(roots: Iterable[Any]) -> list[Tensor]:
     return found
 
 
+def tensors_around(roots: Iterable[Any], depth: int = 2) -> list[Tensor]:
+    """Tensors in containers and plain objects that a callable holds."""
+    found: list[Tensor] = []
+    for root in roots:
+        if isinstance(root, Tensor):
+            found.append(root)
+        elif depth and not isinstance(root, nn.Module):
+            fields = root if isinstance(root, dict) else getattr(root, "__dict__", None)
+            inner = fields.values() if isinstance(fields, dict) else root if isinstance(root, list | tuple) else ()
+            found += tensors_around(list(inner), depth - 1)
+    return found
+
+
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
     """What a person would call that tensor."""
     for root in roots:

@@ -203,7 +203,7 @@ class _Replay:
             found = self.frame.kept[i][0]
         if found is None:
             raise ReplayError(f"{self.frame.site.name}: backward of a replay's own graph, after the replay")
-        return found
+        return found  # type: ignore[no-any-return]
 
     def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
