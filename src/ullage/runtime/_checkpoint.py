@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from ullage._errors import ArgumentError, ReplayError
 from ullage.runtime._frame import Frame, Options
 from ullage.runtime._keep import Keep, rule_of, torch_contexts
+from ullage.runtime._reach import roots_of
 from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
@@ -160,10 +162,20 @@ def _site_of(function: Callable[..., Any], rule: Any, plain: bool) -> Site:
     except TypeError:  # not hashable, or has no weak references
         return Site(name)
     if site is None:
+        if len(sites) >= _MOST_SITES:
+            del sites[next(iter(sites))]
         site = sites[key] = Site(name)
         if len(sites) > _MOST_SITES:  # a new callable at every call
             del sites[next(iter(sites))]
     return site
+
+
+def _number(module: nn.Module) -> int:
+    """A number that no other module has or had."""
+    found = _numbers.get(module)
+    if found is None:
+        found = _numbers[module] = next(_counter)
+    return found
 
 
 def _owner(function: Any) -> tuple[Any, str]:

@@ -30,6 +30,7 @@ from ullage.runtime._replay import rebuild
 from ullage.runtime._site import Facts, Known, Site, signature_of
 from ullage.runtime._state import State, Unreachable, describe
 
+_SMALL = 4096  # elements of a buffer that is copied on entry even if no call has changed it yet
 _graph_task = torch._C._current_graph_task_id
 _group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
 _at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -39,10 +40,11 @@ class _SaveOne(torch.autograd.Function):
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_requires_grad", "_tensor", "version")
+    __slots__ = ("_hooked", "_requires_grad", "_tensor", "_theirs", "version")
 
     def __init__(self, t: Tensor, hooked: bool) -> None:
         self._hooked = self._tensor = None
+        self._theirs = ref(t) if hooked else None
         self.version = t._version
         self._requires_grad = t.requires_grad
         if not hooked:
@@ -64,6 +66,11 @@ class Held:
     def changed(self) -> bool:
         """Has it been written to since the call? Hooked ones are checked by autograd or by their hooks."""
         return self._tensor is not None and self._tensor._version != self.version
+
+    def written(self) -> bool:
+        """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
+        theirs = self._theirs() if self._theirs is not None else self._tensor
+        return theirs is not None and theirs._version != self.version
 
 
 class _Box:
@@ -120,6 +127,10 @@ class Inputs:
     def give(self) -> tuple[list[Any], dict[str, Any]]:
         """Arguments for one replay."""
         return [self._give(a) for a in self.args], {k: self._give(a) for k, a in self.kwargs.items()}
+
+    def written(self) -> str:
+        """The name of an argument that the forward has just written to, or ""."""
+        return next((name for name, held in self.held if held.written()), "")
 
     def changed(self) -> str:
         """The name of an argument that was written to since the call, or ""."""

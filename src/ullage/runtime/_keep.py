@@ -54,6 +54,32 @@ class LevelRule:
         return self.level == "matmul_attention" or n % 2 == 0
 
 
+class CallableRule:
+    """The rule of a user's callable. A function that is written in a call is another object each time, but the same rule."""
+
+    def __init__(self, keep: Callable[[Any], bool]) -> None:
+        self.keep = keep
+        code = getattr(keep, "__code__", None)
+        self._is = [code] if code is not None else [keep]
+        if code is not None:
+            self._is += [
+                *(c.cell_contents for c in getattr(keep, "__closure__", None) or ()),
+                *(getattr(keep, "__defaults__", None) or ()),
+            ]
+
+    def __call__(self, op: Any, n: int) -> bool:
+        """See `Rule`."""
+        return bool(self.keep(op))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CallableRule) or len(self._is) != len(other._is):
+            return False
+        return self.keep == other.keep or all(a is b for a, b in zip(self._is, other._is, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(getattr(self.keep, "__code__", type(self.keep)))
+
+
 def kind_of(op: Any) -> Any:
     """What calls are counted by: all matmuls together, other ops each for itself."""
     return "matmul" if op in MATMUL else op

@@ -16,6 +16,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.units: list[str] = []
         self.quiet = False
+        self.skipping = False  # a selective replay runs
 
 
 local = _Local()

@@ -21,6 +21,8 @@ from ullage.runtime._local import local
 
 aten = torch.ops.aten
 
+_NOTHING = tree_flatten(())[1]
+
 Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
 Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
 
@@ -113,7 +115,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         inputs = [self.value(t) for t in tensors]
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:  # the unit may catch it: a replay must come to the same
+            self.log.ops.append(Op(func, inputs, [], _NOTHING, [], set(), True, source_line()))
+            raise
         self._note(func, args, kwargs, tensors, inputs, out)
         return out
 

@@ -84,6 +84,35 @@ def tensors_in(roots: Iterable[Any], without: Container[tuple[int, str]] = ()) -
     return [t for t in found if t is not None]
 
 
+_buffers: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
+
+
+def buffers_in(roots: Iterable[Any]) -> list[Tensor]:
+    """Buffers of modules."""
+    found: list[Tensor] = []
+    for root in roots:
+        if isinstance(root, nn.Module):
+            known = _buffers.get(root)
+            if known is None:
+                known = _buffers[root] = [m._buffers for m in root.modules() if m._buffers]
+            for d in known:
+                found += [t for t in d.values() if t is not None]
+    return found
+
+
+def tensors_around(roots: Iterable[Any], depth: int = 2) -> list[Tensor]:
+    """Tensors in containers and plain objects that a callable holds."""
+    found: list[Tensor] = []
+    for root in roots:
+        if isinstance(root, Tensor):
+            found.append(root)
+        elif depth and not isinstance(root, nn.Module):
+            fields = root if isinstance(root, dict) else getattr(root, "__dict__", None)
+            inner = fields.values() if isinstance(fields, dict) else root if isinstance(root, list | tuple) else ()
+            found += tensors_around(list(inner), depth - 1)
+    return found
+
+
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
     """What a person would call that tensor."""
     for root in roots:
@@ -103,5 +132,6 @@ def training_flags(roots: Iterable[Any]) -> tuple[bool, ...]:
                 flags += [m().training for m in _found_below(root)[1]]  # type: ignore[union-attr]
             except AttributeError:  # one of them is gone: the structure has changed
                 del _below[root]
+                _buffers.pop(root, None)
                 flags += [m.training for m in root.modules()]
     return tuple(flags)

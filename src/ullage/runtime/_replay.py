@@ -22,11 +22,18 @@ if TYPE_CHECKING:
     from ullage.runtime._frame import Frame
 
 
+@dataclass(frozen=True)
+class Modified:
+    """In the place of a saved tensor that the unit itself writes to after it was saved."""
+
+    shape: torch.Size
+
+
 class _Stop(BaseException):
     """Everything is rebuilt. Not an `Exception`: the unit's own handlers must not catch it."""
 
 
-def rebuild(frame: Frame) -> dict[int, Tensor]:
+def rebuild(frame: Frame) -> dict[int, Any]:
     """Rebuild what a frame dropped: selectively where that is proven, else in full.
 
     Raises:
@@ -59,6 +66,10 @@ def _usable(frame: Frame) -> Selection | None:
     if frame.stale:
         _note_stale(frame, "what this call saved is not what the log says")
         return None
+    if any(enabled for enabled, _ in ambient.read_flags()[: len(ambient.AUTOCAST_TYPES)]):
+        # a skipped cast would stay in the cache of the region that backward is called in
+        frame.site.say("full replay: backward is called under autocast", warn=False)
+        return None
     selection = known.selection
     # before its proof a log serves only the call that has the digests to prove it
     if selection.refusal or not (known.proof.done or known.proof.belongs_to(frame)):
@@ -72,7 +83,7 @@ def _note_stale(frame: Frame, why: str) -> None:
     frame.site.say(f"a stale op log ({why}); what it dropped is rebuilt in full, the next call makes a new log")
 
 
-def _proven(frame: Frame, store: dict[int, Tensor], selection: Selection) -> bool:
+def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
     """Compare with the digests, where there are some; a log whose replay gave other bits is not used again."""
     known = frame.known
     assert known is not None
@@ -88,7 +99,7 @@ def _proven(frame: Frame, store: dict[int, Tensor], selection: Selection) -> boo
     return False
 
 
-def _differing(frame: Frame, store: dict[int, Tensor]) -> int | None:
+def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
     if not frame.digests:
         return None
     # what the unit's forward writes to is what the plain step's backward would find now, too: not what was saved
@@ -103,7 +114,7 @@ def _differing(frame: Frame, store: dict[int, Tensor]) -> int | None:
     return None
 
 
-def _check_values(frame: Frame, store: dict[int, Tensor]) -> None:
+def _check_values(frame: Frame, store: dict[int, Any]) -> None:
     bad = _differing(frame, store)
     if bad is None:
         if frame.digests:
@@ -227,7 +238,7 @@ class _Replay:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         return found
 
-    def finish(self) -> dict[int, Tensor]:
+    def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
         frame, store = self.frame, self.store
         if self.left:
@@ -250,7 +261,7 @@ class _Replay:
         self.frame = None  # type: ignore[assignment]
 
 
-def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
+def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Any]:
     replay = _Replay(frame, selection)
     if selection is None or not local.units:
         frame.site.replays += 1
@@ -261,6 +272,8 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Tensor]:
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
     try:
+        # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
+        args, kwargs = frame.inputs.give()
         with _as_it_was(frame) if _differs_around(frame) else _nothing:
             for source, state in frame.rng:
                 source[1](state)
@@ -310,5 +323,6 @@ def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
     except _Stop:
         return
     finally:
+        local.skipping = skipping
         pop_hooks()
         local.units.pop()

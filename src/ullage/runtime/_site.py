@@ -137,6 +137,11 @@ def refused(reason: str) -> Selection:
     return Selection(frozenset(), frozenset(), (), 0, reason)
 
 
+def flags_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The flags among arguments: what state a forward changes often depends on them."""
+    return tuple([a for a in (*args, *kwargs.values()) if a is None or isinstance(a, bool | str)])
+
+
 def signature_of(args: Any, kwargs: Any, flags: Hashable, training: Hashable) -> Hashable:
     """What a log depends on: shapes, strides, dtypes and types of the arguments, flags around the call."""
     parts: list[Any] = [flags, training]

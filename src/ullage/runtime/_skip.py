@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ullage._source import source_line
 from ullage.runtime._local import local
@@ -43,6 +44,18 @@ class Placeholder(Tensor):
         return f"<ullage placeholder {tuple(self.shape)}>"
 
 
+def _view_of(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any:
+    shape, stride, offset = placeholder.shape, placeholder.stride(), placeholder.storage_offset()
+    needed = (
+        offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if placeholder.numel() else offset
+    )
+    base = torch.empty(needed, dtype=placeholder.dtype, device="meta").as_strided(shape, stride, offset)
+    device = placeholder.device
+    return tree_map(
+        lambda t: Placeholder((t.shape, t.stride(), t.dtype, device), t.storage_offset()), func(base, *args, **kwargs)
+    )
+
+
 class SkipMode(TorchDispatchMode):
     """See the module's docstring.
 
@@ -70,6 +83,9 @@ class SkipMode(TorchDispatchMode):
         if step is None or func is not step.func:
             if func is _TO_COPY or func.namespace == QUERIES:  # autocast had this cast in its cache in forward
                 return func(*args, **(kwargs or {}))
+            if type(func) is OpOverload and func.is_view and args and type(args[0]) is Placeholder:
+                # after an in-place op on a view of a subclass, autograd takes the view again
+                return _view_of(args[0], func, args[1:], kwargs or {})
             raise Stale(f"{func} at {source_line()} where the log has {step.func if step else 'its end'}")
         self.at = at + 1
         if step.action == RUN:

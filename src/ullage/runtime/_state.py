@@ -46,7 +46,7 @@ class Changes:
         containers: paths of dicts, lists, sets, deques and `__dict__`s whose content it changes.
         values: paths of tensors and numpy arrays whose values it changes.
         generators: paths of `torch.Generator`s, which it may draw from.
-        parameters: names of parameters it writes to, which can't be put back.
+        parameters: names of parameters it writes to, and of other tensors that can't be put back.
     """
 
     containers: tuple[Path, ...] = ()
@@ -248,7 +248,9 @@ def _and_below(changed: list[Any]) -> list[Any]:
 def describe(path: Path) -> str:
     """A path as a person would write it."""
     skip = ("_buffers", "_modules", "_parameters", None)
-    return ".".join(str(key) for _, key in path[1:] if key not in skip) or "attributes"
+    return ".".join(str(key) for _, key in path[1:] if key not in skip) or (
+        "attributes" if len(path) > 1 else "a tensor that it closes over"
+    )
 
 
 @dataclass
@@ -303,9 +305,14 @@ class State:
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
         """Inside it, everything is as it was then; afterwards as it was just before."""
+        tensors = tuple(o for o, _ in self.values if isinstance(o, Tensor))
+        versions = tuple(t._version for t in tensors)
         now = State._of([o for o, _ in self.containers], [o for o, _ in self.values], [g for g, _ in self.generators])
         try:
             self.put()
             yield
         finally:
             now.put()
+            # the values are those that others may have saved: nothing was modified
+            if versions != tuple(t._version for t in tensors):
+                torch._C._autograd._unsafe_set_version_counter(tensors, versions)
