@@ -54,6 +54,11 @@ def read_flags() -> Flags:
     )
 
 
+def autocasting() -> bool:
+    """Is autocast on, for any type of device?"""
+    return torch.is_autocast_enabled("cpu") or (_ACCELERATOR is not None and torch.is_autocast_enabled(_ACCELERATOR))
+
+
 @contextlib.contextmanager
 def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
     """Set the flags that differ, and put them back."""

@@ -27,6 +27,8 @@ _peek = torch._C._functorch.peek_interpreter_stack
 
 # What is remembered between calls: by module and function, or by a plain function's code.
 _sites: WeakKeyDictionary[Any, dict[Hashable, Site]] = WeakKeyDictionary()
+_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_counter = itertools.count()
 
 
 def checkpoint(
@@ -102,7 +104,7 @@ def checkpoint(
     if torchs._checkpoint_debug_enabled is not None:
         debug = torchs._checkpoint_debug_enabled
     options = Options(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
-    return run(_site_of(function, rule, context_fn is None), options, function, args, kwargs)
+    return run(_site_of(function, rule, context_fn is None, args), options, function, args, kwargs)
 
 
 def run(
@@ -151,9 +153,14 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return checkpoint(lambda: function(), **options)
 
 
-def _site_of(function: Callable[..., Any], rule: Any, plain: bool) -> Site:
+def _site_of(function: Callable[..., Any], rule: Any, plain: bool, args: tuple[Any, ...]) -> Site:
     owner, name = _owner(function)
-    key = (name, rule and getattr(rule, "name", rule), plain)
+    others: tuple[Any, ...] = ()
+    if isinstance(owner, types.CodeType):  # one function may run many modules, each a unit of its own
+        modules = [m for m in (*roots_of(function), *args) if isinstance(m, nn.Module)]
+        if modules:
+            owner, others = modules[0], (owner, *map(_number, modules[1:]))
+    key = (name, others, rule, plain)
     try:
         sites = _sites.get(owner)
         if sites is None:
@@ -165,8 +172,6 @@ def _site_of(function: Callable[..., Any], rule: Any, plain: bool) -> Site:
         if len(sites) >= _MOST_SITES:
             del sites[next(iter(sites))]
         site = sites[key] = Site(name)
-        if len(sites) > _MOST_SITES:  # a new callable at every call
-            del sites[next(iter(sites))]
     return site
 
 

@@ -25,9 +25,9 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._log import Meta
-from ullage.runtime._reach import name_in, objects_in, roots_of, tensors_in, training_flags
-from ullage.runtime._replay import rebuild
-from ullage.runtime._site import Facts, Known, Site, signature_of
+from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, tensors_around, tensors_in, training_flags
+from ullage.runtime._replay import Modified, rebuild
+from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
 
 _SMALL = 4096  # elements of a buffer that is copied on entry even if no call has changed it yet
@@ -64,8 +64,32 @@ class Frame:
     """
 
     __slots__ = (
-        "__weakref__", "complete", "contexts", "digests", "entry", "flags", "fn", "inputs", "kept", "known", "notes", "on_replay",
-        "ops", "options", "reads", "rebuilt", "replaced", "rng", "roots", "signature", "site", "stale",
+        "__weakref__",
+        "complete",
+        "contexts",
+        "digests",
+        "entry",
+        "flags",
+        "fn",
+        "inputs",
+        "kept",
+        "kinds",
+        "known",
+        "notes",
+        "on_replay",
+        "ops",
+        "options",
+        "reads",
+        "reads_around",
+        "rebuilt",
+        "replaced",
+        "rng",
+        "roots",
+        "signature",
+        "site",
+        "stale",
+        "unseen",
+        "watched",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +104,7 @@ class Frame:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.notes: list[Meta] = []
         self.kept: dict[int, tuple[Tensor, int]] = {}
-        self.rebuilt: dict[int, Tensor] = {}
+        self.rebuilt: dict[int, Any] = {}
         self.complete = self.stale = False
         self.digests: dict[int, bytes | None] | None = {} if options.determinism_check == "values" else None
         self.known: Known | None = None
@@ -88,6 +112,11 @@ class Frame:
         self.contexts: tuple[Any, Any] | None = None
         self.ops: list[str] | None = [] if options.debug else None
         self.signature: Hashable = None
+        self.kinds: Hashable = None
+        self.reads: tuple[list[int], list[int]] = ([], [])
+        self.reads_around: list[tuple[ReferenceType[Tensor], int]] = []
+        self.unseen = ""
+        self.watched: list[tuple[Tensor, int]] = []
         self.replaced: set[tuple[int, str]] = set()
         self.flags = ambient.read_flags()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
@@ -104,9 +133,13 @@ class Frame:
         """Run the unit's forward."""
         from ullage.runtime._learn import learn  # which runs frames
 
+        if (
+            local.skipping
+        ):  # in the selective replay of an outer unit nobody asks for what is saved here: nothing is learnt
+            return self.run(args, kwargs, self.packer([]))
         options = self.options
         training = training_flags(self.roots)
-        kinds = (training, *map(type, self.roots))
+        kinds = self.kinds = (training, flags_of(args, kwargs), *map(type, self.roots))
         facts = self.site.facts.get(kinds)
         selective = options.rule is not None and options.context_fn is None
         if selective:
@@ -115,8 +148,10 @@ class Frame:
                 self.signature = (self.signature, signature_of(self.fn.args, self.fn.keywords, None, None))
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
-            if facts.must_keep:
-                return self.fn(*args, **kwargs)
+            if facts.must_keep:  # kept by this frame, as in the first call: an outer unit must see the same in both
+                out = self.run(args, kwargs, self.packer_of_all())
+                self.keep_all()
+                return out
             if not (facts.looks > 1 or not facts.changes.containers) or not self._note_entry(facts):
                 facts = None
         if facts is None or (selective and self.known is None):
@@ -141,9 +176,41 @@ class Frame:
                     self.entry = State.read(self.roots, changes)
             except Unreachable:
                 return False
+        buffers = buffers_in(self.roots)
+        if buffers:
+            self.note_buffers(buffers)
         if facts.host_rng or self.options.host_rng:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
         return True
+
+    def note_buffers(self, buffers: list[Tensor]) -> None:
+        """Buffers that no call has changed so far: small ones are copied all the same, others watched."""
+        entry = self.entry if self.entry is not None else State([], [], [])
+        known = {id(o) for o, _ in entry.values}
+        self.watched = [(t, t._version) for t in buffers if id(t) not in known]
+        with quiet():
+            entry.values += [(t, t.detach().clone()) for t, _ in self.watched if t.numel() <= _SMALL]
+        if entry.values:
+            self.entry = entry
+
+    def _look_for_unseen(self) -> None:
+        """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
+        watched, self.watched = self.watched, []
+        large = [t for t, version in watched if t._version != version and t.numel() > _SMALL]
+        if large:
+            self.unseen = name_in(self.roots, large[0])
+            self.site.facts.clear()  # the next call learns
+        argument = self.inputs.written()
+        if argument:
+            self.unseen = self.unseen or argument
+            must_keep = f"some of its forwards write {argument} in place, so a replay would start from other values"
+            self.site.facts[self.kinds] = Facts(must_keep=must_keep)
+            self.site.say(f"{must_keep}; its activations are kept", warn=False)
+
+    def keep_all(self) -> None:
+        """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
+        self.complete = True
+        self.inputs, self.roots, self.entry, self.rng = Inputs((), {}), [], None, []
 
     def packer(self, expected: list[Meta], keep: Any = ()) -> Pack:
         """The pack hook of a forward: note each saved tensor, keep those in `keep`, digest the others if asked to.
@@ -177,6 +244,20 @@ class Frame:
 
         return pack_some if keep or digests is not None else pack
 
+    def packer_of_all(self, saved: Callable[[Tensor], None] | None = None) -> Pack:
+        """A pack hook that keeps everything; `saved` is called with each tensor."""
+        pack, kept = self.packer([]), self.kept
+
+        def pack_all(x: Tensor) -> int:
+            i = pack(x)
+            with quiet():
+                kept[i] = (x.detach(), x._version)
+            if saved is not None:
+                saved(x)
+            return i
+
+        return pack_all
+
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Pack) -> Any:
         """Call the unit under a pack hook."""
         if self.options.context_fn is not None:
@@ -197,6 +278,7 @@ class Frame:
     def finish(self, expected: list[Meta]) -> None:
         """After a forward that went well: generators nobody drew from go, versions of what it read are noted."""
         self.complete = True
+        self._look_for_unseen()
         notes = self.notes
         if not notes:
             return
@@ -208,6 +290,10 @@ class Frame:
         if self.entry is not None:
             self.replaced = self.entry.replaced()
         self.reads = self._versions()
+        around = tensors_around(self.roots)
+        if around:
+            written = self.entry.written() if self.entry is not None else ()
+            self.reads_around = [(ref(t), t._version) for t in around if id(t) not in written]
 
     def _versions(self) -> tuple[list[int], list[int]]:
         tensors = tensors_in(self.roots, self.replaced)
@@ -224,11 +310,19 @@ class Frame:
 
         def unpack(i: int) -> Tensor:
             found = rebuilt(i, None)
-            return found if found is not None else self._missing(i)
+            if found is None:
+                found = self._missing(i)
+            return found if type(found) is not Modified else self._modified(i, found)  # type: ignore[no-any-return]
 
         return unpack
 
-    def _missing(self, i: int) -> Tensor:
+    def _modified(self, i: int, found: Modified) -> Any:
+        raise ReplayError(
+            f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "
+            "after it was saved, inside the unit; the plain step would fail too"
+        )
+
+    def _missing(self, i: int) -> Any:
         kept = self.kept.get(i)
         if kept is not None:
             tensor, version = kept
@@ -249,14 +343,30 @@ class Frame:
 
     def check_reads(self) -> None:
         """Raise if something the replay reads is not what the forward read."""
+        if self.unseen:
+            raise ReplayError(
+                f"{self.site.name}: its forward changed {self.unseen}, which its first call had left alone, so a replay would start from "
+                "another value; later calls are prepared for it"
+            )
         what = self.inputs.changed()
-        if not what and self.complete and self._versions() != self.reads:
-            what = self._changed_tensor()
+        if not what and self.complete:
+            if self.notes and self._versions() != self.reads:
+                what = self._changed_tensor()
+            elif self.reads_around:
+                what = self._changed_around()
         if what:
             raise ReplayError(
                 f"{self.site.name}: {what} was changed between forward and backward, so the replay would give other values; "
                 "change it after backward, or leave this unit out of checkpointing"
             )
+
+    def _changed_around(self) -> str:
+        written = self.entry.written() if self.entry is not None else ()
+        for reference, version in self.reads_around:
+            held = reference()
+            if held is not None and held._version != version and id(held) not in written:
+                return name_in(self.roots, held)
+        return ""
 
     def _changed_tensor(self) -> str:
         was = dict(zip(*self.reads, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -108,20 +107,6 @@ def rule_of(keep: Keep) -> Rule:
     raise ArgumentError(
         f"keep: expected a level's name, a collection of op overloads or a callable, got {type(keep).__name__}"
     )
-
-
-class CallableRule:
-    """The rule of a callable; equal for equal callables, and for plain functions made anew by the same line."""
-
-    def __init__(self, keep: Callable[[Any], bool]) -> None:
-        self.keep = keep
-        code = getattr(keep, "__code__", None)
-        free = getattr(keep, "__closure__", None) or getattr(keep, "__defaults__", None)
-        self.name: Any = code if code is not None and not free and isinstance(keep, types.FunctionType) else keep
-
-    def __call__(self, op: Any, n: int) -> bool:
-        """See `Rule`."""
-        return bool(self.keep(op))
 
 
 @functools.cache

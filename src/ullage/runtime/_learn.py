@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import digest
-from ullage.runtime._frame import Frame, Pack
+from ullage.runtime._frame import Frame
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
+from ullage.runtime._reach import buffers_in
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, refused
 from ullage.runtime._state import Survey
@@ -40,12 +41,12 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Ha
         survey = Survey(frame.roots) if facts is None else None
     host = ambient.HOST[0]() if facts is None else None
     with recorder if recorder is not None else contextlib.nullcontext():
-        out = frame.run(args, kwargs, _packer(frame, recorder))
+        out = frame.run(args, kwargs, frame.packer_of_all(recorder.saved if recorder is not None else None))
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
     if facts.must_keep:
-        frame.complete = True
+        frame.keep_all()
         frame.site.say(f"{facts.must_keep}; its activations are kept")
         return out
     if recorder is not None and rule is not None:
@@ -56,20 +57,6 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Ha
     frame.finish(frame.known.notes if frame.known is not None else frame.notes)
     frame.site.noted[kinds] = frame.notes
     return out
-
-
-def _packer(frame: Frame, recorder: Recorder | None) -> Pack:
-    pack, kept = frame.packer([]), frame.kept
-
-    def pack_all(x: Tensor) -> int:
-        i = pack(x)
-        with quiet():
-            kept[i] = (x.detach(), x._version)
-        if recorder is not None:
-            recorder.saved(x)
-        return i
-
-    return pack_all
 
 
 def _selection(frame: Frame, recorder: Recorder) -> Selection:
@@ -90,12 +77,16 @@ def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Fa
     moved = ambient.host_rng_moved(host, ambient.HOST[0]())
     if moved or frame.options.host_rng:
         frame.rng.append((ambient.HOST, host))
-    argument = frame.inputs.changed()
+    argument = frame.inputs.written()
     must_keep = ""
     if changes.parameters:
-        must_keep = f"its forward writes parameter {changes.parameters[0]}, which a replay would write again"
+        must_keep = f"its forward writes {changes.parameters[0]}, which a replay would write again"
     elif argument:
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
+    buffers = buffers_in(frame.roots)
+    if buffers:
+        frame.note_buffers(buffers)  # of those that it has not changed
+        frame.watched = []
     if earlier is not None:
         return Facts(changes | earlier.changes, moved or earlier.host_rng, must_keep, earlier.looks + 1)
     return Facts(changes, moved, must_keep)

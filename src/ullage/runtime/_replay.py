@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,7 @@ def _usable(frame: Frame) -> Selection | None:
     if frame.stale:
         _note_stale(frame, "what this call saved is not what the log says")
         return None
-    if any(enabled for enabled, _ in ambient.read_flags()[: len(ambient.AUTOCAST_TYPES)]):
+    if ambient.autocasting():
         # a skipped cast would stay in the cache of the region that backward is called in
         frame.site.say("full replay: backward is called under autocast", warn=False)
         return None
@@ -107,7 +108,11 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
     written = {o.untyped_storage()._cdata for o, _ in state if isinstance(o, Tensor)}
     with quiet():
         for i, wanted in frame.digests.items():
-            if wanted is None or i not in store or (written and store[i].untyped_storage()._cdata in written):
+            if (
+                wanted is None
+                or not isinstance(store.get(i), Tensor)
+                or (written and store[i].untyped_storage()._cdata in written)
+            ):
                 continue
             if digest(store[i]) != wanted:
                 return i
@@ -138,7 +143,7 @@ class _Replay:
 
     def __init__(self, frame: Frame, selection: Selection | None) -> None:
         self.frame, self.selection, self.name = frame, selection, frame.site.name
-        self.store: dict[int, Tensor] = {}
+        self.store: dict[int, Any] = {}
         self.versions: list[int] = []
         self.total = len(frame.notes)
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
@@ -236,7 +241,7 @@ class _Replay:
             found = self.frame.kept[i][0]
         if found is None:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
-        return found
+        return found  # type: ignore[no-any-return]
 
     def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
@@ -246,11 +251,9 @@ class _Replay:
         if self.selection is None and len(store) < self.total and self.checks:
             raise self._error(f"its forward saved {self.total} tensors, its replay {len(store)}")
         if [x._version for x in store.values()] != self.versions:
-            i = next(i for (i, x), version in zip(store.items(), self.versions, strict=True) if x._version != version)
-            raise ReplayError(
-                f"{frame.site.name}: saved tensor {i} of shape {tuple(store[i].shape)} is modified by an inplace operation "
-                "after it was saved, inside the unit; the plain step would fail too"
-            )
+            for (i, x), version in zip(list(store.items()), self.versions, strict=True):
+                if x._version != version:  # told only if backward asks for it, as by autograd
+                    store[i] = Modified(x.shape)
         if frame.kept and self.selection is None:
             return {i: x for i, x in store.items() if i not in frame.kept}
         return dict(store)
@@ -277,7 +280,7 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Any]:
         with _as_it_was(frame) if _differs_around(frame) else _nothing:
             for source, state in frame.rng:
                 source[1](state)
-            _run(frame, replay, selection)
+            _run(frame, replay, selection, args, kwargs)
         return replay.finish()
     finally:
         replay.close()
@@ -303,8 +306,8 @@ def _as_it_was(frame: Frame) -> Iterator[None]:
         yield
 
 
-def _run(frame: Frame, replay: _Replay, selection: Selection | None) -> None:
-    args, kwargs = frame.inputs.give()
+def _run(frame: Frame, replay: _Replay, selection: Selection | None, args: list[Any], kwargs: dict[str, Any]) -> None:
+    skipping, local.skipping = local.skipping, selection is not None
     local.units.append(frame.site.name)
     push_hooks(replay.packer(), replay.unpack)
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _MOST_NODES = 20_000
 _MISSING = object()
@@ -165,7 +166,9 @@ class Survey:
         """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
         containers = [(p, o, c) for p, o, c in self._containers.values() if not _same_content(c, _content(o))]
         values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
-        parameters = tuple(n for n, p, version in self._parameters.values() if p._version != version)
+        parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
+        # without a copy there is nothing to put back
+        parameters += tuple(describe(p) for p, o, h in values if h is None and not isinstance(o, FakeTensor))
         found = Changes(
             tuple(p for p, _, _ in containers),
             tuple(p for p, _, _ in values),
@@ -287,6 +290,14 @@ class State:
             if d.get(k, _MISSING) is not content.get(k, _MISSING)
         }
 
+    def written(self) -> set[int]:
+        """Ids of what holds other values now, or is another object now: a replay sees what was there then."""
+        ids = {id(o) for o, _ in self.values}
+        for obj, content in self.containers:
+            if isinstance(obj, dict):
+                ids.update([id(v) for k, v in obj.items() if isinstance(v, Tensor) and content.get(k) is not v])
+        return ids
+
     def put(self) -> None:
         """Write it all back."""
         for obj, content in self.containers:
@@ -312,7 +323,11 @@ class State:
             self.put()
             yield
         finally:
-            now.put()
+            try:
+                now.put()
+            except BaseException:
+                now.put()  # whatever broke in: the user's state comes first
+                raise
             # the values are those that others may have saved: nothing was modified
             if versions != tuple(t._version for t in tensors):
                 torch._C._autograd._unsafe_set_version_counter(tensors, versions)
