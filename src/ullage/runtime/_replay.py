@@ -215,7 +215,7 @@ class _Replay:
             if self.store[i]._version != version:
                 raise ReplayError(
                     f"{frame.site.name}: saved tensor {i} of shape {tuple(self.store[i].shape)} is modified by an inplace operation "
-                    "after it was saved, inside the unit; the plain step would fail too"
+                    "after it was saved, inside the unit; the plain step would fail too, unless it is the argument of a unit in this one"
                 )
         return {i: x for i, x in self.store.items() if i not in frame.kept}
 
