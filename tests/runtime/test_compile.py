@@ -14,6 +14,9 @@ import ullage
 from tests.runtime.steps import aten, bits, gradients, inputs, plain
 
 XW = ((4, 4), (4, 4))
+pytestmark = pytest.mark.skipif(
+    not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not run on this Python"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -322,6 +322,23 @@ def test_an_input_written_in_place(keep: str | None, name: str) -> None:
     assert site.replays == 0
 
 
+def test_an_input_written_in_place_by_a_nested_unit() -> None:
+    """Not covered: the outer unit's saved tensor is written to, and backward says so; never other gradients."""
+
+    def inner(x: Tensor, t: Tensor) -> Tensor:
+        t.add_(1)
+        return (x * t).sin().exp()
+
+    def unit_around(x: Tensor, w: Tensor) -> Tensor:
+        return ullage.checkpoint(inner, x, (x @ w).detach().clone()).cos()
+
+    out = ours(unit_around, *inputs(*XW))
+    with pytest.raises(
+        ullage.ReplayError, match=r"unit_around: saved tensor \d of shape \(4, 4\) is modified by an inplace"
+    ):
+        out.sum().backward()
+
+
 # --- what changed between forward and backward -----------------------------------------------------------------------
 
 
