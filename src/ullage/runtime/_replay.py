@@ -205,6 +205,12 @@ class _Replay:
             raise ReplayError(f"{self.frame.site.name}: backward of a replay's own graph, after the replay")
         return found  # type: ignore[no-any-return]
 
+    def note_modified(self) -> None:
+        """While state is still the unit's own: which saved tensors has it written to since?"""
+        for i, version in self.versions.items():
+            if self.store[i]._version != version:  # told only if backward asks for it, as by autograd
+                self.store[i] = Modified(self.store[i].shape)
+
     def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
         frame = self.frame
@@ -212,9 +218,6 @@ class _Replay:
             raise Stale("fewer tensors are saved than in forward")
         if self.left and self.checks:
             raise self._error(f"its forward saved {self.total} tensors, its replay {self.count}")
-        for i, version in self.versions.items():
-            if self.store[i]._version != version:  # told only if backward asks for it, as by autograd
-                self.store[i] = Modified(self.store[i].shape)
         # detached: the replay's graph holds the frame, which would never be freed after an error in backward
         with quiet():
             store = {
@@ -242,6 +245,7 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Any]:
             for source, state in frame.rng:
                 source[1](state)
             _run(frame, replay, selection, args, kwargs)
+            replay.note_modified()
     except BaseException:
         replay.store = {}
         raise
