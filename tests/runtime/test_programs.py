@@ -74,6 +74,9 @@ DEFECTS = {
         ),
         varies=1, needs_grad=2, batch=1,
     ),
+    "a tensor in an object is written to, then saved": Program(
+        Block((Block((Op("in_place", n=21), Op("linear")), "full", passing=5),))
+    ),
     "a failed backward left its frame": Program(
         Block((Block((Op("softmax"), Op("in_place", n=10), Op("unary")), "full", (3,)),))
     ),

@@ -243,6 +243,12 @@ class _Replay:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         return found  # type: ignore[no-any-return]
 
+    def note_modified(self) -> None:
+        """While state is still the unit's own: which saved tensors has it written to since?"""
+        for i, version in self.versions.items():
+            if self.store[i]._version != version:  # told only if backward asks for it, as by autograd
+                self.store[i] = Modified(self.store[i].shape)
+
     def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
         frame, store = self.frame, self.store
