@@ -88,7 +88,7 @@ class Frame:
         "signature",
         "site",
         "stale",
-        "unseen",
+        "unchanged", "unseen",
         "watched",
     )  # fmt: skip
 
@@ -116,6 +116,7 @@ class Frame:
         self.reads: tuple[list[int], list[int]] = ([], [])
         self.reads_around: list[tuple[ReferenceType[Tensor], int]] = []
         self.unseen = ""
+        self.unchanged: set[int] = set()
         self.watched: list[tuple[Tensor, int]] = []
         self.replaced: set[tuple[int, str]] = set()
         self.flags = ambient.read_flags()
@@ -196,6 +197,7 @@ class Frame:
     def _look_for_unseen(self) -> None:
         """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
         watched, self.watched = self.watched, []
+        self.unchanged = {id(t) for t, version in watched if t._version == version}
         large = [t for t, version in watched if t._version != version and t.numel() > _SMALL]
         if large:
             self.unseen = name_in(self.roots, large[0])
@@ -298,7 +300,7 @@ class Frame:
     def _versions(self) -> tuple[list[int], list[int]]:
         tensors = tensors_in(self.roots, self.replaced)
         if self.entry is not None:
-            written = {id(o) for o, _ in self.entry.values}
+            written = {id(o) for o, _ in self.entry.values} - self.unchanged
             tensors = [t for t in tensors if id(t) not in written]
         return list(map(id, tensors)), [t._version for t in tensors]
 
@@ -319,7 +321,7 @@ class Frame:
     def _modified(self, i: int, found: Modified) -> Any:
         raise ReplayError(
             f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "
-            "after it was saved, inside the unit; the plain step would fail too"
+            "after it was saved, inside the unit; the plain step would fail too, unless it is the argument of a unit in this one"
         )
 
     def _missing(self, i: int) -> Any:

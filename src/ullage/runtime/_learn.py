@@ -86,7 +86,6 @@ def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Fa
     buffers = buffers_in(frame.roots)
     if buffers:
         frame.note_buffers(buffers)  # of those that it has not changed
-        frame.watched = []
     if earlier is not None:
         return Facts(changes | earlier.changes, moved or earlier.host_rng, must_keep, earlier.looks + 1)
     return Facts(changes, moved, must_keep)

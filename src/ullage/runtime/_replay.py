@@ -245,9 +245,11 @@ class _Replay:
 
     def note_modified(self) -> None:
         """While state is still the unit's own: which saved tensors has it written to since?"""
-        for i, version in self.versions.items():
-            if self.store[i]._version != version:  # told only if backward asks for it, as by autograd
-                self.store[i] = Modified(self.store[i].shape)
+        store = self.store
+        if [x._version for x in store.values()] != self.versions:
+            for (i, x), version in zip(list(store.items()), self.versions, strict=True):
+                if x._version != version:  # told only if backward asks for it, as by autograd
+                    store[i] = Modified(x.shape)
 
     def finish(self) -> dict[int, Any]:
         """What was collected, after the checks that need the whole replay."""
@@ -256,10 +258,6 @@ class _Replay:
             raise Stale("fewer tensors are saved than in forward")
         if self.selection is None and len(store) < self.total and self.checks:
             raise self._error(f"its forward saved {self.total} tensors, its replay {len(store)}")
-        if [x._version for x in store.values()] != self.versions:
-            for (i, x), version in zip(list(store.items()), self.versions, strict=True):
-                if x._version != version:  # told only if backward asks for it, as by autograd
-                    store[i] = Modified(x.shape)
         if frame.kept and self.selection is None:
             return {i: x for i, x in store.items() if i not in frame.kept}
         return dict(store)
@@ -287,6 +285,7 @@ def _attempt(frame: Frame, selection: Selection | None) -> dict[int, Any]:
             for source, state in frame.rng:
                 source[1](state)
             _run(frame, replay, selection, args, kwargs)
+            replay.note_modified()
         return replay.finish()
     finally:
         replay.close()
