@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.runtime import programs
 from tests.runtime.programs import Block, Op, Program, Unit, _tensors_of
 from ullage._errors import UllageError
-from ullage.runtime import _select
+from ullage.runtime import _learn, _select
 from ullage.runtime._frame import Frame
 from ullage.runtime._site import Site
 from ullage.runtime._skip import Stale
@@ -172,21 +172,21 @@ def difference(plain: Outcome, other: Outcome) -> str:
 @contextlib.contextmanager
 def watching(found: dict[int, tuple[Site, bool]]) -> Iterator[None]:
     """Notes every site that learns, and whether its rule named something that can be kept."""
-    original = Frame._selection
+    original = _learn._selection
 
-    def selection(self: Frame, recorder: Any) -> Any:
+    def selection(frame: Frame, recorder: Any) -> Any:
         refusal, recorder.log.refusal = recorder.log.refusal, ""
-        can = _select.select(recorder.log, self.options.rule).skipped > 0  # type: ignore[arg-type]
+        can = _select.select(recorder.log, frame.options.rule).skipped > 0  # type: ignore[arg-type]
         recorder.log.refusal = refusal
-        known = found.get(id(self.site), (self.site, False))[1]
-        found[id(self.site)] = (self.site, known or can)
-        return original(self, recorder)
+        known = found.get(id(frame.site), (frame.site, False))[1]
+        found[id(frame.site)] = (frame.site, known or can)
+        return original(frame, recorder)
 
-    Frame._selection = selection  # type: ignore[method-assign]
+    _learn._selection = selection
     try:
         yield
     finally:
-        Frame._selection = original  # type: ignore[method-assign]
+        _learn._selection = original
 
 
 def judge(program: Program) -> Verdict:

@@ -55,7 +55,8 @@ def draws(func: Any, args: Any) -> bool:
 
 
 def _must_run(func: Any, args: Any) -> bool:
-    return func in READS or func.namespace not in ("aten", "prims") or draws(func, args)
+    shapes_in_place = torch.Tag.inplace_view in func.tags  # a placeholder would keep the shape it had
+    return func in READS or func.namespace not in ("aten", "prims") or shapes_in_place or draws(func, args)
 
 
 @dataclass
@@ -136,8 +137,6 @@ class Recorder(TorchDispatchMode):
                 outputs.append((None, leaf))
                 returns.append(-1)
         self._refuse_unknown([*tensors, *leaves], func)
-        if torch.Tag.inplace_view in func.tags:
-            self.log.refusal = f"{func} changes a tensor's shape in place"
         self.log.dynamic |= DATA_DEPENDENT in func.tags
         op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), _must_run(func, args))
         op.source = source_line()
