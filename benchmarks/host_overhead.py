@@ -5,7 +5,7 @@
 24 transformer blocks per model (pre-norm, attention, MLP), one thread, tiny blocks, so that host time is what is seen.
 Contenders take turns, one step each per round; a number is the difference of medians to the plain step, per block. `bare
 re-run` runs every block's forward once more and drops it: what any recomputation has to pay. `net` is what is added beyond
-that. torch_remat's selective regions are left out: with torch 2.13 version 0.2.2 fails on a private function that it misses. Peaks are the allocator's
+that. `bare hooks` is the floor of the design: saved-tensor hooks that check nothing. torch_remat's selective regions are left out: with torch 2.13 version 0.2.2 fails on a private function that it misses. Peaks are the allocator's
 record of one step of a larger block (d=256, T=256), where bytes are what is seen.
 """
 
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import torch_remat
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 HERE = Path(__file__).parent
@@ -68,9 +69,52 @@ def _twice(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)
 
 
+class _Stop(BaseException):
+    pass
+
+
+def _bare_hooks(block: nn.Module, x: Tensor) -> Tensor:
+    """The least that saved-tensor hooks can do: count, re-run, collect. No check, no generator, no state: not sound."""
+    saved: dict[int, Tensor] = {}
+    count = 0
+    held = x.detach()
+
+    def pack(_: Tensor) -> int:
+        nonlocal count
+        count += 1
+        return count - 1
+
+    def unpack(i: int) -> Tensor:
+        if i not in saved:
+            again()
+        return saved.pop(i)
+
+    def again() -> None:
+        found: list[Tensor] = []
+
+        def collect(t: Tensor) -> int:
+            found.append(t)
+            if len(found) == count:
+                raise _Stop
+            return len(found) - 1
+
+        leaf = held.detach().requires_grad_(x.requires_grad)
+        try:
+            with saved_tensors_hooks(collect, lambda i: None), torch.enable_grad():  # type: ignore[arg-type,return-value]
+                block(leaf)
+        except _Stop:
+            pass
+        saved.update(enumerate(found))
+        found.clear()
+
+    with saved_tensors_hooks(pack, unpack):
+        return block(x)  # type: ignore[no-any-return]
+
+
 CONTENDERS: dict[str, Wrap] = {
     "plain": lambda block, x: block(x),
     "bare re-run": _twice,
+    "bare hooks, unchecked": _bare_hooks,
     "torch checkpoint": lambda block, x: checkpoint(block, x, use_reentrant=False),
     "torch_remat": lambda block, x: torch_remat.checkpoint()(block)(x),
     "ullage full": lambda block, x: ul.checkpoint(block, x),
