@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One unit: its action, how often its planned forward ran and was replayed, bytes the plan frees there."""
+    """One unit: its action, how often its planned forward ran and was replayed, bytes the plan frees there.
+
+    `skipped_ops`: ops that its selective replays did not run; `stale_logs`: how often one had to be rebuilt in full
+    because the op log was of another call. `note` says what else happened, e.g. why nothing is skipped.
+    """
 
     fqn: str
     action: str
     fired: int
     recomputed: int
     planned_bytes_freed: int
+    skipped_ops: int = 0
+    stale_logs: int = 0
     note: str = ""
 
 
@@ -56,7 +62,7 @@ class Report:
         ]
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
-            f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
+            f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
             for u in self.units
         ]
         return "\n".join(lines)
@@ -94,8 +100,10 @@ class Handle:
         for d in self.plan.decisions:
             unit = by_fqn.get(d.unit)
             fired, again = (unit.fired, unit.recomputed) if unit else (0, 0)
-            note = "never ran under the plan" if unit and not fired else ""
-            rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, note))
+            skipped, stale = (unit.site.skipped, unit.site.stale) if unit else (0, 0)
+            note = "; ".join(unit.site.notes) if unit else ""
+            note = "never ran under the plan" if unit and not fired else note
+            rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, skipped, stale, note))
         larger = max((u.larger for u in self._units), default=0)
         return Report(
             tuple(rows), self.plan.predicted.peak_bytes, self._observed_peak(), self.plan.budget_bytes, larger
