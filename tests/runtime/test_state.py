@@ -359,6 +359,22 @@ def test_what_changed_between_forward_and_backward_is_named(what: str, keep: str
         out.backward()
 
 
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+def test_what_changed_but_is_not_read_is_no_error(keep: str | None) -> None:
+    """The replay stops before the unit's last op, which alone reads the second argument."""
+    site = Site("unit")
+    for _ in range(3):
+        x, w, y = inputs((4, 4), (4, 4), (4, 4))
+        out = unit(site, keep)(lambda a, b, c: (a @ b).sin() + c.detach(), x, w, y).sum()
+        with torch.no_grad():
+            y.add_(1)
+        out.backward()
+        grads = [x.grad, w.grad]
+        a, b = x.detach().requires_grad_(), w.detach().requires_grad_()
+        (a @ b).sin().sum().backward()
+        assert all(torch.equal(g, t.grad) for g, t in zip(grads, (a, b), strict=True) if t.grad is not None)
+
+
 def test_a_parameter_replaced_between_forward_and_backward_is_named() -> None:
     model = nn.Linear(4, 4)
     out = ullage.checkpoint(lambda x: model(x).exp().sin(), torch.randn(3, 4))

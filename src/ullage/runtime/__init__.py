@@ -3,6 +3,7 @@
 from ullage import _source
 from ullage.runtime import (
     _ambient,
+    _collect,
     _debug,
     _digest,
     _frame,
@@ -16,6 +17,8 @@ from ullage.runtime import (
     _site,
     _skip,
     _state,
+    _survey,
+    _watch,
 )
 from ullage.runtime._ambient import host_rng, host_rng_moved
 from ullage.runtime._checkpoint import checkpoint, run
@@ -33,20 +36,7 @@ __all__ = [
 
 keep_eager(
     [
-        _source,
-        _ambient,
-        _debug,
-        _digest,
-        _frame,
-        _inputs,
-        _learn,
-        _local,
-        _log,
-        _reach,
-        _replay,
-        _select,
-        _site,
-        _skip,
-        _state,
+        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _reach, _replay, _select, _site, _skip,
+        _state, _survey, _watch,
     ]
-)
+)  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
+from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._inputs import Inputs
@@ -26,9 +27,10 @@ from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._log import Meta
 from ullage.runtime._reach import buffers_in, name_in, objects_in, roots_of, tensors_around, tensors_in, training_flags
-from ullage.runtime._replay import Modified, rebuild
+from ullage.runtime._replay import rebuild
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
+from ullage.runtime._watch import storage_of
 
 _SMALL = 4096  # elements of a buffer that is copied on entry even if no call has changed it yet
 _graph_task = torch._C._current_graph_task_id
@@ -343,39 +345,46 @@ class Frame:
                 _at_end_of_backward(functools.partial(_let_go, ref(self)))
         return found
 
-    def check_reads(self) -> None:
-        """Raise if something the replay reads is not what the forward read."""
+    def changed_reads(self) -> dict[int, str]:
+        """What the unit can read and is not what the forward could: names by storage.
+
+        Raises:
+            ReplayError: a parameter is another object, or what the forward itself changed can't be put back.
+        """
         if self.unseen:
             raise ReplayError(
                 f"{self.site.name}: its forward changed {self.unseen}, which its first call had left alone, so a replay would start from "
                 "another value; later calls are prepared for it"
             )
-        what = self.inputs.changed()
-        if not what and self.complete:
-            if self.notes and self._versions() != self.reads:
-                what = self._changed_tensor()
-            elif self.reads_around:
-                what = self._changed_around()
-        if what:
-            raise ReplayError(
-                f"{self.site.name}: {what} was changed between forward and backward, so the replay would give other values; "
-                "change it after backward, or leave this unit out of checkpointing"
-            )
+        changed = self.inputs.changed()
+        if not self.complete or not self.notes:
+            return changed
+        if self._versions() != self.reads:
+            changed.update(self._changed_tensors())
+        if self.reads_around:
+            written = self.entry.written() if self.entry is not None else ()
+            for reference, version in self.reads_around:
+                held = reference()
+                if held is not None and held._version != version and id(held) not in written:
+                    changed[storage_of(held)] = name_in(self.roots, held)
+        return changed
 
-    def _changed_around(self) -> str:
-        written = self.entry.written() if self.entry is not None else ()
-        for reference, version in self.reads_around:
-            held = reference()
-            if held is not None and held._version != version and id(held) not in written:
-                return name_in(self.roots, held)
-        return ""
-
-    def _changed_tensor(self) -> str:
+    def _changed_tensors(self) -> dict[int, str]:
         was = dict(zip(*self.reads, strict=True))
-        for t in tensors_in(self.roots):
-            if was.get(id(t), t._version if self.entry is not None else -1) != t._version:
-                return name_in(self.roots, t)
-        return "the set of its parameters"
+        tensors = tensors_in(self.roots, self.replaced)
+        written = {id(o) for o, _ in self.entry.values} - self.unchanged if self.entry is not None else set()
+        tensors = [t for t in tensors if id(t) not in written]
+        if list(map(id, tensors)) != self.reads[0]:
+            new = next((name_in(self.roots, t) for t in tensors if id(t) not in was), "the set of its parameters")
+            raise self.changed_error(new)
+        return {storage_of(t): name_in(self.roots, t) for t in tensors if t._version != was[id(t)]}
+
+    def changed_error(self, name: str) -> ReplayError:
+        """The error for a replay that reads something else than its forward did."""
+        return ReplayError(
+            f"{self.site.name}: {name} was changed between forward and backward, so the replay would give other values; "
+            "change it after backward, or leave this unit out of checkpointing"
+        )
 
     def state_names(self) -> str:
         """What the unit's forward changes, for messages."""

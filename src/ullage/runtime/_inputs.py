@@ -14,6 +14,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ullage.runtime._watch import storage_of
+
 _AS_IS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
@@ -132,6 +134,6 @@ class Inputs:
         """The name of an argument that the forward has just written to, or ""."""
         return next((name for name, held in self.held if held.written()), "")
 
-    def changed(self) -> str:
-        """The name of an argument that was written to since the call, or ""."""
-        return next((name for name, held in self.held if held.changed()), "")
+    def changed(self) -> dict[int, str]:
+        """Arguments that were written to since the call: names by storage."""
+        return {storage_of(held.give()): name for name, held in self.held if held.changed()}

@@ -22,7 +22,7 @@ from ullage.runtime._log import Recorder
 from ullage.runtime._reach import buffers_in
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, refused
-from ullage.runtime._state import Survey
+from ullage.runtime._survey import Survey
 
 
 def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Hashable, facts: Facts | None) -> Any:

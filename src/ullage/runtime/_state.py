@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-_MOST_NODES = 20_000
+MOST_NODES = 20_000
 _MISSING = object()
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(nn.Module().__dict__)
-_OPAQUE = (
+OPAQUE = (
     type,
     types.ModuleType,
     types.FunctionType,
@@ -65,14 +64,14 @@ class Unreachable(Exception):
     """A path leads nowhere any more: what is known of this unit is of another structure."""
 
 
-def _fields(obj: Any) -> dict[str, Any] | None:
+def fields_of(obj: Any) -> dict[str, Any] | None:
     """The attributes of a module or plain object, or None."""
-    if isinstance(obj, (*_PLAIN, *_OPAQUE, Tensor, np.ndarray, torch.Generator)):
+    if isinstance(obj, (*PLAIN, *OPAQUE, Tensor, np.ndarray, torch.Generator)):
         return None
     return getattr(obj, "__dict__", None)
 
 
-def _content(obj: Any) -> Any:
+def content_of(obj: Any) -> Any:
     """A shallow copy of a container's content."""
     if isinstance(obj, dict):
         return dict(obj)
@@ -95,125 +94,13 @@ def _put_content(obj: Any, content: Any) -> None:
         obj.update(content) if isinstance(obj, set) else obj.extend(content)
 
 
-def _same_content(a: Any, b: Any) -> bool:
+def same_content(a: Any, b: Any) -> bool:
     if len(a) != len(b):
         return False
     if isinstance(a, set):
         return bool(a == b)
     pairs = [(v, b.get(k, _MISSING)) for k, v in a.items()] if isinstance(a, dict) else list(zip(a, b, strict=True))
-    return all(x is y or (isinstance(x, _PLAIN) and type(x) is type(y) and x == y) for x, y in pairs)
-
-
-class Survey:
-    """Everything reachable from some roots, before a forward; `changes` compares with what is there after it.
-
-    Args:
-        roots: modules, closures' contents and arguments.
-    """
-
-    def __init__(self, roots: Sequence[Any]) -> None:
-        self._containers: dict[int, tuple[Path, Any, Any]] = {}
-        self._values: dict[int, tuple[Path, Any, Any, int]] = {}
-        self._generators: dict[int, tuple[Path, torch.Generator, Any]] = {}
-        self._parameters: dict[int, tuple[str, Tensor, int]] = {}
-        self._seen: set[int] = set()
-        self._held: list[Any] = list(roots)  # ids of the dead are used again
-        for i, root in enumerate(roots):
-            self._look(root, (i,), "")
-
-    def _look(self, obj: Any, path: Path, name: str) -> None:
-        if isinstance(obj, (*_PLAIN, *_OPAQUE)) or id(obj) in self._seen or len(self._seen) > _MOST_NODES:
-            return
-        self._seen.add(id(obj))
-        self._held.append(obj)
-        if isinstance(obj, nn.Parameter):
-            self._parameters[id(obj)] = (name, obj, obj._version)
-        elif isinstance(obj, torch.Generator):
-            self._generators[id(obj)] = (path, obj, obj.get_state())
-        elif isinstance(obj, Tensor | np.ndarray):
-            self._values[id(obj)] = (path, obj, *_noted(obj))
-        elif isinstance(obj, dict | list | set | deque):
-            self._containers[id(obj)] = (path, obj, _content(obj))
-            items = obj.items() if isinstance(obj, dict) else enumerate(obj) if not isinstance(obj, set) else ()
-            for key, value in list(items):
-                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
-        elif isinstance(obj, tuple):
-            for key, value in enumerate(obj):
-                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
-        if not isinstance(obj, dict | list | set | deque | tuple):
-            self._look_at_fields(obj, path, name)
-
-    def _look_at_fields(self, obj: Any, path: Path, name: str) -> None:
-        fields = _fields(obj)
-        if fields is None:
-            return
-        self._containers[id(fields)] = ((*path, ("a", None)), fields, dict(fields))
-        self._held.append(fields)
-        for key, value in list(fields.items()):
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-                continue
-            inner = f"{name}.{key}".strip(".")
-            if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
-                self._seen.add(id(value))
-                if key != "_modules":
-                    self._containers[id(value)] = ((*path, ("a", key)), value, dict(value))
-                for k, v in list(value.items()):
-                    self._look(v, (*path, ("a", key), ("i", k)), f"{name}.{k}".strip("."))
-            else:
-                self._look(value, (*path, ("a", key)), inner)
-
-    def changes(self, known: set[int]) -> tuple[Changes, State]:
-        """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
-        containers = [(p, o, c) for p, o, c in self._containers.values() if not _same_content(c, _content(o))]
-        values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
-        parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
-        # without a copy there is nothing to put back
-        parameters += tuple(describe(p) for p, o, h in values if h is None and not isinstance(o, FakeTensor))
-        found = Changes(
-            tuple(p for p, _, _ in containers),
-            tuple(p for p, _, _ in values),
-            tuple(p for p, _, _ in self._generators.values()),
-            parameters,
-        )
-        entry = State(
-            [(o, c) for _, o, c in containers],
-            [(o, _restored(o, host)) for _, o, host in values],
-            [(g, state) for _, g, state in self._generators.values()],
-        )
-        return found, entry
-
-
-def _noted(obj: Any) -> tuple[Any, int]:
-    """Its values, in host memory that no allocator of torch counts, and its version."""
-    if isinstance(obj, np.ndarray):
-        return obj.copy(), 0
-    if type(obj) is not Tensor or obj.layout != torch.strided or obj.requires_grad or obj.grad_fn is not None:
-        return None, obj._version
-    return _host_copy(obj), obj._version
-
-
-def _host_copy(t: Tensor) -> np.ndarray[Any, Any] | None:
-    try:
-        bits = t.detach().cpu()
-        return (bits.view(torch.int16) if bits.dtype == torch.bfloat16 else bits).numpy().copy()
-    except (TypeError, RuntimeError):  # a dtype numpy lacks: digests tell whether it changed, but it can't be put back
-        return None
-
-
-def _moved(obj: Any, host: Any, version: int) -> bool:
-    if isinstance(obj, np.ndarray):
-        return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
-    if host is None:
-        return bool(obj._version != version)
-    now = _host_copy(obj)
-    return now is None or now.shape != host.shape or bool(now.tobytes() != host.tobytes())
-
-
-def _restored(obj: Any, host: Any) -> Any:
-    if isinstance(obj, np.ndarray) or host is None:
-        return host
-    values = torch.from_numpy(host)
-    return (values.view(torch.bfloat16) if obj.dtype == torch.bfloat16 else values).to(obj.device)
+    return all(x is y or (isinstance(x, PLAIN) and type(x) is type(y) and x == y) for x, y in pairs)
 
 
 def _follow(roots: Sequence[Any], path: Path) -> Any:
@@ -231,11 +118,11 @@ def _and_below(changed: list[Any]) -> list[Any]:
     """Containers that a forward changes, and those in them: what it put there once, it may change at its next call."""
     found, seen = list(changed), {id(c) for c in changed}
     todo = list(changed)
-    while todo and len(seen) < _MOST_NODES:
+    while todo and len(seen) < MOST_NODES:
         content = todo.pop()
         for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
             if key in _OF_MODULES or isinstance(
-                value, (*_PLAIN, *_OPAQUE, Tensor, nn.Module, np.ndarray, torch.Generator)
+                value, (*PLAIN, *OPAQUE, Tensor, nn.Module, np.ndarray, torch.Generator)
             ):
                 continue
             if not isinstance(value, dict | list | set | deque | tuple):
@@ -275,7 +162,7 @@ class State:
     @staticmethod
     def _of(containers: Sequence[Any], values: Sequence[Any], generators: Sequence[Any]) -> State:
         return State(
-            [(o, _content(o)) for o in containers],
+            [(o, content_of(o)) for o in containers],
             [(o, o.detach().clone() if isinstance(o, Tensor) else o.copy()) for o in values],
             [(g, g.get_state()) for g in generators],
         )

@@ -1,0 +1,173 @@
+"""What one replay collects: its pack hook compares each saved tensor with what forward noted, and takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ullage._errors import ReplayError
+from ullage._source import source_line
+from ullage.runtime._debug import first_difference
+from ullage.runtime._select import Selection
+from ullage.runtime._skip import Placeholder, Stale
+from ullage.runtime._watch import Watch
+
+if TYPE_CHECKING:
+    from ullage.runtime._frame import Frame
+
+
+@dataclass(frozen=True)
+class Modified:
+    """In the place of a saved tensor that the unit itself writes to after it was saved."""
+
+    shape: torch.Size
+
+
+class Stop(BaseException):
+    """Everything is rebuilt. Not an `Exception`: the unit's own handlers must not catch it."""
+
+
+class Collector:
+    """One attempt: what its pack hook has collected, and the checks that need the whole of it.
+
+    Args:
+        frame: the call.
+        selection: what to skip, or None for all of it.
+    """
+
+    def __init__(self, frame: Frame, selection: Selection | None) -> None:
+        self.frame, self.selection, self.name = frame, selection, frame.site.name
+        self.store: dict[int, Any] = {}
+        self.versions: list[int] = []
+        self.total = len(frame.notes)
+        self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
+        self.stops = frame.options.early_stop or not frame.complete
+        self.checks = frame.options.determinism_check != "none" or selection is not None
+        self.ops: list[str] = []
+
+    def packer(self, watch: Watch | None) -> Any:
+        """The pack hook: check against forward's note, collect, stop when everything is there."""
+        pack = self._full() if self.selection is None else self._selective(self.selection)
+        if watch is None:
+            return pack
+
+        def watched(x: Tensor) -> int:
+            watch.look(x)
+            return pack(x)  # type: ignore[no-any-return]
+
+        return watched
+
+    def _full(self) -> Any:
+        store, version, notes = self.store, self.versions.append, self.frame.notes
+        last, checks, stops = self.total - 1, self.checks, self.stops
+
+        def pack(x: Tensor) -> int:
+            i = len(store)
+            if i > last:
+                return self._more(i)
+            if (x.shape, x.stride(), x.dtype, x.device) != notes[i] and checks:
+                self._differs(i, x)
+            store[i] = x
+            version(x._version)
+            if i == last and stops:
+                raise Stop
+            return i
+
+        return pack
+
+    def _selective(self, selection: Selection) -> Any:
+        store, version, notes, kept = self.store, self.versions.append, self.frame.notes, self.frame.kept
+        checked, last = selection.checked, self.total - 1
+        i = -1
+
+        def pack(x: Tensor) -> int:
+            nonlocal i
+            i += 1
+            if i > last or not self.left:
+                return self._more(i)
+            if (x.shape, x.stride(), x.dtype, x.device) != notes[i]:
+                self._differs(i, x)
+            if i not in kept:
+                if type(x) is Placeholder:
+                    raise Stale(f"saved tensor {i} at {source_line()} was skipped")
+                store[i] = x
+                version(x._version)
+            elif i in checked:
+                self._check_kept(i, x, kept[i][0])
+            else:
+                return i
+            self.left -= 1
+            if not self.left and self.stops:
+                raise Stop
+            return i
+
+        return pack
+
+    def _check_kept(self, i: int, x: Tensor, kept: Tensor) -> None:
+        same = type(x) is not Placeholder and x.untyped_storage()._cdata == kept.untyped_storage()._cdata
+        if not same or x.storage_offset() != kept.storage_offset():
+            raise Stale(f"saved tensor {i} at {source_line()} is not the one that was kept")
+
+    def _more(self, i: int) -> int:
+        if self.stops:
+            raise Stop  # the unit has swallowed the first one
+        if i >= self.total:
+            if self.selection is not None:
+                raise Stale("more tensors are saved than in forward")
+            if self.checks:
+                raise self._error(f"its replay saves more than the {self.total} tensors that its forward saved")
+        return i
+
+    def _differs(self, i: int, x: Tensor) -> None:
+        shape, stride, dtype, device = self.frame.notes[i]
+        if self.selection is not None:
+            raise Stale(f"saved tensor {i} at {source_line()} has another shape, stride or dtype")
+        raise self._error(
+            f"saved tensor {i} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device} in the replay, "
+            f"but was {dtype} {tuple(shape)} with strides {stride} on {device} in forward"
+        )
+
+    def _error(self, what: str) -> ReplayError:
+        frame = self.frame
+        where = f" at {line}" if (line := source_line()) else ""
+        state = f" It changes {names}." if (names := frame.state_names()) else ""
+        text = f"{frame.site.name}{where}: the replay differs from the forward: {what}.{state}"
+        if frame.ops is not None:
+            return ReplayError(text + first_difference(frame.ops, self.ops))
+        return ReplayError(f"{text} Pass debug=True to see where they part")
+
+    def unpack(self, i: int) -> Tensor:
+        """For a backward inside the unit's own forward."""
+        found = self.store.get(i)
+        if found is None and self.frame is not None and i in self.frame.kept:
+            found = self.frame.kept[i][0]
+        if found is None:
+            raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
+        return found  # type: ignore[no-any-return]
+
+    def note_modified(self) -> None:
+        """While state is still the unit's own: which saved tensors has it written to since?"""
+        store = self.store
+        if [x._version for x in store.values()] != self.versions:
+            for (i, x), version in zip(list(store.items()), self.versions, strict=True):
+                if x._version != version:  # told only if backward asks for it, as by autograd
+                    store[i] = Modified(x.shape)
+
+    def finish(self) -> dict[int, Any]:
+        """What was collected, after the checks that need the whole replay."""
+        frame, store = self.frame, self.store
+        if self.left:
+            raise Stale("fewer tensors are saved than in forward")
+        if self.selection is None and len(store) < self.total and self.checks:
+            raise self._error(f"its forward saved {self.total} tensors, its replay {len(store)}")
+        if frame.kept and self.selection is None:
+            return {i: x for i, x in store.items() if i not in frame.kept}
+        return dict(store)
+
+    def close(self) -> None:
+        """The replay's graph holds the hooks, and so this object: it must hold neither that graph's tensors nor the frame."""
+        self.store.clear()
+        self.frame = None  # type: ignore[assignment]

@@ -1,0 +1,137 @@
+"""A look at everything reachable from a unit, before its first forward and after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ullage.runtime._state import (
+    MOST_NODES,
+    OPAQUE,
+    PLAIN,
+    Changes,
+    Path,
+    State,
+    content_of,
+    describe,
+    fields_of,
+    same_content,
+)
+
+
+class Survey:
+    """Everything reachable from some roots, before a forward; `changes` compares with what is there after it.
+
+    Args:
+        roots: modules, closures' contents and arguments.
+    """
+
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self._containers: dict[int, tuple[Path, Any, Any]] = {}
+        self._values: dict[int, tuple[Path, Any, Any, int]] = {}
+        self._generators: dict[int, tuple[Path, torch.Generator, Any]] = {}
+        self._parameters: dict[int, tuple[str, Tensor, int]] = {}
+        self._seen: set[int] = set()
+        self._held: list[Any] = list(roots)  # ids of the dead are used again
+        for i, root in enumerate(roots):
+            self._look(root, (i,), "")
+
+    def _look(self, obj: Any, path: Path, name: str) -> None:
+        if isinstance(obj, (*PLAIN, *OPAQUE)) or id(obj) in self._seen or len(self._seen) > MOST_NODES:
+            return
+        self._seen.add(id(obj))
+        self._held.append(obj)
+        if isinstance(obj, nn.Parameter):
+            self._parameters[id(obj)] = (name, obj, obj._version)
+        elif isinstance(obj, torch.Generator):
+            self._generators[id(obj)] = (path, obj, obj.get_state())
+        elif isinstance(obj, Tensor | np.ndarray):
+            self._values[id(obj)] = (path, obj, *_noted(obj))
+        elif isinstance(obj, dict | list | set | deque):
+            self._containers[id(obj)] = (path, obj, content_of(obj))
+            items = obj.items() if isinstance(obj, dict) else enumerate(obj) if not isinstance(obj, set) else ()
+            for key, value in list(items):
+                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
+        elif isinstance(obj, tuple):
+            for key, value in enumerate(obj):
+                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
+        if not isinstance(obj, dict | list | set | deque | tuple):
+            self._look_at_fields(obj, path, name)
+
+    def _look_at_fields(self, obj: Any, path: Path, name: str) -> None:
+        fields = fields_of(obj)
+        if fields is None:
+            return
+        self._containers[id(fields)] = ((*path, ("a", None)), fields, dict(fields))
+        self._held.append(fields)
+        for key, value in list(fields.items()):
+            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                continue
+            inner = f"{name}.{key}".strip(".")
+            if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
+                self._seen.add(id(value))
+                if key != "_modules":
+                    self._containers[id(value)] = ((*path, ("a", key)), value, dict(value))
+                for k, v in list(value.items()):
+                    self._look(v, (*path, ("a", key), ("i", k)), f"{name}.{k}".strip("."))
+            else:
+                self._look(value, (*path, ("a", key)), inner)
+
+    def changes(self, known: set[int]) -> tuple[Changes, State]:
+        """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
+        containers = [(p, o, c) for p, o, c in self._containers.values() if not same_content(c, content_of(o))]
+        values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
+        parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
+        # without a copy there is nothing to put back
+        parameters += tuple(describe(p) for p, o, h in values if h is None and not isinstance(o, FakeTensor))
+        found = Changes(
+            tuple(p for p, _, _ in containers),
+            tuple(p for p, _, _ in values),
+            tuple(p for p, _, _ in self._generators.values()),
+            parameters,
+        )
+        entry = State(
+            [(o, c) for _, o, c in containers],
+            [(o, _restored(o, host)) for _, o, host in values],
+            [(g, state) for _, g, state in self._generators.values()],
+        )
+        return found, entry
+
+
+def _noted(obj: Any) -> tuple[Any, int]:
+    """Its values, in host memory that no allocator of torch counts, and its version."""
+    if isinstance(obj, np.ndarray):
+        return obj.copy(), 0
+    if type(obj) is not Tensor or obj.layout != torch.strided or obj.requires_grad or obj.grad_fn is not None:
+        return None, obj._version
+    return _host_copy(obj), obj._version
+
+
+def _host_copy(t: Tensor) -> np.ndarray[Any, Any] | None:
+    try:
+        bits = t.detach().cpu()
+        return (bits.view(torch.int16) if bits.dtype == torch.bfloat16 else bits).numpy().copy()
+    except (TypeError, RuntimeError):  # a dtype numpy lacks: digests tell whether it changed, but it can't be put back
+        return None
+
+
+def _moved(obj: Any, host: Any, version: int) -> bool:
+    if isinstance(obj, np.ndarray):
+        return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
+    if host is None:
+        return bool(obj._version != version)
+    now = _host_copy(obj)
+    return now is None or now.shape != host.shape or bool(now.tobytes() != host.tobytes())
+
+
+def _restored(obj: Any, host: Any) -> Any:
+    if isinstance(obj, np.ndarray) or host is None:
+        return host
+    values = torch.from_numpy(host)
+    return (values.view(torch.bfloat16) if obj.dtype == torch.bfloat16 else values).to(obj.device)
