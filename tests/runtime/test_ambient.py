@@ -299,3 +299,26 @@ def test_default_device(wrap: Wrap) -> None:
 
     for _ in range(3):
         assert run(wrap) == run(plain)
+
+
+def test_an_input_cast_by_several_ops_under_autocast_is_cast_as_often_in_the_replay() -> None:
+    """Autocast remembers the casts of leaves: were the replay's input one, its ops would not be those of the log."""
+    torch.manual_seed(0)
+    first, a, b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    site = Site("unit")
+    call = unit(site, "matmul_attention")
+
+    def grads(call: Wrap) -> list[bytes]:
+        seen = []
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                x = first(torch.ones(3, 4)).float()
+                out = call(lambda x: torch.nn.functional.gelu(a(x)) * b(x).sin(), x)
+            for m in (first, a, b):
+                m.zero_grad()
+            out.float().sum().backward()
+            seen += [p.grad.numpy().tobytes() for m in (first, a, b) for p in m.parameters() if p.grad is not None]
+        return seen
+
+    assert grads(call) == grads(plain)
+    assert site.skipped > 0 and site.stale == 0

@@ -42,13 +42,13 @@ class _SaveOne(torch.autograd.Function):
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_requires_grad", "_tensor", "_theirs", "version")
+    __slots__ = ("_hooked", "_leaf", "_requires_grad", "_tensor", "_theirs", "version")
 
     def __init__(self, t: Tensor, hooked: bool) -> None:
         self._hooked = self._tensor = None
         self._theirs = ref(t) if hooked else None
         self.version = t._version
-        self._requires_grad = t.requires_grad
+        self._requires_grad, self._leaf = t.requires_grad, t.is_leaf
         if not hooked:
             self._tensor = t.detach()
         elif _make_saved_tensor is not None:
@@ -58,10 +58,12 @@ class Held:
             self._hooked = _SaveOne.apply(t, flag).grad_fn
 
     def give(self) -> Tensor:
-        """The argument for a replay: a leaf, if the argument needs a gradient."""
+        """The argument for a replay, in grad mode; a leaf if it was one: autocast keeps casts of leaves for the next op."""
         if self._tensor is not None:
             t: Tensor = self._tensor.detach()
-            return t.requires_grad_() if self._requires_grad else t
+            if not self._requires_grad:
+                return t
+            return t.requires_grad_() if self._leaf else t.requires_grad_().view_as(t)
         hooked: Any = self._hooked
         return hooked.unpack() if _make_saved_tensor is not None else hooked.saved_tensors[0]  # type: ignore[no-any-return]
 
