@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -127,4 +128,43 @@ def test_a_compiled_block_inside(keep: Any) -> None:
             net.zero_grad()
             call(x).square().sum().backward()
         seen.append([bits(p.grad) for p in net.parameters()])
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.filterwarnings("ignore:Detected that context_fn is passed")
+@pytest.mark.parametrize("policy", ["every_block", "selective"])
+def test_a_planned_model_is_one_graph(policy: str) -> None:
+    """Statistics and dropout in the blocks; plan and compile keep gradients and buffers."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(nn.functional.dropout(torch.relu(self.norm(self.a(x))), 0.2))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x.square().mean()
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(16, 8)
+    plan = ullage.plan(ullage.Workload(net, x), policy=policy, costs="roofline")
+    seen = []
+    for planned in (False, True):
+        model = copy.deepcopy(net)
+        if planned:
+            plan.apply(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            torch.manual_seed(1)
+            compiled(x).backward()
+        seen.append([bits(p.grad) for p in model.parameters()] + [bits(b) for b in model.buffers()])
     assert seen[0] == seen[1]

@@ -8,6 +8,7 @@ instance also gets a `__reduce_ex__` that leaves both entries out: `copy.deepcop
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import types
 import weakref
@@ -93,13 +94,22 @@ class PlannedForward:
         return self.plain(self._module())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._compiled(args, kwargs)
         module, unit = self._module(), self.unit
         plain = self.plain(module)
         if not torch.is_grad_enabled() or not unit.active or disabled():
             return plain(*args, **kwargs)
-        if torch.compiler.is_compiling():  # what Dynamo can trace; what was promised is not measured there
-            return checkpoint(plain, *args, keep=unit.settings.option.level or None, **kwargs)
         return unit.run(plain, module, args, kwargs)
+
+    def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What Dynamo can trace in one graph; what was promised is not measured there."""
+        module, unit, plain = self._module(), self.unit, self.previous
+        if plain is _MISSING:
+            plain = functools.partial(type(module).forward, module)
+        if not torch.is_grad_enabled() or not unit.active or disabled():
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, keep=unit.settings.option.level or None, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Only for a module that copies its `__dict__` by itself, past `__reduce_ex__`: the copy's own forward."""

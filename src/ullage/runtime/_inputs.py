@@ -18,6 +18,7 @@ from ullage.runtime._watch import storage_of
 
 _AS_IS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_alias = torch.ops.aten.alias.default  # a view of equal strides, also where a dimension has one element
 _make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
 
 
@@ -63,7 +64,7 @@ class Held:
             t: Tensor = self._tensor.detach()
             if not self._requires_grad:
                 return t
-            return t.requires_grad_() if self._leaf else t.requires_grad_().view_as(t)
+            return t.requires_grad_() if self._leaf else _alias(t.requires_grad_())
         hooked: Any = self._hooked
         return hooked.unpack() if _make_saved_tensor is not None else hooked.saved_tensors[0]  # type: ignore[no-any-return]
 
