@@ -134,11 +134,8 @@ class Frame:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
-        from ullage.runtime._learn import learn  # which runs frames
-
-        if (
-            local.skipping
-        ):  # in the selective replay of an outer unit nobody asks for what is saved here: nothing is learnt
+        # in the selective replay of an outer unit nobody asks for what is saved here: nothing is learnt
+        if local.skipping:
             return self.run(args, kwargs, self.packer([]))
         options = self.options
         training = training_flags(self.roots)
@@ -158,12 +155,14 @@ class Frame:
             if not (facts.looks > 1 or not facts.changes.containers) or not self._note_entry(facts):
                 facts = None
         if facts is None or (selective and self.known is None):
-            return learn(self, args, kwargs, kinds, facts)
+            from ullage.runtime._learn import learn  # which runs frames; not on the hot path
+
+            return learn(self, args, kwargs, facts)
         known = self.known
         proof = known.proof if known is not None else self.site.shared.proof
         if proof.claim(self) and self.digests is None:
             self.digests = {}
-        expected = self.site.notes_of(kinds) if known is None else known.notes
+        expected = self.site.noted.get(kinds, []) if known is None else known.notes
         out = self.run(args, kwargs, self.packer(expected, known.selection.kept if known is not None else ()))
         self.finish(expected)
         if known is None and self.notes is not expected:
@@ -235,10 +234,8 @@ class Frame:
             if i in keep:
                 before, local.quiet = local.quiet, True
                 try:
-                    kept[i] = (
-                        x.detach(),
-                        x._version,
-                    )  # detached: a node that saves its own output must not hold itself
+                    # detached: a node that saves its own output must not hold itself
+                    kept[i] = (x.detach(), x._version)
                 finally:
                     local.quiet = before
             elif digests is not None:
@@ -299,11 +296,16 @@ class Frame:
             written = self.entry.written() if self.entry is not None else ()
             self.reads_around = [(ref(t), t._version) for t in around if id(t) not in written]
 
-    def _versions(self) -> tuple[list[int], list[int]]:
+    def _readable(self) -> list[Tensor]:
+        """Parameters, buffers and held tensors that the forward has not changed."""
         tensors = tensors_in(self.roots, self.replaced)
-        if self.entry is not None:
-            written = {id(o) for o, _ in self.entry.values} - self.unchanged
-            tensors = [t for t in tensors if id(t) not in written]
+        if self.entry is None:
+            return tensors
+        written = {id(o) for o, _ in self.entry.values} - self.unchanged
+        return [t for t in tensors if id(t) not in written]
+
+    def _versions(self) -> tuple[list[int], list[int]]:
+        tensors = self._readable()
         return list(map(id, tensors)), [t._version for t in tensors]
 
     # --- backward ----------------------------------------------------------------------------------------------------
@@ -370,10 +372,7 @@ class Frame:
         return changed
 
     def _changed_tensors(self) -> dict[int, str]:
-        was = dict(zip(*self.reads, strict=True))
-        tensors = tensors_in(self.roots, self.replaced)
-        written = {id(o) for o, _ in self.entry.values} - self.unchanged if self.entry is not None else set()
-        tensors = [t for t in tensors if id(t) not in written]
+        was, tensors = dict(zip(*self.reads, strict=True)), self._readable()
         if list(map(id, tensors)) != self.reads[0]:
             new = next((name_in(self.roots, t) for t in tensors if id(t) not in was), "the set of its parameters")
             raise self.changed_error(new)

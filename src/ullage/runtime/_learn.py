@@ -8,7 +8,6 @@ log. Digests of what it drops are what the first replay has to give back, bit fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,16 +24,16 @@ from ullage.runtime._site import Facts, refused
 from ullage.runtime._survey import Survey
 
 
-def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: Hashable, facts: Facts | None) -> Any:
+def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
     """The unit's output.
 
     Args:
         frame: this call.
         args: positional arguments.
         kwargs: keyword arguments.
-        kinds: the key of the facts.
         facts: what is known already, or None.
     """
+    kinds = frame.kinds
     rule = frame.options.rule if frame.options.context_fn is None else None
     recorder = Recorder() if rule is not None and frame.known is None else None
     with quiet():

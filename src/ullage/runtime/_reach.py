@@ -58,17 +58,17 @@ def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
 
 
 # Weak references and dicts of tensors: a value of this mapping must not hold its key.
-_Below = tuple[list[dict[str, Any]], list["ReferenceType[nn.Module]"]]
+_Below = tuple[list[dict[str, Any]], list["ReferenceType[nn.Module]"], list[dict[str, Any]]]
 _below: WeakKeyDictionary[nn.Module, _Below] = WeakKeyDictionary()
 
 
 def _found_below(module: nn.Module) -> _Below:
-    """Of a module and all below it: the dicts of parameters and buffers, and the modules."""
+    """Of a module and all below it: the dicts of parameters and buffers, the modules, the dicts of buffers."""
     known = _below.get(module)
     if known is None:
         modules = list(module.modules())
         tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        known = _below[module] = (tensors, [ref(m) for m in modules])
+        known = _below[module] = (tensors, [ref(m) for m in modules], [m._buffers for m in modules if m._buffers])
     return known
 
 
@@ -84,18 +84,12 @@ def tensors_in(roots: Iterable[Any], without: Container[tuple[int, str]] = ()) -
     return [t for t in found if t is not None]
 
 
-_buffers: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary()
-
-
 def buffers_in(roots: Iterable[Any]) -> list[Tensor]:
     """Buffers of modules."""
     found: list[Tensor] = []
     for root in roots:
         if isinstance(root, nn.Module):
-            known = _buffers.get(root)
-            if known is None:
-                known = _buffers[root] = [m._buffers for m in root.modules() if m._buffers]
-            for d in known:
+            for d in _found_below(root)[2]:
                 found += [t for t in d.values() if t is not None]
     return found
 
@@ -132,6 +126,5 @@ def training_flags(roots: Iterable[Any]) -> tuple[bool, ...]:
                 flags += [m().training for m in _found_below(root)[1]]  # type: ignore[union-attr]
             except AttributeError:  # one of them is gone: the structure has changed
                 del _below[root]
-                _buffers.pop(root, None)
                 flags += [m.training for m in root.modules()]
     return tuple(flags)

@@ -16,6 +16,7 @@ from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._select import Selection
+from ullage.runtime._site import refused
 from ullage.runtime._skip import SkipMode, Stale
 from ullage.runtime._watch import Changed, Watch
 
@@ -92,9 +93,7 @@ def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
         if known.proof.belongs_to(frame):
             known.proof.done = True
         return True
-    known.selection = Selection(
-        frozenset(), frozenset(), (), 0, f"its selective replay gave other values (saved tensor {bad})"
-    )
+    known.selection = refused(f"its selective replay gave other values (saved tensor {bad})")
     frame.site.say(f"full replay: {known.selection.refusal}")
     return False
 
@@ -145,7 +144,8 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
         args, kwargs = frame.inputs.give()
-        with _as_it_was(frame) if _differs_around(frame) else _nothing:
+        now = ambient.read_flags()
+        with _as_it_was(frame, now) if frame.entry is not None or frame.flags != now else _nothing:
             for source, state in frame.rng:
                 source[1](state)
             _run(frame, replay, selection, args, kwargs, watch)
@@ -162,14 +162,10 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
 _nothing = contextlib.nullcontext()
 
 
-def _differs_around(frame: Frame) -> bool:
-    return frame.entry is not None or frame.flags != ambient.read_flags()
-
-
 @contextlib.contextmanager
-def _as_it_was(frame: Frame) -> Iterator[None]:
+def _as_it_was(frame: Frame, now: ambient.Flags) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ambient.flags_as(frame.flags, ambient.read_flags()))
+        stack.enter_context(ambient.flags_as(frame.flags, now))
         if frame.entry is not None:
             stack.enter_context(frame.entry.seen())
         yield

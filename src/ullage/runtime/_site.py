@@ -120,10 +120,6 @@ class Site:
     stale: int = 0
     notes: dict[str, None] = field(default_factory=dict)
 
-    def notes_of(self, kinds: Hashable) -> list[Meta]:
-        """What a call last saved."""
-        return self.noted.get(kinds, [])
-
     def say(self, note: str, warn: bool = True) -> None:
         """Note something; the first time as a warning too."""
         if note not in self.notes:
