@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Modified:
-    """In the place of a saved tensor that the unit itself writes to after it was saved."""
+    """In the place of a saved tensor that is not what it was: told only if backward asks for it, as by autograd.
+
+    Attributes:
+        shape: its shape.
+        by: what changed between forward and backward and went into it; "" if the unit itself writes to it after it was saved.
+    """
 
     shape: torch.Size
+    by: str = ""
 
 
 class Stop(BaseException):
@@ -55,9 +61,11 @@ class Collector:
             return pack
 
         def watched(x: Tensor) -> int:
-            watch.look(x)
-            return pack(x)  # type: ignore[no-any-return]
-
+            i = pack(x)
+            name = watch.name(x)
+            if name is not None and i in self.store:
+                self.store[i] = Modified(x.shape, name)
+            return i  # type: ignore[no-any-return]
         return watched
 
     def _full(self) -> Any:
@@ -151,9 +159,9 @@ class Collector:
     def note_modified(self) -> None:
         """While state is still the unit's own: which saved tensors has it written to since?"""
         store = self.store
-        if [x._version for x in store.values()] != self.versions:
+        if [getattr(x, "_version", 0) for x in store.values()] != self.versions:
             for (i, x), version in zip(list(store.items()), self.versions, strict=True):
-                if x._version != version:  # told only if backward asks for it, as by autograd
+                if isinstance(x, Tensor) and x._version != version:
                     store[i] = Modified(x.shape)
 
     def finish(self) -> dict[int, Any]:

@@ -53,6 +53,36 @@ class Options:
     host_rng: bool = False
 
 
+class _Around:
+    """A tensor that the unit closes over: what it was when the unit was called.
+
+    Args:
+        t: the tensor.
+    """
+
+    __slots__ = ("kind", "tensor", "values", "version")
+
+    def __init__(self, t: Tensor) -> None:
+        self.tensor, self.version = ref(t), t._version
+        self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
+        with quiet(), torch.no_grad():
+            self.values = t.detach().clone() if t.numel() <= _SMALL else None
+
+    def moved(self) -> Tensor | None:
+        """The tensor, if it has been written to since."""
+        t = self.tensor()
+        return t if t is not None and t._version != self.version else None
+
+
+def _same(t: Tensor, values: Any) -> bool:
+    """Was it written to and yet holds what it held? `values`: a copy of that, or None."""
+    if not isinstance(values, Tensor):
+        return False
+    with quiet():
+        found = digest(t)
+        return found is not None and found == digest(values)
+
+
 class Frame:
     """See the module's docstring.
 
@@ -67,11 +97,13 @@ class Frame:
 
     __slots__ = (
         "__weakref__",
+        "around",
         "complete",
         "contexts",
         "digests",
         "entry",
         "flags",
+        "held",
         "fn",
         "inputs",
         "kept",
@@ -82,15 +114,15 @@ class Frame:
         "ops",
         "options",
         "reads",
-        "reads_around",
         "rebuilt",
         "replaced",
+        "restored",
         "rng",
         "roots",
         "signature",
         "site",
         "stale",
-        "unchanged", "unseen",
+        "unseen",
         "watched",
     )  # fmt: skip
 
@@ -106,6 +138,7 @@ class Frame:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.notes: list[Meta] = []
         self.kept: dict[int, tuple[Tensor, int]] = {}
+        self.held: dict[int, Tensor | None] = {}  # of these, arguments of units in this one; copies where there is no replay
         self.rebuilt: dict[int, Any] = {}
         self.complete = self.stale = False
         self.digests: dict[int, bytes | None] | None = {} if options.determinism_check == "values" else None
@@ -116,13 +149,13 @@ class Frame:
         self.signature: Hashable = None
         self.kinds: Hashable = None
         self.reads: tuple[list[int], list[int]] = ([], [])
-        self.reads_around: list[tuple[ReferenceType[Tensor], int]] = []
         self.unseen = ""
-        self.unchanged: set[int] = set()
         self.watched: list[tuple[Tensor, int]] = []
+        self.restored: dict[int, str] = {}
         self.replaced: set[tuple[int, str]] = set()
         self.flags = ambient.read_flags()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
+        self.around = [_Around(t) for t in tensors_around(self.roots)]
         before, local.quiet = local.quiet, True
         try:
             self.inputs = Inputs(args, kwargs)
@@ -139,7 +172,8 @@ class Frame:
             return self.run(args, kwargs, self.packer([]))
         options = self.options
         training = training_flags(self.roots)
-        kinds = self.kinds = (training, flags_of(args, kwargs), *map(type, self.roots))
+        grads = (*self.inputs.kinds(), *[a.kind for a in self.around])
+        kinds = self.kinds = (training, flags_of(args, kwargs), grads, *map(type, self.roots))
         facts = self.site.facts.get(kinds)
         selective = options.rule is not None and options.context_fn is None
         if selective:
@@ -198,12 +232,17 @@ class Frame:
     def _look_for_unseen(self) -> None:
         """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
         watched, self.watched = self.watched, []
-        self.unchanged = {id(t) for t, version in watched if t._version == version}
-        large = [t for t, version in watched if t._version != version and t.numel() > _SMALL]
-        if large:
-            self.unseen = name_in(self.roots, large[0])
-            self.site.facts.clear()  # the next call learns
+        if watched:
+            self.watched = [(t, v) for t, v in watched if t._version == v and t.numel() <= _SMALL]
+            large = [t for t, version in watched if t._version != version and t.numel() > _SMALL]
+            if large:
+                self.unseen = name_in(self.roots, large[0])
+                self.site.facts.clear()  # the next call learns
         argument = self.inputs.written()
+        if not argument and self.around:
+            written = self.entry.written() if self.entry is not None else ()
+            self.around = [a for a in self.around if id(a.tensor()) not in written]
+            argument = next((name_in(self.roots, t) for a in self.around if (t := a.moved()) is not None), "")
         if argument:
             self.unseen = self.unseen or argument
             must_keep = f"some of its forwards write {argument} in place, so a replay would start from other values"
@@ -213,14 +252,14 @@ class Frame:
     def keep_all(self) -> None:
         """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
         self.complete = True
-        self.inputs, self.roots, self.entry, self.rng = Inputs((), {}), [], None, []
+        self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], []
 
     def packer(self, expected: list[Meta], keep: Any = ()) -> Pack:
         """The pack hook of a forward: note each saved tensor, keep those in `keep`, digest the others if asked to.
 
         A note that an earlier call made too is shared with it, so that a call leaves nothing new behind.
         """
-        notes, kept, digests = self.notes, self.kept, self.digests
+        notes, kept, held, digests = self.notes, self.kept, self.held, self.digests
         note, known = notes.append, len(expected)
 
         def pack(x: Tensor) -> int:
@@ -238,6 +277,8 @@ class Frame:
                     kept[i] = (x.detach(), x._version)
                 finally:
                     local.quiet = before
+                if local.holding:
+                    held[i] = None
             elif digests is not None:
                 with quiet():
                     digests[i] = digest(x)
@@ -247,12 +288,14 @@ class Frame:
 
     def packer_of_all(self, saved: Callable[[Tensor], None] | None = None) -> Pack:
         """A pack hook that keeps everything; `saved` is called with each tensor."""
-        pack, kept = self.packer([]), self.kept
+        pack, kept, held = self.packer([]), self.kept, self.held
 
         def pack_all(x: Tensor) -> int:
             i = pack(x)
             with quiet():
                 kept[i] = (x.detach(), x._version)
+                if local.holding:
+                    held[i] = x.detach().clone()
             if saved is not None:
                 saved(x)
             return i
@@ -291,18 +334,14 @@ class Frame:
         if self.entry is not None:
             self.replaced = self.entry.replaced()
         self.reads = self._versions()
-        around = tensors_around(self.roots)
-        if around:
-            written = self.entry.written() if self.entry is not None else ()
-            self.reads_around = [(ref(t), t._version) for t in around if id(t) not in written]
 
     def _readable(self) -> list[Tensor]:
-        """Parameters, buffers and held tensors that the forward has not changed."""
+        """Parameters, buffers and held tensors of which no copy was taken on entry."""
         tensors = tensors_in(self.roots, self.replaced)
         if self.entry is None:
             return tensors
-        written = {id(o) for o, _ in self.entry.values} - self.unchanged
-        return [t for t in tensors if id(t) not in written]
+        noted = {id(o) for o, _ in self.entry.values}
+        return [t for t in tensors if id(t) not in noted]
 
     def _versions(self) -> tuple[list[int], list[int]]:
         tensors = self._readable()
@@ -323,6 +362,8 @@ class Frame:
         return unpack
 
     def _modified(self, i: int, found: Modified) -> Any:
+        if found.by:
+            raise self.changed_error(found.by)
         raise ReplayError(
             f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "
             "after it was saved, inside the unit; the plain step would fail too, unless it is the argument of a unit in this one"
@@ -330,6 +371,12 @@ class Frame:
 
     def _missing(self, i: int) -> Any:
         kept = self.kept.get(i)
+        if kept is not None and kept[0]._version != kept[1] and i in self.held:
+            # the plain step does not save it, so there it may change
+            if self.held[i] is not None:
+                return self.held[i]
+            del self.kept[i]
+            self.known = kept = None
         if kept is not None:
             tensor, version = kept
             if tensor._version != version:
@@ -363,13 +410,33 @@ class Frame:
             return changed
         if self._versions() != self.reads:
             changed.update(self._changed_tensors())
-        if self.reads_around:
-            written = self.entry.written() if self.entry is not None else ()
-            for reference, version in self.reads_around:
-                held = reference()
-                if held is not None and held._version != version and id(held) not in written:
-                    changed[storage_of(held)] = name_in(self.roots, held)
+        if self.watched or self.around:
+            changed.update(self._changed_copies())
         return changed
+
+    def _changed_copies(self) -> dict[int, str]:
+        """Of what was copied on entry and has changed since, the replay sees the copy; it must not be what is saved."""
+        lost = {}
+        for t, version in self.watched:
+            if t._version != version:
+                self.restored[storage_of(t)] = name_in(self.roots, t)
+        for around in self.around:
+            t = around.moved()
+            if t is None or _same(t, around.values):
+                continue
+            (lost if around.values is None else self.restored)[storage_of(t)] = name_in(self.roots, t)
+            if around.values is not None:
+                self.entry = self.entry if self.entry is not None else State([], [], [])
+                if all(o is not t for o, _ in self.entry.values):
+                    self.entry.values.append((t, around.values))
+        return lost
+
+    def mark_restored(self, store: dict[int, Any]) -> None:
+        """What the replay saw as it was is not as it was any more: where it is itself what was saved, it can't be had."""
+        for i, t in store.items():
+            name = self.restored.get(storage_of(t)) if isinstance(t, Tensor) else None
+            if name is not None:
+                store[i] = Modified(t.shape, name)
 
     def _changed_tensors(self) -> dict[int, str]:
         was, tensors = dict(zip(*self.reads, strict=True)), self._readable()

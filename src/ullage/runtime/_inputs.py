@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ullage.runtime._local import local
 from ullage.runtime._watch import storage_of
 
 _AS_IS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -40,6 +41,14 @@ class _SaveOne(torch.autograd.Function):
         raise AssertionError("nobody goes backward through it")
 
 
+def _holding(save: Any, *args: Any) -> Any:
+    local.holding = True
+    try:
+        return save(*args)
+    finally:
+        local.holding = False
+
+
 class Held:
     """One tensor argument."""
 
@@ -53,10 +62,15 @@ class Held:
         if not hooked:
             self._tensor = t.detach()
         elif _make_saved_tensor is not None:
-            self._hooked = _make_saved_tensor(t, False)
+            self._hooked = _holding(_make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
-            self._hooked = _SaveOne.apply(t, flag).grad_fn
+            self._hooked = _holding(_SaveOne.apply, t, flag).grad_fn
+
+    @property
+    def kind(self) -> int:
+        """Without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another."""
+        return (2 if self._leaf else 1) if self._requires_grad else 0
 
     def give(self) -> Tensor:
         """The argument for a replay, in grad mode; a leaf if it was one: autocast keeps casts of leaves for the next op."""
@@ -132,6 +146,10 @@ class Inputs:
     def give(self) -> tuple[list[Any], dict[str, Any]]:
         """Arguments for one replay."""
         return [self._give(a) for a in self.args], {k: self._give(a) for k, a in self.kwargs.items()}
+
+    def kinds(self) -> list[int]:
+        """Of each tensor, what autograd lets the unit do to it."""
+        return [held.kind for _, held in self.held]
 
     def written(self) -> str:
         """The name of an argument that the forward has just written to, or ""."""

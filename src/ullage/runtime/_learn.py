@@ -99,6 +99,7 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
             frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
     for i in dropped:
         del frame.kept[i]
+    frame.held = dict.fromkeys(i for i in frame.held if i in frame.kept)
 
 
 def _comparable(t: Tensor, version: int) -> bool:

@@ -16,6 +16,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.units: list[str] = []
         self.quiet = False
+        self.holding = False  # a unit's arguments are being saved with the hooks of a unit around it
         self.skipping = False  # a selective replay runs
 
 

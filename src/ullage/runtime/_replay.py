@@ -53,7 +53,7 @@ def rebuild(frame: Frame) -> dict[int, Any]:
 
 
 def _without(frame: Frame, changed: dict[int, str]) -> dict[int, Any]:
-    """Rebuild in full, without reading what has changed."""
+    """Rebuild in full; what something went into that has changed is not to be had."""
     try:
         return _attempt(frame, None, Watch(changed))
     except Changed as read:
@@ -150,7 +150,10 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
                 source[1](state)
             _run(frame, replay, selection, args, kwargs, watch)
             replay.note_modified()
-        return replay.finish()
+        store = replay.finish()
+        if frame.restored:
+            frame.mark_restored(store)
+        return store
     finally:
         replay.close()
         local.quiet = quiet_before

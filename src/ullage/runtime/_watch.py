@@ -1,26 +1,32 @@
-"""A replay in which tensors that changed since the forward must not be read.
+"""A replay in which some tensors are no longer what the forward read: what is computed from them is not to be used.
 
-A tensor that a unit was given, or closes over, may change before backward as long as the replay does not depend on it: this
-replay finds out. It is slow, and there only when something has changed.
+A tensor that a unit was given, or closes over, may change before backward as long as nothing that backward asks for depends on it:
+this replay finds out. It is slow, and there only when something has changed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ullage.runtime._local import local
 
+_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_KNOWN = ("aten", "prims")
+
 
 class Changed(BaseException):
-    """The replay reads something that changed; carries its name. Not an `Exception`: the unit must not catch it."""
+    """What the unit does next depends on something that changed; carries its name. Not an `Exception`: the unit must not catch it."""
 
 
 class Watch(TorchDispatchMode):
-    """Raises `Changed` when an op, or autograd, takes a changed tensor.
+    """Follows changed tensors through ops, storage by storage.
+
+    Raises `Changed` where values are read on the host, where they decide a shape, and at ops that are not torch's own.
 
     Args:
         changed: names by storage.
@@ -30,20 +36,41 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, changed: dict[int, str]) -> None:
         super().__init__()
-        self.changed = changed
+        self.changed = dict(changed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not local.quiet:
-            for t in tree_flatten((args, kwargs or {}))[0]:
-                if isinstance(t, Tensor):
-                    self.look(t)
-        return func(*args, **(kwargs or {}))
-
-    def look(self, t: Tensor) -> None:
-        """Is this one of them?"""
-        name = self.changed.get(storage_of(t))
-        if name is not None:
+        if local.quiet:
+            return func(*args, **(kwargs or {}))
+        read = {storage_of(t) for t in _tensors((args, kwargs or {}))}
+        name = next((self.changed[s] for s in read if s in self.changed), None)
+        if name is not None and (
+            getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
+        ):
             raise Changed(name)
+        out = func(*args, **(kwargs or {}))
+        touched = {storage_of(t) for t in _tensors(out)} | {storage_of(t) for t in _written(func, args)}
+        if name is not None:
+            self.changed.update(dict.fromkeys(touched, name))
+        else:
+            for s in touched - read:  # a new tensor where one that is gone has been
+                self.changed.pop(s, None)
+        return out
+
+    def name(self, t: Tensor) -> str | None:
+        """What changed and went into this tensor, or None."""
+        return self.changed.get(storage_of(t))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """Arguments that an op without result writes."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return _tensors(args)
+    return _tensors([v for a, v in zip(schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write])
 
 
 def storage_of(t: Tensor) -> int:
