@@ -73,6 +73,13 @@ class _Around:
         t = self.tensor()
         return t if t is not None and t._version != self.version else None
 
+    def written(self) -> Tensor | None:
+        """Asked right after the forward: the tensor, if the forward wrote to it and writing that again would matter."""
+        t = self.moved()
+        if t is not None and self.kind == 0 and _same(t, self.values):
+            self.version, t = t._version, None
+        return t
+
 
 def _same(t: Tensor, values: Any) -> bool:
     """Was it written to and yet holds what it held? `values`: a copy of that, or None."""
@@ -242,7 +249,7 @@ class Frame:
         if not argument and self.around:
             written = self.entry.written() if self.entry is not None else ()
             self.around = [a for a in self.around if id(a.tensor()) not in written]
-            argument = next((name_in(self.roots, t) for a in self.around if (t := a.moved()) is not None), "")
+            argument = next((name_in(self.roots, t) for a in self.around if (t := a.written()) is not None), "")
         if argument:
             self.unseen = self.unseen or argument
             must_keep = f"some of its forwards write {argument} in place, so a replay would start from other values"
