@@ -64,7 +64,10 @@ class Verdict:
 
     @property
     def defect(self) -> bool:
-        return self.kind in ("mismatch", "raises", "silent", "leak") or (self.kind, self.torch) == ("unforeseen", "equal")
+        return self.kind in ("mismatch", "raises", "silent", "leak") or (self.kind, self.torch) == (
+            "unforeseen",
+            "equal",
+        )
 
 
 def run(program: Program, mode: str, like: Unit | None = None) -> tuple[Outcome, Unit]:

@@ -11,7 +11,9 @@ from ullage.runtime import (
     _learn,
     _local,
     _log,
+    _notes,
     _reach,
+    _reads,
     _replay,
     _select,
     _site,
@@ -36,7 +38,7 @@ __all__ = [
 
 keep_eager(
     [
-        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _reach, _replay, _select, _site, _skip,
+        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _reach, _reads, _replay, _select, _site, _skip,
         _state, _survey, _watch,
     ]
 )  # fmt: skip

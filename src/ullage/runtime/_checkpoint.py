@@ -25,6 +25,7 @@ _CHECKS = ("default", "none", "values")
 _MOST_SITES = 64  # of one module or function
 _peek = torch._C._functorch.peek_interpreter_stack
 
+_options = functools.cache(Options)  # of plain values: there are few of them
 # What is remembered between calls: by module and function, or by a plain function's code.
 _sites: WeakKeyDictionary[Any, dict[Hashable, Site]] = WeakKeyDictionary()
 _numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -103,7 +104,8 @@ def checkpoint(
         early_stop = torchs._enable_checkpoint_early_stop
     if torchs._checkpoint_debug_enabled is not None:
         debug = torchs._checkpoint_debug_enabled
-    options = Options(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
+    make = _options if rule is None and context_fn is None else Options
+    options = make(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
     return run(_site_of(function, rule, context_fn is None, args), options, function, args, kwargs)
 
 

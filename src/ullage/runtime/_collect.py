@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage._source import source_line
 from ullage.runtime._debug import first_difference
+from ullage.runtime._notes import Check
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
 from ullage.runtime._watch import Watch
@@ -30,6 +32,10 @@ class Modified:
 
     shape: torch.Size
     by: str = ""
+    _version: int = 0
+
+
+_version = attrgetter("_version")
 
 
 class Stop(BaseException):
@@ -48,7 +54,8 @@ class Collector:
         self.frame, self.selection, self.name = frame, selection, frame.site.name
         self.store: dict[int, Any] = {}
         self.versions: list[int] = []
-        self.total = len(frame.notes)
+        self.notes = frame.noted()
+        self.total = len(self.notes)
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
         self.stops = frame.options.early_stop or not frame.complete
         self.checks = frame.options.determinism_check != "none" or selection is not None
@@ -61,23 +68,27 @@ class Collector:
             return pack
 
         def watched(x: Tensor) -> int:
-            i = pack(x)
-            name = watch.name(x)
-            if name is not None and i in self.store:
-                self.store[i] = Modified(x.shape, name)
-            return i  # type: ignore[no-any-return]
+            try:
+                return pack(x)  # type: ignore[no-any-return]
+            finally:  # the last one ends the replay
+                name, last = watch.name(x), next(reversed(self.store), -1)
+                if name is not None and self.store.get(last) is x:
+                    self.store[last] = Modified(x.shape, name, x._version)
+
         return watched
 
     def _full(self) -> Any:
-        store, version, notes = self.store, self.versions.append, self.frame.notes
-        last, checks, stops = self.total - 1, self.checks, self.stops
+        store, version, last, stops = self.store, self.versions.append, self.total - 1, self.stops
+        checks, differs = self.notes.checks_in("full"), self._differs
+        i = -1
 
         def pack(x: Tensor) -> int:
-            i = len(store)
+            nonlocal i
+            i += 1
             if i > last:
                 return self._more(i)
-            if (x.shape, x.stride(), x.dtype, x.device) != notes[i] and checks:
-                self._differs(i, x)
+            if not checks[i](x):
+                differs(i, x, checks)
             store[i] = x
             version(x._version)
             if i == last and stops:
@@ -87,8 +98,8 @@ class Collector:
         return pack
 
     def _selective(self, selection: Selection) -> Any:
-        store, version, notes, kept = self.store, self.versions.append, self.frame.notes, self.frame.kept
-        checked, last = selection.checked, self.total - 1
+        store, version, kept, last = self.store, self.versions.append, self.frame.kept, self.total - 1
+        checks, differs, checked = self.notes.checks_in("selective"), self._differs, selection.checked
         i = -1
 
         def pack(x: Tensor) -> int:
@@ -96,8 +107,8 @@ class Collector:
             i += 1
             if i > last or not self.left:
                 return self._more(i)
-            if (x.shape, x.stride(), x.dtype, x.device) != notes[i]:
-                self._differs(i, x)
+            if not checks[i](x):
+                differs(i, x, checks)
             if i not in kept:
                 if type(x) is Placeholder:
                     raise Stale(f"saved tensor {i} at {source_line()} was skipped")
@@ -129,10 +140,15 @@ class Collector:
                 raise self._error(f"its replay saves more than the {self.total} tensors that its forward saved")
         return i
 
-    def _differs(self, i: int, x: Tensor) -> None:
-        shape, stride, dtype, device = self.frame.notes[i]
+    def _differs(self, i: int, x: Tensor, checks: list[Check]) -> None:
+        """Compare from Python; an error, or a stale log, if it differs."""
+        if self.notes.equal(i, x, checks):
+            return
         if self.selection is not None:
             raise Stale(f"saved tensor {i} at {source_line()} has another shape, stride or dtype")
+        if not self.checks:
+            return
+        shape, stride, dtype, device = self.notes[i]
         raise self._error(
             f"saved tensor {i} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device} in the replay, "
             f"but was {dtype} {tuple(shape)} with strides {stride} on {device} in forward"
@@ -159,9 +175,9 @@ class Collector:
     def note_modified(self) -> None:
         """While state is still the unit's own: which saved tensors has it written to since?"""
         store = self.store
-        if [getattr(x, "_version", 0) for x in store.values()] != self.versions:
+        if list(map(_version, store.values())) != self.versions:
             for (i, x), version in zip(list(store.items()), self.versions, strict=True):
-                if isinstance(x, Tensor) and x._version != version:
+                if x._version != version:
                     store[i] = Modified(x.shape)
 
     def finish(self) -> dict[int, Any]:

@@ -17,15 +17,10 @@ from torch import Tensor
 from ullage.runtime._local import local
 from ullage.runtime._watch import storage_of
 
-_AS_IS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _alias = torch.ops.aten.alias.default  # a view of equal strides, also where a dimension has one element
 _make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
-
-
-def hooks_in_force() -> bool:
-    """Are there saved-tensor hooks around this call?"""
-    return _top_hooks is None or _top_hooks(True) is not None
 
 
 class _SaveOne(torch.autograd.Function):
@@ -52,43 +47,36 @@ def _holding(save: Any, *args: Any) -> Any:
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_leaf", "_requires_grad", "_tensor", "_theirs", "version")
+    __slots__ = ("_hooked", "_theirs", "kind", "tensor", "version")
 
     def __init__(self, t: Tensor, hooked: bool) -> None:
-        self._hooked = self._tensor = None
-        self._theirs = ref(t) if hooked else None
         self.version = t._version
-        self._requires_grad, self._leaf = t.requires_grad, t.is_leaf
+        # without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another
+        self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
         if not hooked:
-            self._tensor = t.detach()
-        elif _make_saved_tensor is not None:
+            self.tensor: Tensor | None = t.detach()
+            return
+        self.tensor, self._theirs = None, ref(t)
+        self._hooked: Any = None
+        if _make_saved_tensor is not None:
             self._hooked = _holding(_make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
             self._hooked = _holding(_SaveOne.apply, t, flag).grad_fn
 
-    @property
-    def kind(self) -> int:
-        """Without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another."""
-        return (2 if self._leaf else 1) if self._requires_grad else 0
-
     def give(self) -> Tensor:
         """The argument for a replay, in grad mode; a leaf if it was one: autocast keeps casts of leaves for the next op."""
-        if self._tensor is not None:
-            t: Tensor = self._tensor.detach()
-            if not self._requires_grad:
+        if self.tensor is not None:
+            t: Tensor = self.tensor.detach()
+            if not self.kind:
                 return t
-            return t.requires_grad_() if self._leaf else _alias(t.requires_grad_())
+            return t.requires_grad_() if self.kind == 2 else _alias(t.requires_grad_())
         hooked: Any = self._hooked
         return hooked.unpack() if _make_saved_tensor is not None else hooked.saved_tensors[0]  # type: ignore[no-any-return]
 
-    def changed(self) -> bool:
-        """Has it been written to since the call? Hooked ones are checked by autograd or by their hooks."""
-        return self._tensor is not None and self._tensor._version != self.version
-
     def written(self) -> bool:
         """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
-        theirs = self._theirs() if self._theirs is not None else self._tensor
+        theirs = self.tensor if self.tensor is not None else self._theirs()
         return theirs is not None and theirs._version != self.version
 
 
@@ -99,6 +87,10 @@ class _Box:
 
     def __init__(self, kind: Any, items: Any) -> None:
         self.kind, self.items = kind, items
+
+
+def _name(place: str | int) -> str:
+    return place if isinstance(place, str) else f"argument {place}"
 
 
 def _maker(value: Any) -> Any:
@@ -116,16 +108,19 @@ class Inputs:
     __slots__ = ("args", "held", "hooked", "kwargs")
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self.hooked = hooks_in_force()
-        self.held: list[tuple[str, Held]] = []
-        self.args = [a if isinstance(a, _AS_IS) else self._hold(a, f"argument {i}") for i, a in enumerate(args)]
-        self.kwargs = {k: a if isinstance(a, _AS_IS) else self._hold(a, k) for k, a in kwargs.items()}
+        self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
+        self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
+        hold = self._hold
+        self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
+        self.kwargs = {k: a if type(a) in _AS_IS else hold(a, k) for k, a in kwargs.items()} if kwargs else kwargs
 
-    def _hold(self, value: Any, name: str) -> Any:
+    def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
             held = Held(value, self.hooked)
             self.held.append((name, held))
             return held
+        if isinstance(name, int):
+            name = f"argument {name}"
         if type(value) in (list, tuple):
             return _Box(type(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
         if type(value) is dict:
@@ -145,7 +140,8 @@ class Inputs:
 
     def give(self) -> tuple[list[Any], dict[str, Any]]:
         """Arguments for one replay."""
-        return [self._give(a) for a in self.args], {k: self._give(a) for k, a in self.kwargs.items()}
+        args = [a.give() if type(a) is Held else self._give(a) for a in self.args]
+        return args, {k: self._give(a) for k, a in self.kwargs.items()} if self.kwargs else {}
 
     def kinds(self) -> list[int]:
         """Of each tensor, what autograd lets the unit do to it."""
@@ -153,8 +149,16 @@ class Inputs:
 
     def written(self) -> str:
         """The name of an argument that the forward has just written to, or ""."""
-        return next((name for name, held in self.held if held.written()), "")
+        for name, held in self.held:
+            if held.written():
+                return _name(name)
+        return ""
 
     def changed(self) -> dict[int, str]:
         """Arguments that were written to since the call: names by storage."""
-        return {storage_of(held.give()): name for name, held in self.held if held.changed()}
+        found: dict[int, str] = {}
+        for name, held in self.held:
+            t = held.tensor
+            if t is not None and t._version != held.version:  # hooked ones are checked by autograd or by their hooks
+                found[storage_of(t)] = _name(name)
+        return found

@@ -18,7 +18,7 @@ from ullage.runtime._digest import digest
 from ullage.runtime._frame import Frame
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
-from ullage.runtime._reach import buffers_in
+from ullage.runtime._reach import forget
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, refused
 from ullage.runtime._survey import Survey
@@ -49,11 +49,14 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         frame.site.say(f"{facts.must_keep}; its activations are kept")
         return out
     if recorder is not None and rule is not None:
-        frame.known = frame.site.shared.learn(frame.signature, _selection(frame, recorder), frame.notes)
+        frame.known = frame.site.shared.learn(frame.signature, _selection(frame, recorder), frame.noted())
         if frame.known.selection.refusal:
             frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
     _drop(frame, frame.known.selection.kept if frame.known is not None else frozenset())
-    frame.finish(frame.known.notes if frame.known is not None else frame.notes)
+    frame.finish()
+    if frame.known is not None and frame.notes == frame.known.notes:
+        frame.notes = frame.known.notes
+    forget(frame.roots)  # a first call may make parameters
     frame.site.noted[kinds] = frame.notes
     return out
 
@@ -82,7 +85,7 @@ def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Fa
         must_keep = f"its forward writes {changes.parameters[0]}, which a replay would write again"
     elif argument:
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
-    buffers = buffers_in(frame.roots)
+    buffers = frame.reached.buffers()
     if buffers:
         frame.note_buffers(buffers)  # of those that it has not changed
     if earlier is not None:
@@ -97,8 +100,7 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
         with quiet():
             intact = [i for i in dropped if _comparable(*frame.kept[i])]
             frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
-    for i in dropped:
-        del frame.kept[i]
+    frame.kept = {i: kept for i, kept in frame.kept.items() if i in keep}
     frame.held = dict.fromkeys(i for i in frame.held if i in frame.kept)
 
 

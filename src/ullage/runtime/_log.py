@@ -18,12 +18,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ullage._source import source_line
 from ullage.runtime._local import local
+from ullage.runtime._notes import meta_of
 
 aten = torch.ops.aten
 
 _NOTHING = tree_flatten(())[1]
 
-Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
 Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
 
 # ops whose answer goes to Python, so their input has to be there
@@ -39,11 +39,6 @@ _BATCH_NORMS = {
     "_batch_norm_with_update",
     "miopen_batch_norm",
 }
-
-
-def meta_of(t: Tensor) -> Meta:
-    """What forward notes of a saved tensor, and replay compares."""
-    return t.shape, t.stride(), t.dtype, t.device
 
 
 def draws(func: Any, args: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -57,41 +58,72 @@ def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
     return found
 
 
-# Weak references and dicts of tensors: a value of this mapping must not hold its key.
-_Below = tuple[list[dict[str, Any]], list["ReferenceType[nn.Module]"], list[dict[str, Any]]]
-_below: WeakKeyDictionary[nn.Module, _Below] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class Below:
+    """What there is of a module and of all modules below it. Weak references and dicts of tensors: it must not hold the module.
+
+    Attributes:
+        tensors: dicts of parameters and of buffers.
+        buffers: dicts of buffers.
+        modules: the modules.
+    """
+
+    tensors: list[dict[str, Any]]
+    buffers: list[dict[str, Any]]
+    modules: list[ReferenceType[nn.Module]]
 
 
-def _found_below(module: nn.Module) -> _Below:
-    """Of a module and all below it: the dicts of parameters and buffers, the modules, the dicts of buffers."""
-    known = _below.get(module)
-    if known is None:
-        modules = list(module.modules())
-        tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-        known = _below[module] = (tensors, [ref(m) for m in modules], [m._buffers for m in modules if m._buffers])
-    return known
+_below: WeakKeyDictionary[nn.Module, Below] = WeakKeyDictionary()
 
 
-def tensors_in(roots: Iterable[Any], without: Container[tuple[int, str]] = ()) -> list[Tensor]:
-    """Parameters and buffers of modules, and tensors held directly; `without`: keys of dicts, given by their id."""
-    found: list[Any] = []
-    for root in roots:
-        if isinstance(root, nn.Module):
-            for d in _found_below(root)[0]:
-                found.extend([t for k, t in d.items() if (id(d), k) not in without] if without else d.values())
-        elif isinstance(root, Tensor):
-            found.append(root)
-    return [t for t in found if t is not None]
-
-
-def buffers_in(roots: Iterable[Any]) -> list[Tensor]:
-    """Buffers of modules."""
-    found: list[Tensor] = []
-    for root in roots:
-        if isinstance(root, nn.Module):
-            for d in _found_below(root)[2]:
-                found += [t for t in d.values() if t is not None]
+def _found_below(module: nn.Module) -> Below:
+    modules = list(module.modules())
+    tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
+    found = _below[module] = Below(tensors, [m._buffers for m in modules if m._buffers], [ref(m) for m in modules])
     return found
+
+
+def forget(roots: Iterable[Any]) -> None:
+    """Look again at the next call."""
+    for root in roots:
+        if isinstance(root, nn.Module):
+            _below.pop(root, None)
+
+
+class Reached:
+    """What a call can read besides its arguments: looked up once per call.
+
+    Args:
+        roots: what `roots_of` and `objects_in` found.
+    """
+
+    __slots__ = ("below", "training")
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self.below: list[Below] = []
+        training: list[bool] = []
+        for root in roots:
+            if isinstance(root, nn.Module):
+                below = _below.get(root) or _found_below(root)
+                try:
+                    training += [m().training for m in below.modules]  # type: ignore[union-attr]
+                except AttributeError:  # one of them is gone: the structure has changed
+                    below = _found_below(root)
+                    training += [m.training for m in root.modules()]
+                self.below.append(below)
+        self.training = tuple(training)  # of every module: state and draws depend on it
+
+    def tensors(self, without: Container[tuple[int, str]] = ()) -> list[Tensor]:
+        """Parameters and buffers of modules; `without`: keys of dicts, given by their id."""
+        found: list[Any] = []
+        for below in self.below:
+            for d in below.tensors:
+                found.extend([t for k, t in d.items() if (id(d), k) not in without] if without else d.values())
+        return [t for t in found if t is not None]
+
+    def buffers(self) -> list[Tensor]:
+        """Buffers of modules."""
+        return [t for below in self.below for d in below.buffers for t in d.values() if t is not None]
 
 
 def tensors_around(roots: Iterable[Any], depth: int = 2) -> list[Tensor]:
@@ -115,16 +147,3 @@ def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
                 if t is tensor:
                     return name
     return f"a tensor of shape {tuple(tensor.shape)} that it closes over"
-
-
-def training_flags(roots: Iterable[Any]) -> tuple[bool, ...]:
-    """`training` of every module reached: state and draws depend on it."""
-    flags: list[bool] = []
-    for root in roots:
-        if isinstance(root, nn.Module):
-            try:
-                flags += [m().training for m in _found_below(root)[1]]  # type: ignore[union-attr]
-            except AttributeError:  # one of them is gone: the structure has changed
-                del _below[root]
-                flags += [m.training for m in root.modules()]
-    return tuple(flags)

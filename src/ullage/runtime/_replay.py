@@ -15,6 +15,7 @@ from ullage.runtime._collect import Collector, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
+from ullage.runtime._reads import changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
 from ullage.runtime._site import refused
 from ullage.runtime._skip import SkipMode, Stale
@@ -30,7 +31,7 @@ def rebuild(frame: Frame) -> dict[int, Any]:
     Raises:
         ReplayError: the replay is not the forward's.
     """
-    changed = frame.changed_reads()
+    changed = changed_reads(frame)
     if changed:
         return _without(frame, changed)
     selection = _usable(frame)
@@ -57,7 +58,7 @@ def _without(frame: Frame, changed: dict[int, str]) -> dict[int, Any]:
     try:
         return _attempt(frame, None, Watch(changed))
     except Changed as read:
-        raise frame.changed_error(str(read)) from None
+        raise changed_error(frame, str(read)) from None
 
 
 def _usable(frame: Frame) -> Selection | None:
@@ -118,10 +119,11 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
 
 
 def _check_values(frame: Frame, store: dict[int, Any]) -> None:
+    if not frame.digests:
+        return
     bad = _differing(frame, store)
     if bad is None:
-        if frame.digests:
-            frame.site.shared.proof.done = True
+        frame.site.shared.proof.done = True
         return
     shape = tuple(store[bad].shape)
     what = f"its replay gave other values than its forward (saved tensor {bad}, shape {shape})"
@@ -145,14 +147,18 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
         args, kwargs = frame.inputs.give()
         now = ambient.read_flags()
-        with _as_it_was(frame, now) if frame.entry is not None or frame.flags != now else _nothing:
-            for source, state in frame.rng:
-                source[1](state)
+        for source, state in frame.rng:
+            source[1](state)
+        if frame.entry is None and frame.flags == now:
             _run(frame, replay, selection, args, kwargs, watch)
             replay.note_modified()
+        else:
+            with _as_it_was(frame, now):
+                _run(frame, replay, selection, args, kwargs, watch)
+                replay.note_modified()
         store = replay.finish()
         if frame.restored:
-            frame.mark_restored(store)
+            mark_restored(frame, store)
         return store
     finally:
         replay.close()
@@ -160,9 +166,6 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
         torch._C._set_grad_enabled(grad)
         for put, state in before:
             put(state)
-
-
-_nothing = contextlib.nullcontext()
 
 
 @contextlib.contextmanager

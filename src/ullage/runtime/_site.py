@@ -10,7 +10,7 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
-from ullage.runtime._log import Meta
+from ullage.runtime._notes import Notes
 from ullage.runtime._select import Selection
 from ullage.runtime._state import Changes
 
@@ -59,7 +59,7 @@ class Known:
     """A selection for one input signature, and whether a selective replay has proven it."""
 
     selection: Selection
-    notes: list[Meta]
+    notes: Notes
     proof: Proof = field(default_factory=Proof)
 
 
@@ -78,7 +78,7 @@ class Shared:
             self.known.move_to_end(signature)
         return found
 
-    def learn(self, signature: Hashable, selection: Selection, notes: list[Meta]) -> Known:
+    def learn(self, signature: Hashable, selection: Selection, notes: Notes) -> Known:
         """Remember a selection; it is not trusted yet."""
         if self.stale.get(signature, 0) >= MOST_STALE:
             selection = refused("what it saves changes from call to call")
@@ -114,7 +114,7 @@ class Site:
     shared: Shared = field(default_factory=Shared)
     changing: Callable[[], set[int]] | None = None
     facts: dict[Hashable, Facts] = field(default_factory=dict)
-    noted: dict[Hashable, list[Meta]] = field(default_factory=dict)
+    noted: dict[Hashable, Notes] = field(default_factory=dict)
     replays: int = 0
     skipped: int = 0
     stale: int = 0

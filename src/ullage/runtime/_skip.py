@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -71,7 +72,7 @@ class SkipMode(TorchDispatchMode):
         """No wrapper around every op (2 us each): nothing that Dynamo compiles runs in a selective replay."""
         return False
 
-    def __init__(self, selection: Selection, kept: dict[int, Any]) -> None:
+    def __init__(self, selection: Selection, kept: Mapping[int, Any]) -> None:
         super().__init__()
         self.steps, self.kept, self.at = selection.steps, kept, 0
 

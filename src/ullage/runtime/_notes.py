@@ -1,0 +1,68 @@
+"""What a forward notes of the tensors that autograd saves, and a quick way to see that another call saves the same.
+
+Reading shape, strides, dtype and device from Python costs more than half a microsecond per tensor. torch's own guard object
+compares all of it in one call; it is made for a note when that was first found equal, and a tensor that the guard does not
+know (it is strict about dispatch keys) is compared from Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
+Check = Callable[[Tensor], bool]
+
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_Guards = getattr(_guards, "TensorGuards", None)
+
+
+def meta_of(t: Tensor) -> Meta:
+    """What forward notes of a saved tensor, and replay compares."""
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def _unknown(_: Tensor) -> bool:
+    return False
+
+
+def _compared(_: Tensor) -> bool:
+    """No guard could be made."""
+    return False
+
+
+class Notes(list[Meta]):
+    """What one call saved, in order; `checks[k]` is a guard per note, in the place `k` where it is compared."""
+
+    __slots__ = ("checks",)
+
+    def __init__(self, metas: Any = ()) -> None:
+        super().__init__(metas)
+        self.checks: dict[str, list[Check]] = {}
+
+    def checks_in(self, place: str) -> list[Check]:
+        """The guards for "forward", "full" or "selective" replay: dispatch keys differ between them."""
+        checks = self.checks.get(place)
+        if checks is None or len(checks) != len(self):
+            checks = self.checks[place] = [_unknown] * len(self)
+        return checks
+
+    def equal(self, i: int, x: Tensor, checks: list[Check]) -> bool:
+        """Is `x` as noted? If so, its guard is made."""
+        if i >= len(self) or meta_of(x) != self[i]:
+            return False
+        if checks[i] is _unknown:
+            checks[i] = _guard(x)
+        return True
+
+
+def _guard(x: Tensor) -> Check:
+    if _Guards is None or type(x) not in (Tensor, torch.nn.Parameter):
+        return _compared
+    try:
+        return _Guards(x, dynamic_dims_sizes=[list(x.shape)], dynamic_dims_strides=[list(x.stride())]).check  # type: ignore[no-any-return]
+    except Exception:  # a private class: its arguments may change
+        return _compared
