@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Options, Shared, Site, level_rule, run
+from ullage.runtime import Options, Place, Shared, Site, Trail, level_rule, run
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,19 @@ class UnitSettings:
         option: what to do.
         buffers: names, below the unit, of the buffers its forward changes.
         keeps_routing: the unit has routing or index outputs (topk, sort, ...), which are always kept.
+        place: where it is among units that are rebuilt together.
     """
 
     option: Option
     buffers: tuple[str, ...] = ()
     keeps_routing: bool = False
+    place: Place | None = None
 
     def runtime_options(self) -> Options:
         """What the runtime is told."""
         level = self.option.level
-        return Options(rule=level_rule(level, self.keeps_routing) if level or self.keeps_routing else None)
+        rule = level_rule(level, self.keeps_routing) if level or self.keeps_routing else None
+        return Options(rule=rule, place=self.place)
 
 
 class Sites:
@@ -38,17 +41,19 @@ class Sites:
 
     def __init__(self) -> None:
         self._shared: dict[Hashable, Shared] = {}
+        self._trail = Trail()
 
     def site(self, name: str, module: nn.Module, settings: UnitSettings) -> Site:
         """A new site."""
-        shared = self._shared.setdefault((structure_of(module), settings), Shared())
+        alike = replace(settings, place=None)
+        shared = self._shared.setdefault((structure_of(module), alike), Shared())
         owner = ref(module)
 
         def changing() -> set[int]:
             module = owner()
             return {id(module.get_buffer(b)) for b in settings.buffers} if module is not None else set()
 
-        return Site(name, shared, changing if settings.buffers else None)
+        return Site(name, shared, changing if settings.buffers else None, self._trail)
 
 
 def structure_of(module: nn.Module) -> Hashable:

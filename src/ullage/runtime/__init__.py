@@ -12,6 +12,7 @@ from ullage.runtime import (
     _local,
     _log,
     _notes,
+    _place,
     _reach,
     _reads,
     _replay,
@@ -20,6 +21,7 @@ from ullage.runtime import (
     _skip,
     _state,
     _survey,
+    _sweep,
     _watch,
 )
 from ullage.runtime._ambient import host_rng, host_rng_moved
@@ -29,16 +31,17 @@ from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
 from ullage.runtime._local import is_recomputing, recomputing_units
 from ullage.runtime._log import draws
+from ullage.runtime._place import Place, Trail
 from ullage.runtime._site import Shared, Site
 
 __all__ = [
-    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Shared", "Site", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
+    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Place", "Shared", "Site", "Trail", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
     "level_rule", "recomputing_units", "run",
 ]  # fmt: skip
 
 keep_eager(
     [
-        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _reach, _reads, _replay, _select, _site, _skip,
-        _state, _survey, _watch,
+        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _place, _reach, _reads, _replay, _select, _site, _skip,
+        _state, _survey, _sweep, _watch,
     ]
 )  # fmt: skip

@@ -127,7 +127,11 @@ def run(
             f"{site.name}: a CUDA graph is being captured; a replay's checks and generators are not part of a graph. "
             "Capture the plain module, or use torch.utils.checkpoint there"
         )
-    return Frame(site, options, function, args, kwargs, on_replay).forward(args, kwargs)
+    frame = Frame(site, options, function, args, kwargs, on_replay)
+    out = frame.forward(args, kwargs)
+    if options.place is not None and options.place.feeds and site.trail is not None:
+        site.trail.note(frame, out)
+    return out
 
 
 def _lacks_arguments(function: Any) -> bool:

@@ -48,21 +48,26 @@ class Collector:
     Args:
         frame: the call.
         selection: what to skip, or None for all of it.
+        whole: "": it ends as soon as everything is there; "recorded": the unit's output is wanted too; "dropped": only that.
     """
 
-    def __init__(self, frame: Frame, selection: Selection | None) -> None:
+    def __init__(self, frame: Frame, selection: Selection | None, whole: str = "") -> None:
         self.frame, self.selection, self.name = frame, selection, frame.site.name
         self.store: dict[int, Any] = {}
         self.versions: list[int] = []
         self.notes = frame.noted()
         self.total = len(self.notes)
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
-        self.stops = frame.options.early_stop or not frame.complete
+        self.stops = not whole and (frame.options.early_stop or not frame.complete)
+        self.drops = whole == "dropped"
+        self.seen = 0
         self.checks = frame.options.determinism_check != "none" or selection is not None
         self.ops: list[str] = []
 
     def packer(self, watch: Watch | None) -> Any:
         """The pack hook: check against forward's note, collect, stop when everything is there."""
+        if self.drops:
+            return self._dropping()
         pack = self._full() if self.selection is None else self._selective(self.selection)
         if watch is None:
             return pack
@@ -93,6 +98,22 @@ class Collector:
             version(x._version)
             if i == last and stops:
                 raise Stop
+            return i
+
+        return pack
+
+    def _dropping(self) -> Any:
+        last, checks, differs = self.total - 1, self.notes.checks_in("full"), self._differs
+        i = -1
+
+        def pack(x: Tensor) -> int:
+            nonlocal i
+            i += 1
+            self.seen = i + 1
+            if i > last:
+                return self._more(i)
+            if not checks[i](x):
+                differs(i, x, checks)
             return i
 
         return pack
@@ -185,8 +206,9 @@ class Collector:
         frame, store = self.frame, self.store
         if self.left:
             raise Stale("fewer tensors are saved than in forward")
-        if self.selection is None and len(store) < self.total and self.checks:
-            raise self._error(f"its forward saved {self.total} tensors, its replay {len(store)}")
+        seen = self.seen if self.drops else len(store)
+        if self.selection is None and seen < self.total and self.checks:
+            raise self._error(f"its forward saved {self.total} tensors, its replay {seen}")
         if frame.kept and self.selection is None:
             return {i: x for i, x in store.items() if i not in frame.kept}
         return dict(store)

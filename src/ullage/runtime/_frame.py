@@ -27,13 +27,14 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._notes import Notes, meta_of
+from ullage.runtime._place import NOWHERE, Place
 from ullage.runtime._reach import Reached, name_in, objects_in, roots_of, tensors_around
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
 from ullage.runtime._replay import rebuild
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
 
-_NONE: Mapping[Any, Any] = MappingProxyType({})
+_NONE: Any = MappingProxyType({})
 _modes = torch._C._len_torch_dispatch_stack
 _graph_task = torch._C._current_graph_task_id
 _group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
@@ -53,6 +54,7 @@ class Options:
     context_fn: Callable[[], tuple[Any, Any]] | None = None
     debug: bool = False
     host_rng: bool = False
+    place: Place | None = None
 
 
 class Frame:
@@ -76,14 +78,16 @@ class Frame:
     ops: list[str] | None = None
     signature: Hashable = None
     unseen = ""
-    kept: Mapping[int, tuple[Tensor, int]] = _NONE
-    held: Mapping[int, Tensor | None] = (
-        _NONE  # of these, arguments of units in this one; copies where there is no replay
-    )
+    # autograd holds the pack hook, so what that fills is emptied in place
+    kept: dict[int, tuple[Tensor, int]] = _NONE
+    # of these, arguments of units in this one; copies where there is no replay
+    held: dict[int, Tensor | None] = _NONE
     restored: Mapping[int, str] = _NONE
     around: Sequence[Around] = ()
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None
+    previous: Frame | None = None  # the call whose output makes this one's input
+    place = NOWHERE
     _odd: Notes | None = None
 
     def __init__(
@@ -107,11 +111,19 @@ class Frame:
         around = tensors_around(self.roots)
         if around:
             self.around = [Around(t) for t in around]
+        place = options.place
+        trail = site.trail.take() if place is not None and site.trail is not None else None
         before, local.quiet = local.quiet, True
         try:
-            self.inputs = Inputs(args, kwargs)
+            self.inputs = Inputs(
+                args, kwargs, trail[1] if trail is not None and place is not None and place.depth else None
+            )
         finally:
             local.quiet = before
+        if place is not None:
+            self.place = place
+            if trail is not None and self.inputs.linked():
+                self.previous = trail[0]
         self.rng = [(s, s[0]()) for s in ambient.sources_for(args)] if options.preserve_rng_state else []
 
     # --- forward ---------------------------------------------------------------------------------------------------
@@ -206,6 +218,7 @@ class Frame:
         self.notes = self.noted()
         self.complete = True
         self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], ()
+        self.previous = None
         self.reached = Reached(())
 
     # Of what is saved, a forward that saves what the expected notes say leaves nothing behind but their count.
@@ -344,7 +357,7 @@ class Frame:
             # the plain step does not save it, so there it may change
             if self.held[i] is not None:
                 return self.held[i]
-            self.kept = {k: v for k, v in self.kept.items() if k != i}
+            del self.kept[i]
             self.known = kept = None
         if kept is not None:
             tensor, version = kept
@@ -354,14 +367,24 @@ class Frame:
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
             return tensor
+        if self.previous is not None:
+            from ullage.runtime._sweep import make_inputs
+
+            make_inputs(self, recording=_graph_task() != -1)
+            if i in self.rebuilt:
+                return self.rebuilt.pop(i)
         store = rebuild(self)
         found = store.pop(i)
         if store and _graph_task() != -1:
-            self.rebuilt.update(store)
-            if _group() is None:
-                # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
-                _at_end_of_backward(functools.partial(_let_go, ref(self)))
+            self.take(store)
         return found
+
+    def take(self, store: dict[int, Any]) -> None:
+        """Keep what a replay has rebuilt, for the rest of this backward."""
+        self.rebuilt.update(store)
+        if _group() is None:
+            # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
+            _at_end_of_backward(functools.partial(_let_go, ref(self)))
 
     def state_names(self) -> str:
         """What the unit's forward changes, for messages."""

@@ -47,17 +47,20 @@ def _holding(save: Any, *args: Any) -> Any:
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_theirs", "kind", "tensor", "version")
+    __slots__ = ("_hooked", "_theirs", "kind", "leaf", "tensor", "version")
 
-    def __init__(self, t: Tensor, hooked: bool) -> None:
+    def __init__(self, t: Tensor, hooked: bool, leaf: int = -1) -> None:
         self.version = t._version
         # without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another
         self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
-        if not hooked:
+        self.leaf = leaf  # of the output of the unit before, from which it is made again; -1: it is held
+        if leaf < 0 and not hooked:
             self.tensor: Tensor | None = t.detach()
             return
         self.tensor, self._theirs = None, ref(t)
         self._hooked: Any = None
+        if leaf >= 0:
+            return
         if _make_saved_tensor is not None:
             self._hooked = _holding(_make_saved_tensor, t, False)
         else:
@@ -103,12 +106,14 @@ class Inputs:
     Args:
         args: positional arguments.
         kwargs: keyword arguments.
+        made: ids of tensors that the unit before has just made, and which leaf of its output they are: these are not held.
     """
 
-    __slots__ = ("args", "held", "hooked", "kwargs")
+    __slots__ = ("args", "held", "hooked", "kwargs", "made")
 
-    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], made: dict[int, int] | None = None) -> None:
         self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
+        self.made = made if not self.hooked else None
         self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
         hold = self._hold
         self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
@@ -116,7 +121,8 @@ class Inputs:
 
     def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
-            held = Held(value, self.hooked)
+            leaf = self.made.get(id(value), -1) if self.made else -1
+            held = Held(value, self.hooked, leaf)
             self.held.append((name, held))
             return held
         if isinstance(name, int):
@@ -146,6 +152,23 @@ class Inputs:
     def kinds(self) -> list[int]:
         """Of each tensor, what autograd lets the unit do to it."""
         return [held.kind for _, held in self.held]
+
+    def linked(self) -> bool:
+        """Is there one that is not held?"""
+        return any(held.leaf >= 0 for _, held in self.held)
+
+    def receive(self, leaves: Sequence[Any]) -> None:
+        """Take what is not held from the output of the unit before."""
+        for _, held in self.held:
+            if held.leaf >= 0:
+                held.tensor = leaves[held.leaf].detach()
+                held.version = held.tensor._version
+
+    def let_go(self) -> None:
+        """Of what was received."""
+        for _, held in self.held:
+            if held.leaf >= 0:
+                held.tensor = None
 
     def written(self) -> str:
         """The name of an argument that the forward has just written to, or ""."""

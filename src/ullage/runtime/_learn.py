@@ -100,8 +100,11 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
         with quiet():
             intact = [i for i in dropped if _comparable(*frame.kept[i])]
             frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
-    frame.kept = {i: kept for i, kept in frame.kept.items() if i in keep}
-    frame.held = dict.fromkeys(i for i in frame.held if i in frame.kept)
+    for i in dropped:
+        del frame.kept[i]
+        frame.held.pop(i, None)
+    for i in frame.held:
+        frame.held[i] = None
 
 
 def _comparable(t: Tensor, version: int) -> bool:

@@ -37,7 +37,7 @@ def rebuild(frame: Frame) -> dict[int, Any]:
     selection = _usable(frame)
     if selection is not None:
         try:
-            store = _attempt(frame, selection)
+            store, _ = _attempt(frame, selection)
         except Stale as stale:
             _note_stale(frame, str(stale))
         except ReplayError:
@@ -48,15 +48,35 @@ def rebuild(frame: Frame) -> dict[int, Any]:
             if _proven(frame, store, selection):
                 frame.site.skipped += selection.skipped
                 return store
-    store = _attempt(frame, None)
+    store, _ = _attempt(frame, None)
     _check_values(frame, store)
     return store
+
+
+def run_again(frame: Frame, record: bool) -> Any:
+    """Run a unit's forward to its end for its output.
+
+    Args:
+        frame: the call.
+        record: keep what it saves for its own backward; otherwise nothing is kept.
+
+    Raises:
+        ReplayError: it is not the forward's.
+    """
+    changed = changed_reads(frame)
+    if changed:
+        raise changed_error(frame, next(iter(changed.values())))
+    store, out = _attempt(frame, None, whole="recorded" if record else "dropped")
+    if record:
+        _check_values(frame, store)
+        frame.take(store)
+    return out
 
 
 def _without(frame: Frame, changed: dict[int, str]) -> dict[int, Any]:
     """Rebuild in full; what something went into that has changed is not to be had."""
     try:
-        return _attempt(frame, None, Watch(changed))
+        return _attempt(frame, None, Watch(changed))[0]
     except Changed as read:
         raise changed_error(frame, str(read)) from None
 
@@ -133,8 +153,10 @@ def _check_values(frame: Frame, store: dict[int, Any]) -> None:
     frame.site.say(f"{what}: {why}. Gradients may differ from the plain step's")
 
 
-def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = None) -> dict[int, Any]:
-    replay = Collector(frame, selection)
+def _attempt(
+    frame: Frame, selection: Selection | None, watch: Watch | None = None, whole: str = ""
+) -> tuple[dict[int, Any], Any]:
+    replay = Collector(frame, selection, whole)
     if selection is None or not local.units:
         frame.site.replays += 1
     if frame.on_replay is not None:
@@ -150,16 +172,16 @@ def _attempt(frame: Frame, selection: Selection | None, watch: Watch | None = No
         for source, state in frame.rng:
             source[1](state)
         if frame.entry is None and frame.flags == now:
-            _run(frame, replay, selection, args, kwargs, watch)
+            out = _run(frame, replay, selection, args, kwargs, watch)
             replay.note_modified()
         else:
             with _as_it_was(frame, now):
-                _run(frame, replay, selection, args, kwargs, watch)
+                out = _run(frame, replay, selection, args, kwargs, watch)
                 replay.note_modified()
         store = replay.finish()
         if frame.restored:
             mark_restored(frame, store)
-        return store
+        return store, out
     finally:
         replay.close()
         local.quiet = quiet_before
@@ -184,16 +206,16 @@ def _run(
     args: list[Any],
     kwargs: dict[str, Any],
     watch: Watch | None,
-) -> None:
+) -> Any:
     skipping, local.skipping = local.skipping, selection is not None
     local.units.append(frame.site.name)
     push_hooks(replay.packer(watch), replay.unpack)
     try:
         if selection is not None:
             with SkipMode(selection, frame.kept):
-                frame.fn(*args, **kwargs)
+                return frame.fn(*args, **kwargs)
         elif frame.contexts is None and frame.ops is None and watch is None:
-            frame.fn(*args, **kwargs)
+            return frame.fn(*args, **kwargs)
         else:
             with contextlib.ExitStack() as stack:
                 if frame.contexts is not None:
@@ -202,9 +224,9 @@ def _run(
                     stack.enter_context(watch)
                 if frame.ops is not None:
                     stack.enter_context(OpNames(replay.ops))
-                frame.fn(*args, **kwargs)
+                return frame.fn(*args, **kwargs)
     except Stop:
-        return
+        return None
     finally:
         local.skipping = skipping
         pop_hooks()

@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
 from ullage.runtime._notes import Notes
+from ullage.runtime._place import Trail
 from ullage.runtime._select import Selection
 from ullage.runtime._state import Changes
 
@@ -102,6 +103,7 @@ class Site:
         name: what messages call it.
         shared: what it shares with units of its structure.
         changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
+        trail: what units of its model that are rebuilt together know of each other.
         facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
         replays: how often it was re-run.
@@ -113,6 +115,7 @@ class Site:
     name: str
     shared: Shared = field(default_factory=Shared)
     changing: Callable[[], set[int]] | None = None
+    trail: Trail | None = None
     facts: dict[Hashable, Facts] = field(default_factory=dict)
     noted: dict[Hashable, Notes] = field(default_factory=dict)
     replays: int = 0
