@@ -9,16 +9,25 @@ from types import FrameType
 
 import torch
 
-_FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_OURS = str(Path(__file__).parent)
+_FOREIGN = (str(Path(torch.__file__).parent), _OURS)
+_A_MODEL = str(Path(_OURS, "demo"))
+_A_STEP = str(Path(_OURS, "workload", "_step.py"))
 
 
 def source_line() -> str:
-    """`folder/file.py:line` of the innermost frame that is neither torch's nor ours, or ""."""
+    """`folder/file.py:line` of the innermost frame that is neither torch's nor ours, or "".
+
+    Where we run the step ourselves, frames around it are those of our caller, who has nothing to do with it.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        short = _short_path(frame.f_code.co_filename)
+        filename = frame.f_code.co_filename
+        short = _short_path(filename)
         if short:
             return f"{short}:{frame.f_lineno}"
+        if filename == _A_STEP:
+            return ""
         frame = frame.f_back
     return ""
 
@@ -26,5 +35,5 @@ def source_line() -> str:
 @functools.cache
 def _short_path(filename: str) -> str:
     """The last two parts of a file that is the model's own, or ""."""
-    foreign = filename.startswith(_FOREIGN) or filename.startswith("<")
-    return "" if foreign else "/".join(filename.split("/")[-2:])
+    foreign = filename.startswith(_FOREIGN) and not filename.startswith(_A_MODEL)
+    return "" if foreign or filename.startswith("<") else "/".join(filename.split("/")[-2:])

@@ -29,7 +29,11 @@ from ullage.workload import Instance, Workload, run_step
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module in the first micro-batch: op and autograd-sequence ranges, storages in and out."""
+    """One call of a module: op and autograd-sequence ranges, storages in and out.
+
+    `inputs` and `outputs` are keys that a later storage may have too; `records_in` and `records_out` are ids of the trace's
+    `Storage` records.
+    """
 
     fqn: str
     index: int
@@ -40,6 +44,8 @@ class Call:
     inputs: frozenset[int]
     outputs: frozenset[int]
     shapes: tuple[tuple[int, ...], ...]
+    records_in: frozenset[int] = frozenset()
+    records_out: frozenset[int] = frozenset()
 
 
 class OptionFailed(CaptureError):
@@ -216,6 +222,7 @@ class Session:
             for _, module in modules:
                 uninstall(module)
             self.tracker.module_stack.clear()
+            self.tracker.replay_depth = 0
         if before:
             after = _plain_attributes(self.inst.model)
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
@@ -259,7 +266,7 @@ class Session:
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
         tracker, names = self.tracker, self.names
-        open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...], list[Any]]] = []
+        open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...], list[Any], frozenset[int]]] = []
         counts: dict[str, int] = {}
 
         def keys(value: Any) -> frozenset[int]:
@@ -276,10 +283,12 @@ class Session:
                         f"{fqn or 'the model'}: runs its forward again in backward, so it is checkpointed already "
                         "(Hugging Face's or torch's own switch); turn that off, plans do not stack on it"
                     )
+                tracker.replay_depth += 1
                 return
             shapes = tuple(tuple(t.shape) for t in tree_flatten(args)[0] if isinstance(t, Tensor))
             sequence, given = torch._C._autograd._get_sequence_nr(), contents((args, kwargs))
-            open_calls.append((tracker.clock, sequence, keys(args), shapes, given))
+            records = tracker.records(keys((args, kwargs)))
+            open_calls.append((tracker.clock, sequence, keys(args), shapes, given, records))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             fqn = names.get(id(module))
@@ -287,14 +296,19 @@ class Session:
                 return
             tracker.module_stack.pop()
             if torch._C._current_graph_task_id() != -1:
+                tracker.replay_depth -= 1
                 return
-            op, sequence, inputs, shapes, given = open_calls.pop()
+            op, sequence, inputs, shapes, given, records = open_calls.pop()
             for (was, kind), (now, _) in zip(given, contents((args, kwargs)), strict=False):
                 if was != now:
                     self.changed_arguments.setdefault(fqn, kind)
             index = counts[fqn] = counts.get(fqn, -1) + 1
             end = torch._C._autograd._get_sequence_nr()
-            self.calls.append(Call(fqn, index, op, tracker.clock, sequence, end, inputs, keys(output), shapes))
+            outputs = keys(output)
+            made = tracker.records(outputs)
+            self.calls.append(
+                Call(fqn, index, op, tracker.clock, sequence, end, inputs, outputs, shapes, records, made)
+            )
 
         handles = []
         for module in self.inst.model.modules():

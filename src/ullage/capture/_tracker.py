@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Tracker(TorchDispatchMode):
         self.phase = "forward"
         self._drawn = 0
         self.module_stack: list[str] = []
+        self.replay_depth = 0  # how many of these are there because of a replay
         self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
         self.resident_names: dict[int, str] = {}  # of buffers and parameters, by storage
         self.writes: dict[str, set[str]] = {}  # resident tensors that forwards write, and the modules that run then
@@ -85,6 +87,11 @@ class Tracker(TorchDispatchMode):
                 del self._alive[key]
 
         self._alive[key] = (weakref.ref(storage, died), record)
+
+    def records(self, keys: Iterable[int]) -> frozenset[int]:
+        """Ids of the records of storages that are alive, by their keys; the trace holds the records."""
+        known = (self._alive.get(k) for k in keys)
+        return frozenset(id(k[1]) for k in known if k is not None and k[0]() is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op on fakes and record it."""
@@ -172,7 +179,11 @@ class Tracker(TorchDispatchMode):
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
             allocated = sum(s.nbytes for s in trace.storages[before:])
             self.signatures.append(Signature(func, spec_of(args), fixed, specs, allocated))
-        sequence, source, stack, replaying = -1, "", tuple(self.module_stack), recomputing_units()
+        replaying = recomputing_units()
+        if self.replay_depth and not replaying:  # a replay that stops early runs no hooks after its modules
+            del self.module_stack[-self.replay_depth :]
+            self.replay_depth = 0
+        sequence, source, stack = -1, "", tuple(self.module_stack)
         if in_engine:
             node = torch._C._current_autograd_node()
             sequence = node._sequence_nr() if node is not None else -1
@@ -189,7 +200,8 @@ class Tracker(TorchDispatchMode):
         if stack_id == len(self.stacks):
             self.stacks.append(stack)
         if not in_engine:
-            self._source_of_sequence[sequence - 1] = (source, stack_id)
+            # the op that made the node; those after it that make none see the same number
+            self._source_of_sequence.setdefault(sequence - 1, (source, stack_id))
         if in_engine and not replaying:
             self._release_scalars(sequence)
         elif func in _SAVES_SCALAR and self.round_bytes == 1:
