@@ -192,3 +192,34 @@ def test_a_short_demo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "ullage.cli", "devices", "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and "h200" in json.loads(done.stdout) and not done.stderr
+
+
+def test_overrides_and_bounds(capsys: Any) -> None:
+    pins = ["--pin", "blocks.0=recompute", "--pin", "blocks.1=keep", "--forbid", "select", "--headroom", "1000"]
+    assert run(["plan", FACTORY, "--budget", "95% of plain", *pins, "--simple", "-o", "plan.json", *FAST]) == 0
+    said = capsys.readouterr().out
+    assert "pin blocks.0=recompute (1 unit): step +" in said and "forbidden: select" in said and "headroom" in said
+    plan = ul.Plan.load("plan.json")
+    assert [d.action for d in plan.decisions][:2] == ["recompute", "keep"] and plan.headroom_bytes == 1000
+    for arguments, text in ((["--plan", "plan.json"], "backward"), (FAST, "what would lower it")):
+        assert run(["bounds", FACTORY, *arguments]) == 0
+        assert text in capsys.readouterr().out
+    assert run(["bounds", FACTORY, *FAST, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["levers"] and found["by_category"] and found["peak_bytes"] == plan.baseline.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pin", "blocks.0"], "--pin blocks.0: expected GLOB=ACTION"),
+        (["--pin", "a=keep", "--pin", "a=recompute"], "--pin a=recompute: a is pinned to keep already"),
+        (["--pin", "x.*=keep"], "pin 'x.*': no unit has such a name"),
+        (["--forbid", "offload"], "forbid 'offload': no such action"),
+        (["--headroom", "lots"], "headroom='lots': not a size"),
+    ],
+)
+def test_bad_overrides(arguments: list[str], message: str, capsys: Any) -> None:
+    assert run(["plan", FACTORY, "--budget", "90% of plain", *arguments, *FAST]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

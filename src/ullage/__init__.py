@@ -28,7 +28,7 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
-from ullage.planner import Decision, Forecast, Plan, Profile, plan, profile
+from ullage.planner import Bounds, Decision, Forecast, Holding, Lever, PinCost, Plan, Profile, bounds, plan, profile
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -36,8 +36,8 @@ from ullage.workload import Workload, load_target
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlreadyCheckpointed", "ApplyError", "ArgumentError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
-    "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "ReplayError", "Report", "UllageError", "UllageWarning",
-    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
-    "verify",
+    "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision",
+    "DeviceError", "Forecast", "Handle", "Holding", "Lever", "Measurement", "PinCost", "Plan", "PlanError", "PlanMismatch", "Profile",
+    "ReplayError", "Report", "UllageError", "UllageWarning", "VerifyError", "Workload", "WorkloadError", "bounds", "checkpoint", "devices",
+    "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile", "verify",
 ]  # fmt: skip

@@ -34,31 +34,31 @@ class Budget:
         return int(device_bytes * self.fraction)
 
 
-def parse_budget(budget: int | str) -> Budget:
-    """Read a budget.
+def parse_budget(budget: int | str, name: str = "budget") -> Budget:
+    """Read a budget, or another size that is written the same way; `name` is what messages call it.
 
     Raises:
         BudgetError: not a positive size, no unit, an unknown unit, or a bare fraction.
     """
     if isinstance(budget, bool) or not isinstance(budget, int | str):
-        raise BudgetError(f"budget={budget!r}: {_why_not(budget)}; {_HINT}")
+        raise BudgetError(f"{name}={budget!r}: {_why_not(budget)}; {_HINT}")
     if isinstance(budget, int):
-        return _positive(budget, budget)
+        return _positive(budget, budget, name)
     text = budget.strip()
     if match := re.fullmatch(rf"({_NUMBER})\s*%\s*of\s*(plain|device)", text):
         fraction = float(match[1]) / 100
         if not 0 < fraction < math.inf:
-            raise BudgetError(f"budget={budget!r}: must be above zero; {_HINT}")
+            raise BudgetError(f"{name}={budget!r}: must be above zero; {_HINT}")
         return Budget(fraction=fraction, of=match[2])
     if text.endswith("%"):
-        raise BudgetError(f"budget={budget!r}: percent of what? write '{text} of plain' or '{text} of device'")
+        raise BudgetError(f"{name}={budget!r}: percent of what? write '{text} of plain' or '{text} of device'")
     match = re.fullmatch(rf"({_NUMBER})\s*([a-zA-Z]+)", text)
     if not match or match[2].lower() not in _UNITS:
-        raise BudgetError(f"budget={budget!r}: {_why_not_text(text, match)}; {_HINT}")
+        raise BudgetError(f"{name}={budget!r}: {_why_not_text(text, match)}; {_HINT}")
     value = float(match[1]) * _UNITS[match[2].lower()]
     if not math.isfinite(value):
-        raise BudgetError(f"budget={budget!r}: too large for a size; {_HINT}")
-    return _positive(int(value), budget)
+        raise BudgetError(f"{name}={budget!r}: too large for a size; {_HINT}")
+    return _positive(int(value), budget, name)
 
 
 def _why_not(budget: object) -> str:
@@ -73,9 +73,9 @@ def _why_not_text(text: str, match: re.Match[str] | None) -> str:
     return "a number without its unit" if re.fullmatch(_NUMBER, text) else "not a size"
 
 
-def _positive(value: int, budget: int | str) -> Budget:
+def _positive(value: int, budget: int | str, name: str) -> Budget:
     if value <= 0:
-        raise BudgetError(f"budget={budget!r}: must be above zero; {_HINT}")
+        raise BudgetError(f"{name}={budget!r}: must be above zero; {_HINT}")
     return Budget(bytes=value)
 
 

@@ -17,7 +17,12 @@ UllageError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch.utils.checkpoint import CheckpointError
+
+if TYPE_CHECKING:
+    from ullage.planner import Bounds
 
 
 class UllageError(Exception):
@@ -51,13 +56,22 @@ class BudgetInfeasible(BudgetError):
         budget_bytes: the budget that was asked for.
         smallest_bytes: the smallest peak any plan reaches, in bytes.
         bound_by: (phase, module FQN, op) of the moment that holds that peak.
+        bounds: what is alive then and what would lower it, a `ullage.Bounds`.
     """
 
-    def __init__(self, message: str, budget_bytes: int, smallest_bytes: int, bound_by: tuple[str, str, str]) -> None:
+    def __init__(
+        self,
+        message: str,
+        budget_bytes: int,
+        smallest_bytes: int,
+        bound_by: tuple[str, str, str],
+        bounds: Bounds | None = None,
+    ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
         self.bound_by = bound_by
+        self.bounds = bounds
 
 
 class PlanError(UllageError):

@@ -1,4 +1,4 @@
-"""`ullage profile | plan | verify | measure | devices | demo`.
+"""`ullage profile | plan | bounds | verify | measure | devices | demo`.
 
 Exit codes: 0 done, 1 a check failed (verify, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import click
 
 import ullage as ul
+from ullage.cli._bounds import bounds
 from ullage.cli._demo import demo
 from ullage.cli._devices import devices
 from ullage.cli._errors import BAD_INPUT, finish
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, verify, measure, devices, demo):
+for verb in (profile, plan, bounds, verify, measure, devices, demo):
     cli.add_command(verb)
 
 

@@ -78,6 +78,11 @@ def output_file(context: click.Context, parameter: click.Parameter, value: str |
     return value
 
 
+def size(text: str | None) -> int | str | None:
+    """A size as it was written; a bare number is bytes."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def show(value: Any, as_json: bool) -> None:
     """Print a result on stdout."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._options import cost_options, json_option, load, output_file, show, size, target_options
 from ullage.cli._progress import progress
 
 
@@ -17,21 +17,66 @@ from ullage.cli._progress import progress
 @click.option(
     "--policy", default="optimal", show_default=True, help="optimal, none, every_block, every_n:K, sqrt or selective."
 )
+@click.option(
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="GLOB=ACTION",
+    help="Give the units of this name an action: keep, recompute, select or select:LEVEL. May be repeated.",
+)
+@click.option("--forbid", multiple=True, metavar="ACTION", help="An action that no unit gets. May be repeated.")
+@click.option("--headroom", metavar="BYTES", help="Leave this much of the budget free, written as the budget is.")
+@click.option(
+    "--simple", is_flag=True, help="Prefer fewer distinct actions, if that costs 1 % of the step time at most."
+)
 @cost_options
 @click.option("-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write the plan there.")
 @json_option
 def plan(
-    as_json: bool, budget: str | None, policy: str, device: str | None, costs: str, output: str | None, **options: Any
+    as_json: bool,
+    budget: str | None,
+    policy: str,
+    pins: tuple[str, ...],
+    forbid: tuple[str, ...],
+    headroom: str | None,
+    simple: bool,
+    device: str | None,
+    costs: str,
+    output: str | None,
+    **options: Any,
 ) -> None:
     """Decide what to keep, recompute or select so that the step fits the budget.
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
-    value: int | str | None = int(budget) if budget is not None and budget.isdecimal() else budget
+    pin = _pins(pins)
     with progress() as report:
-        result = ul.plan(load(options), value, device, policy, costs=costs, progress=report)
+        result = ul.plan(
+            load(options),
+            size(budget),
+            device,
+            policy,
+            costs=costs,
+            pin=pin,
+            forbid=forbid,
+            headroom=size(headroom),
+            simple=simple,
+            progress=report,
+        )
     if output is not None:
         result.save(output)
     show(result, as_json)
     if output is not None and not as_json:
         click.echo(f"written to {output}")
+
+
+def _pins(written: tuple[str, ...]) -> dict[str, str]:
+    """`GLOB=ACTION` as a mapping."""
+    pins: dict[str, str] = {}
+    for text in written:
+        glob, found, action = text.rpartition("=")
+        if not found or not glob or not action:
+            raise click.UsageError(f"--pin {text}: expected GLOB=ACTION, such as 'blocks.0=keep'")
+        if pins.setdefault(glob, action) != action:
+            raise click.UsageError(f"--pin {text}: {glob} is pinned to {pins[glob]} already")
+    return pins

@@ -15,6 +15,8 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
+from ullage.planner._overrides import PinCost, describe
+from ullage.planner._peak import Bounds
 
 if TYPE_CHECKING:
     from ullage.apply import Handle
@@ -82,8 +84,12 @@ def environment() -> dict[str, str]:
     return {"ullage": ullage.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A plan: predictions, decisions per unit, and the model they are for. See `str(plan)`."""
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A plan: predictions, decisions per unit, and the model they are for. See `str(plan)`.
+
+    `headroom_bytes` of the budget are left free. What has a default is left out of the file where it has that value, so
+    that plans of before are read as they were.
+    """
 
     version: int
     budget_bytes: int | None
@@ -100,6 +106,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     model: Fingerprint
     notes: list[str]
     environment: dict[str, str]
+    headroom_bytes: int = 0
+    forbidden: list[str] = []
+    pins: list[PinCost] = []
+    bounds: Bounds | None = None
 
     @property
     def digest(self) -> str:
@@ -174,6 +184,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
         )
         budget = "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)
+        budget += f", of which {format_bytes(self.headroom_bytes)} are headroom" if self.headroom_bytes else ""
         slower = p.step_seconds / b.step_seconds - 1 if b.step_seconds else 0.0
         lines = [
             title,
@@ -184,6 +195,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             "  decisions",
         ]
         lines += [f"    {row}" for row in _grouped(self.decisions)]
+        lines += [f"  pin {describe(cost)}" for cost in self.pins]
+        lines += [f"  forbidden: {', '.join(self.forbidden)}"] if self.forbidden else []
+        lines += self.bounds.summary() if self.bounds is not None else []
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._live import peak_moment
 from ullage.planner._model import StepModel, model_of
 from ullage.planner._options import find_options
+from ullage.planner._overrides import Overrides, PinCost, Restriction
+from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._policies import check_policy, policy_assignment
-from ullage.planner._profile import Profile, peak_moment
+from ullage.planner._profile import Profile
+from ullage.planner._simple import fewer_actions
 from ullage.planner._solve import smallest, solve
 from ullage.planner._study import StepCapture, Study, count_recomputed, study
 from ullage.workload import Workload
@@ -33,6 +39,10 @@ def plan(
     costs: str = "auto",
     profile: Profile | None = None,
     units: Sequence[str] | None = None,
+    pin: Mapping[str, str] | None = None,
+    forbid: Collection[str] = (),
+    headroom: int | str | None = None,
+    simple: bool | float = False,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute or select so that the step's peak stays within `budget`.
@@ -45,6 +55,11 @@ def plan(
         costs: "auto" (ops are timed here) or "roofline" (nothing is run, same on any machine).
         profile: take op costs from this profile instead of measuring again.
         units: FQN globs of the modules to plan over, instead of the blocks the architecture shows.
+        pin: actions ("keep", "recompute", "select", "select:LEVEL") by FQN glob of units; any policy obeys, and the plan says
+            what each costs.
+        forbid: actions that no unit gets, unless it is pinned to one.
+        headroom: bytes or a string, as for `budget`: left free of the budget.
+        simple: True: of the plans within 1 % of the best step time, one with the fewest distinct actions; or that share.
         progress: called with a line at each stage.
 
     Raises:
@@ -52,6 +67,8 @@ def plan(
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
     check_policy(policy)
+    overrides = Overrides(pin or {}, forbid, headroom, simple)
+    overrides.check(policy, budget is not None)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
@@ -59,21 +76,48 @@ def plan(
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     s = study(work, device, mode, units, known, progress)
     find_options(s)
+    restriction = overrides.restrict(s, solver=policy == "optimal")
     baseline = _forecast(s, *s.plain_capture)
     limit = wanted.resolve(baseline.peak_bytes, s.device.memory_bytes) if wanted is not None else None
-    bound = baseline.step_seconds if policy == "optimal" else 0.0
+    s.headroom_bytes = overrides.headroom_bytes(baseline.peak_bytes, s.device.memory_bytes)
+    assignment, bound = _decide(s, policy, limit, baseline)
+    pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, policy, limit, baseline))
+    note = ""
+    if overrides.tolerance and limit is not None:
+        room = limit - s.reserve_bytes
+        assignment, note = fewer_actions(s, assignment, overrides.tolerance, room, lambda: _optimal(s, room)[0])
+    made = _finish(s, assignment, limit, policy, baseline, bound, work, restriction, pins)
+    return structs.replace(made, notes=[*made.notes, note]) if note else made
+
+
+def _decide(s: Study, policy: str, limit: int | None, baseline: Forecast) -> tuple[dict[str, Option], float]:
+    """The assignment, and a lower bound on the seconds of a step under any that fits; 0 for a named policy."""
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
         peak = _fresh_peak(s, assignment)
         if limit is not None and peak > limit - s.reserve_bytes:
             raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
-    elif limit is not None and baseline.peak_bytes <= limit - s.reserve_bytes:
-        assignment = {u.fqn: KEEP for u in s.units}
-    else:
-        assert limit is not None
-        assignment, added = _optimal(s, limit - s.reserve_bytes)
-        bound += added
-    return _finish(s, assignment, limit, policy, baseline, bound, work)
+        return assignment, 0.0
+    assert limit is not None
+    if _plain_fits(s, limit, baseline):
+        return {u.fqn: KEEP for u in s.units}, baseline.step_seconds
+    assignment, added = _optimal(s, limit - s.reserve_bytes)
+    return assignment, baseline.step_seconds + added
+
+
+def _plain_fits(s: Study, limit: int, baseline: Forecast) -> bool:
+    return baseline.peak_bytes <= limit - s.reserve_bytes and all(KEEP in o for o in s.options.values())
+
+
+def _unconfirmed(s: Study, policy: str, limit: int | None, baseline: Forecast) -> dict[str, Option]:
+    """What `_decide` would choose as the solver sees it."""
+    if policy != "optimal":
+        return policy_assignment(policy, s.units, s.options)
+    assert limit is not None
+    if _plain_fits(s, limit, baseline):
+        return {u.fqn: KEEP for u in s.units}
+    model = model_of(s)
+    return _assignment(model, (solve(model, limit - s.reserve_bytes) or smallest(model)).choice)
 
 
 def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
@@ -87,23 +131,31 @@ def _assignment(model: StepModel, choice: Sequence[int]) -> dict[str, Option]:
 def _smallest(s: Study) -> StepCapture:
     """The executed step with the smallest peak, among the solver's choice and the homogeneous ones."""
     model = model_of(s)
-    candidates = [c for n, c in s.captures.items() if n != "keep"]
+    candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
     candidates.append(s.execute(_assignment(model, smallest(model).choice)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
     return min(candidates, key=s.peak_with_update)
 
 
+def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
+    return all(assignment.get(f, KEEP) in options for f, options in s.options.items())
+
+
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
-    size = _fresh_peak(s, best.assignment) + s.reserve_bytes
-    phase, module, op = peak_moment(s, max(s.execute_fresh(best.assignment), key=s.peak))
+    steps = s.execute_fresh(best.assignment)
+    found = bounds_of(s, best.assignment, steps)
+    size = found.peak_bytes + s.reserve_bytes
     kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
     reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
+    reasons += f"; {format_bytes(s.headroom_bytes)} of it are headroom" if s.headroom_bytes else ""
+    reasons += f"; with {', '.join(s.restrictions)}" if s.restrictions else ""
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
-        f"bound by {phase} in {module or '(root)'} at {op}{reasons}",
+        f"bound by {found.phase} in {found.module or '(root)'} at {found.op}{reasons}{found.hint}",
         limit,
         size,
-        (phase, module, op),
+        (found.phase, found.module, found.op),
+        found,
     )
 
 
@@ -210,6 +262,8 @@ def _finish(
     baseline: Forecast,
     bound: float,
     work: Workload,
+    restriction: Restriction,
+    pins: list[PinCost],
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
@@ -230,6 +284,7 @@ def _finish(
                 seconds_added=0.0 if option == KEEP or mine is None else mine.seconds,
                 recomputed_ops=0 if option == KEEP else recomputed.get(u.fqn, 0),
                 reason=u.keep_reason
+                or restriction.reason(u.fqn)
                 or (
                     "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
                 ),
@@ -261,6 +316,10 @@ def _finish(
         model=fingerprint(model),
         notes=notes,
         environment=environment(),
+        headroom_bytes=s.headroom_bytes,
+        forbidden=sorted(restriction.overrides.forbid),
+        pins=pins,
+        bounds=bounds_of(s, assignment, (first, later)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ullage._errors import ArgumentError
 from ullage.capture._units import UnitFacts
@@ -47,4 +47,9 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
         wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
     else:
         raise ArgumentError(f"policy={policy!r}: expected one of {NAMES}")
-    return {u.fqn: o if (o := wanted.get(u.fqn, KEEP)) in options[u.fqn] else KEEP for u in units}
+    return {u.fqn: nearest(wanted.get(u.fqn, KEEP), options[u.fqn]) for u in units}
+
+
+def nearest(option: Option, options: Sequence[Option]) -> Option:
+    """An option, or what a unit that can't have it does instead: keep, or else the first it has."""
+    return next(o for o in (option, KEEP, *options) if o in options)

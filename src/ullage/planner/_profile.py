@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
-from ullage.capture._timeline import OpCost, effective_bytes
+from ullage.capture._timeline import OpCost
 from ullage.measure._state import leaves_rng
+from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_moment, peak_op, totals
 from ullage.planner._model import StepModel, model_of
 from ullage.planner._options import find_options
 from ullage.planner._study import StepCapture, Study, study
@@ -41,16 +41,6 @@ class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     seconds: float
     options: list[OptionProfile]
     reason: str
-
-
-class LiveTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A storage alive at the peak."""
-
-    nbytes: int
-    category: str
-    module: str
-    op: str
-    source: str
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -120,24 +110,6 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return "\n".join(lines)
 
 
-def peak_op(s: Study, capture: StepCapture) -> int:
-    """Index of the op at which a captured step peaks."""
-    peak = s.timeline(capture.session).peak[capture.ops]
-    return int(capture.ops.start) + int(peak.argmax())
-
-
-def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
-    """(phase, module FQN, op) of a captured step's peak."""
-    i = peak_op(s, capture)
-    trace = capture.session.trace
-    stack = capture.session.tracker.stacks[trace.stack[i]]
-    return (
-        trace.phase[i],
-        next((f for f in reversed(stack) if f), ""),
-        str(capture.session.signatures[trace.signature[i]].func),
-    )
-
-
 @leaves_rng
 def profile(
     work: Workload,
@@ -162,10 +134,7 @@ def profile(
     peaks = s.peak(first), s.peak(later)
     worst = first if peaks[0] > peaks[1] else later
     at = peak_op(s, worst)
-    live = _live(s, at)
-    by_category = _totals([(t.category, t.nbytes) for t in live])
-    if (rest := max(peaks) - sum(by_category.values())) > 0:
-        by_category["inside the op"] = rest
+    live = live_tensors(s.plain_session, s.costs(s.plain_session), at)
     phase, module, op = peak_moment(s, worst)
     return Profile(
         device=s.device.name,
@@ -180,8 +149,8 @@ def profile(
         module=module,
         op=op,
         source=s.plain_session.trace.source[at],
-        by_category=by_category,
-        by_module=_totals([(t.module, t.nbytes) for t in live]),
+        by_category=by_category(live, max(peaks), s.device.facts.blas_workspace_bytes),
+        by_module=totals([(t.module, t.nbytes) for t in live]),
         largest=sorted(live, key=lambda t: -t.nbytes)[:50],
         units=_unit_profiles(s),
         timeline=_bytes_over_time(s, later),
@@ -190,19 +159,11 @@ def profile(
     )
 
 
-def _totals(rows: list[tuple[str, int]]) -> dict[str, int]:
-    """Bytes per name, the largest first."""
-    totals: Counter[str] = Counter()
-    for name, nbytes in rows:
-        totals[name] += nbytes
-    return dict(totals.most_common())
-
-
 def _bytes_over_time(s: Study, step: StepCapture) -> list[tuple[str, str, str, int]]:
-    trace, stacks, peak = step.session.trace, step.session.tracker.stacks, s.timeline(step.session).peak
+    trace, peak = step.session.trace, s.timeline(step.session).peak
     names = [str(x.func) for x in step.session.signatures]
     return [
-        (trace.phase[i], (stacks[trace.stack[i]] or ("",))[-1], names[trace.signature[i]], int(peak[i]))
+        (trace.phase[i], innermost(step.session, i), names[trace.signature[i]], int(peak[i]))
         for i in range(step.ops.start, step.ops.stop)
     ]
 
@@ -245,33 +206,3 @@ def _unit_seconds(s: Study) -> dict[str, float]:
         for fqn in tracker.stacks[trace.stack[i]]:
             totals[fqn] = totals.get(fqn, 0.0) + float(seconds[i])
     return totals
-
-
-def _live(s: Study, at: int) -> list[LiveTensor]:
-    session, trace = s.plain_session, s.plain_session.trace
-    costs, found = s.costs(session), []
-    for t in trace.storages:
-        if not (t.birth <= at <= t.death):
-            continue
-        category, module, op, source = t.category, "", "", ""
-        if 0 <= t.birth < len(trace.signature):
-            stack = session.tracker.stacks[trace.stack[t.birth]]
-            module, op, source = (
-                (stack or ("",))[-1],
-                str(session.signatures[trace.signature[t.birth]].func),
-                trace.source[t.birth],
-            )
-            dies = trace.phase[min(t.death, len(trace.phase) - 1)]
-            if not category:
-                crosses = trace.phase[t.birth] == "forward" and (dies == "backward" or trace.phase[at] == "backward")
-                category = "recomputed" if trace.recomputed[t.birth] else "activation" if crosses else "temporary"
-        found.append(
-            LiveTensor(
-                nbytes=effective_bytes(t, trace, costs),
-                category=category or "other",
-                module=module,
-                op=op,
-                source=source,
-            )
-        )
-    return found

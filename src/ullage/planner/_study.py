@@ -56,6 +56,8 @@ class Study:
     known_costs: dict[str, OpCost] = field(default_factory=dict)
     model: StepModel | None = None
     times_given: bool = False
+    headroom_bytes: int = 0
+    restrictions: list[str] = field(default_factory=list)  # what a person's overrides take away, for messages
     progress: Progress = lambda _: None
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
     _fresh: tuple[StepCapture, StepCapture] | None = None
@@ -110,8 +112,8 @@ class Study:
 
     @property
     def reserve_bytes(self) -> int:
-        """Bytes of the budget that are left free: a step of one's own may hold scalars unseen (GradScaler: 4 bytes)."""
-        return OWN_STEP_BYTES if self.plain_session.inst.step is not None else 0
+        """Bytes of the budget that are left free: headroom, and scalars that a step of one's own may hold (GradScaler: 4)."""
+        return self.headroom_bytes + (OWN_STEP_BYTES if self.plain_session.inst.step is not None else 0)
 
     @property
     def plain_session(self) -> Session:

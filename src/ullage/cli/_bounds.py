@@ -1,0 +1,24 @@
+"""`ullage bounds`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import ullage as ul
+from ullage.cli._options import cost_options, json_option, load, show, target_options
+from ullage.cli._progress import progress
+
+
+@click.command()
+@target_options
+@click.option("--plan", "plan_path", type=click.Path(), help="A plan file; default: the plain step.")
+@cost_options
+@json_option
+def bounds(as_json: bool, plan_path: str | None, device: str | None, costs: str, **options: Any) -> None:
+    """Say what holds the peak: the moment, the tensors alive then, and what would lower it, with numbers."""
+    plan = ul.Plan.load(plan_path) if plan_path is not None else None
+    with progress() as report:
+        result = ul.bounds(load(options), plan, device, costs, progress=report)
+    show(result, as_json)

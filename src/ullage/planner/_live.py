@@ -1,0 +1,153 @@
+"""What is alive when, and what it is: the storages of a captured trace as arrays, and the tensors at its peak."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ullage.capture import Session
+from ullage.capture._timeline import Array, OpCost, Timeline, effective_bytes
+from ullage.capture._trace import Storage, Trace
+from ullage.planner._study import StepCapture, Study
+
+Mask = npt.NDArray[np.bool_]
+
+
+class LiveTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A storage alive at the peak."""
+
+    nbytes: int
+    category: str
+    module: str
+    op: str
+    source: str
+
+
+class Ledger:
+    """A session's storages and ops as arrays.
+
+    Attributes:
+        nbytes, birth, death: per storage; it is alive during op i if `birth <= i <= death`.
+        category: per storage: what the capture knows for certain, or "" for what lives within a step.
+        phase: per op.
+        unit: per op, the FQN of the unit it belongs to, or "".
+    """
+
+    def __init__(self, s: Study, session: Session) -> None:
+        trace = session.trace
+        self.session, self.trace = session, trace
+        self.timeline: Timeline = s.timeline(session)
+        self.size = len(trace.signature)
+        costs = s.costs(session)
+        self.nbytes = np.array([effective_bytes(t, trace, costs) for t in trace.storages], np.int64)
+        self.birth = np.array([max(t.birth, -1) for t in trace.storages], np.int64)
+        self.death = np.array([min(t.death, self.size) for t in trace.storages], np.int64)
+        self.category = np.array([lasting_category(t, trace) for t in trace.storages])
+        self.phase = np.array(trace.phase)
+        units = {u.fqn for u in s.units}
+        of_stack = np.array([next((f for f in stack if f in units), "") for stack in session.tracker.stacks])
+        self.unit = of_stack[np.array(trace.stack, np.int64)]
+        self.recomputed = np.array(trace.recomputed, np.bool_)
+
+    def alive_at(self, op: int) -> Mask:
+        """Per storage: is it alive during this op?"""
+        return (self.birth <= op) & (op <= self.death)
+
+    def alive_bytes(self, some: Mask) -> Array:
+        """Per op: bytes of some storages that are alive during it."""
+        born, dead = np.zeros(self.size + 2, np.int64), np.zeros(self.size + 2, np.int64)
+        np.add.at(born, self.birth[some] + 1, self.nbytes[some])
+        np.add.at(dead, self.death[some] + 1, self.nbytes[some])
+        return np.asarray(np.cumsum(born)[1 : self.size + 1] - np.cumsum(dead)[: self.size], np.int64)
+
+
+def lasting_category(storage: Storage, trace: Trace) -> str:
+    """Parameter, gradient, optimizer state, ...; "" for activations and temporaries.
+
+    What a step of one's own makes is not named by the capture: what backward leaves behind is a gradient, what an
+    optimizer's step leaves behind is its state.
+    """
+    n = len(trace.phase)
+    if storage.category or not 0 <= storage.birth < n or trace.recomputed[storage.birth]:
+        return storage.category
+    born, stays = (
+        trace.phase[storage.birth],
+        storage.death >= n or trace.phase[storage.death] != trace.phase[storage.birth],
+    )
+    left = {"backward": "gradient", "optimizer": "optimizer state"}
+    return left.get(born, "") if stays else ""
+
+
+def category_at(storage: Storage, trace: Trace, at: int) -> str:
+    """What a storage that is alive during op `at` is there for."""
+    if lasting := lasting_category(storage, trace):
+        return lasting
+    if not 0 <= storage.birth < len(trace.phase):
+        return "other"
+    if trace.recomputed[storage.birth]:
+        return "recomputed"
+    born, dies = trace.phase[storage.birth], trace.phase[min(storage.death, len(trace.phase) - 1)]
+    if born == "forward" and (dies == "backward" or trace.phase[at] == "backward"):
+        return "activation"
+    return "optimizer temporary" if born == "optimizer" else "temporary"
+
+
+def live_tensors(session: Session, costs: Sequence[OpCost], at: int) -> list[LiveTensor]:
+    """The storages alive during op `at`, in order of their birth."""
+    trace, found = session.trace, []
+    for t in trace.storages:
+        if not (t.birth <= at <= t.death):
+            continue
+        module, op, source = "", "", ""
+        if 0 <= t.birth < len(trace.signature):
+            module = innermost(session, t.birth)
+            op, source = str(session.signatures[trace.signature[t.birth]].func), trace.source[t.birth]
+        nbytes, category = effective_bytes(t, trace, costs), category_at(t, trace, at)
+        found.append(LiveTensor(nbytes=nbytes, category=category, module=module, op=op, source=source))
+    return found
+
+
+def innermost(session: Session, op: int) -> str:
+    """FQN of the innermost module an op runs in."""
+    return (session.tracker.stacks[session.trace.stack[op]] or ("",))[-1]
+
+
+def totals(rows: Sequence[tuple[str, int]]) -> dict[str, int]:
+    """Bytes per name, the largest first."""
+    found: Counter[str] = Counter()
+    for name, nbytes in rows:
+        found[name] += nbytes
+    return dict(found.most_common())
+
+
+def by_category(live: Sequence[LiveTensor], peak: int, workspace: int) -> dict[str, int]:
+    """Bytes per category at a peak, the largest first; what no tensor accounts for was allocated inside the op.
+
+    Args:
+        live: the tensors.
+        peak: live bytes then.
+        workspace: of these, what a library holds all the time.
+    """
+    rows = [(t.category, t.nbytes) for t in live]
+    rest = peak - workspace - sum(nbytes for _, nbytes in rows)
+    return totals([r for r in (*rows, ("library workspace", workspace), ("inside the op", rest)) if r[1] > 0])
+
+
+def peak_op(s: Study, capture: StepCapture) -> int:
+    """Index of the op at which a captured step peaks."""
+    peak = s.timeline(capture.session).peak[capture.ops]
+    return int(capture.ops.start) + int(peak.argmax())
+
+
+def moment(session: Session, op: int) -> tuple[str, str, str]:
+    """(phase, module FQN, op) of an op."""
+    return session.trace.phase[op], innermost(session, op), str(session.signatures[session.trace.signature[op]].func)
+
+
+def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
+    """(phase, module FQN, op) of a captured step's peak."""
+    return moment(capture.session, peak_op(s, capture))

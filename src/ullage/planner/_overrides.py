@@ -1,0 +1,234 @@
+"""What a person decides: units pinned to an action, forbidden actions, headroom, fewer distinct actions.
+
+Overrides take options away from units before anything is decided, so every policy and the solver obey them alike. What each
+pin costs is found by deciding once more without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ullage._bytes import Budget, format_bytes, parse_budget
+from ullage._errors import ArgumentError
+from ullage.mechanisms import Option, option_from_name
+from ullage.planner._names import matching, units_of
+from ullage.planner._options import capture_options
+from ullage.planner._study import Study
+
+Options = dict[str, list[Option]]
+Assignment = Mapping[str, Option]
+SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
+_KNOWN = "keep, recompute, select (any level), select:LEVEL"
+
+
+class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A pin, and what the plan would gain without it.
+
+    Attributes:
+        pin, action: as written.
+        units: how many it matches.
+        seconds: what it adds to a step; negative if it saves time.
+        nbytes: what it adds to the peak; about 0 where a budget is used up with it and without it.
+    """
+
+    pin: str
+    action: str
+    units: int
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """See `ullage.plan` for the meaning.
+
+    Raises:
+        ArgumentError: an action that does not exist, or a value of the wrong kind.
+        BudgetError: the headroom is not a size.
+    """
+
+    pin: Mapping[str, str] = field(default_factory=dict)
+    forbid: Collection[str] = ()
+    headroom: int | str | None = None
+    simple: bool | float = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pin, Mapping):
+            raise ArgumentError(f"pin={self.pin!r}: expected a mapping from FQN globs of units to actions")
+        if isinstance(self.forbid, str) or not isinstance(self.forbid, Collection):
+            raise ArgumentError(f"forbid={self.forbid!r}: expected a collection of actions, such as ['select']")
+        for glob, action in self.pin.items():
+            _check_action(f"pin {glob!r}={action!r}", action)
+        for action in self.forbid:
+            _check_action(f"forbid {action!r}", action)
+        if not isinstance(self.simple, bool | float) or not 0 <= self.simple <= 1:
+            raise ArgumentError(
+                f"simple={self.simple!r}: expected True, False or a share of the step time such as 0.02"
+            )
+        self._headroom()
+
+    def _headroom(self) -> Budget | None:
+        given = self.headroom
+        nothing = given is None or (given == 0 and not isinstance(given, bool))
+        return None if given is None or nothing else parse_budget(given, "headroom")
+
+    @property
+    def tolerance(self) -> float:
+        """The share of the step's time that fewer actions may add; 0 if that is not wanted."""
+        return SIMPLE_SHARE if self.simple is True else float(self.simple)
+
+    def check(self, policy: str, has_budget: bool) -> None:
+        """Raise ArgumentError for what means nothing with this policy, before anything is captured."""
+        if self._headroom() is not None and not has_budget:
+            raise ArgumentError(f"headroom={self.headroom!r}: it is taken off the budget, and there is none")
+        if self.tolerance and policy != "optimal":
+            raise ArgumentError(f"simple: policy {policy!r} chooses nothing; it is for policy 'optimal'")
+
+    def headroom_bytes(self, plain_bytes: int, device_bytes: int | None) -> int:
+        """The headroom in bytes."""
+        headroom = self._headroom()
+        return headroom.resolve(plain_bytes, device_bytes) if headroom is not None else 0
+
+    def restrict(self, s: Study, solver: bool) -> Restriction:
+        """Take away what is not allowed; `s.options` holds what is left.
+
+        Args:
+            s: a study whose options are found.
+            solver: the solver is to choose, and to say what pins cost, so all options are captured before.
+
+        Raises:
+            ArgumentError: a pin matches no unit, contradicts another or can't be had; or nothing is left for a unit.
+        """
+        if solver and (self.pin or self.forbid):
+            capture_options(s)  # now, since one that fails is taken away too
+        found = Restriction(self, {f: list(o) for f, o in s.options.items()}, self._pinned(s))
+        s.options = found.allowed(s)
+        s.restrictions = self._words()
+        return found
+
+    def _pinned(self, s: Study) -> dict[str, list[str]]:
+        """Per glob, its units."""
+        fqns, found = [u.fqn for u in s.units], {}
+        for glob in self.pin:
+            found[glob] = matching(glob, fqns)
+            if not found[glob]:
+                modules = matching(glob, [n for n, _ in s.session.inst.model.named_modules() if n])
+                hint = f"; {modules[0]} is a module but no unit: units=[{glob!r}] would make it one" if modules else ""
+                raise ArgumentError(f"pin {glob!r}: no unit has such a name{hint}; the units are {_some(fqns)}")
+        return found
+
+    def _words(self) -> list[str]:
+        pins = [f"{glob} pinned to {action}" for glob, action in self.pin.items()]
+        return [*pins, *(f"{action} forbidden" for action in self.forbid)]
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """Overrides as they apply to one study: all options there were, and the units of each pin."""
+
+    overrides: Overrides
+    everything: Options
+    pinned: Mapping[str, list[str]]
+
+    def allowed(self, s: Study, without: str | None = None) -> Options:
+        """The options left per unit; `without`: a pin that is left out."""
+        return {u.fqn: self._left(s, u.fqn, without) for u in s.units}
+
+    def _left(self, s: Study, fqn: str, without: str | None) -> list[Option]:
+        options, pins = self.everything[fqn], self.overrides.pin
+        globs = [g for g in pins if g != without and fqn in self.pinned[g]]
+        left, before = options, ""
+        for glob in globs:
+            if not any(is_of(o, pins[glob]) for o in options):
+                raise ArgumentError(f"pin {glob!r}={pins[glob]}: {fqn} can't have it: {self._why(s, fqn, pins[glob])}")
+            left = [o for o in left if is_of(o, pins[glob])]
+            if not left:
+                raise ArgumentError(
+                    f"pin {before!r}={pins[before]} and pin {glob!r}={pins[glob]} contradict each other: both match {fqn}; "
+                    f"possible there: {_names(options)}"
+                )
+            before = glob
+        if not globs:  # a pin is an exception to what is forbidden
+            left = [o for o in options if not any(is_of(o, action) for action in self.overrides.forbid)]
+            if not left and without is not None:  # without its pin, there would be no plan
+                left = [o for o in options if is_of(o, pins[without])]
+        if not left:
+            words = ", ".join(self.overrides.forbid)
+            why = next((f" ({u.keep_reason})" for u in s.units if u.fqn == fqn and u.keep_reason), "")
+            raise ArgumentError(
+                f"forbid {words}: nothing is left for {fqn}; possible there: {_names(options)}{why}; pin it to one of these"
+            )
+        return left
+
+    def _why(self, s: Study, fqn: str, action: str) -> str:
+        kept = next((u.keep_reason for u in s.units if u.fqn == fqn), "")
+        kinds = {u.fqn: u.class_name for u in s.units}
+        noted = [why for (f, n), why in s.reasons.items() if kinds[f] == kinds[fqn] and action in (n, n.split(":")[0])]
+        reason = kept or next(iter(noted), "") or "there is nothing of the kind in it"
+        return f"{reason}; possible: {_names(self.everything[fqn])}"
+
+    def reason(self, fqn: str) -> str:
+        """Why a decision is as it is, if a pin made it."""
+        return next((f"pinned by {g!r}" for g, fqns in self.pinned.items() if fqn in fqns), "")
+
+    def pin_costs(self, s: Study, assignment: Assignment, again: Callable[[], Assignment]) -> list[PinCost]:
+        """What each pin costs: `again` decides under the options of the moment; both assignments are executed."""
+        rows = []
+        now = measured(s, assignment) if self.overrides.pin else (0.0, 0)
+        for glob, action in self.overrides.pin.items():
+            s.progress(f"finding what pin {glob} costs")
+            with only(s, self.allowed(s, glob)):
+                other = again()
+            seconds, nbytes = (a - b for a, b in zip(now, measured(s, other), strict=True))
+            rows.append(
+                PinCost(pin=glob, action=action, units=len(self.pinned[glob]), seconds=seconds, nbytes=int(nbytes))
+            )
+        return rows
+
+
+@contextlib.contextmanager
+def only(s: Study, options: Options) -> Iterator[None]:
+    """Decide under other options for a time."""
+    before = s.options, s.model
+    s.options, s.model = options, None
+    try:
+        yield
+    finally:
+        s.options, s.model = before
+
+
+def is_of(option: Option, action: str) -> bool:
+    """Is this what an action names? `select` names every level."""
+    return action in (option.name, option.action)
+
+
+def _check_action(where: str, action: object) -> None:
+    try:
+        if action != "select":
+            option_from_name(str(action) if isinstance(action, str) else "")
+    except ValueError as error:
+        raise ArgumentError(f"{where}: no such action; expected {_KNOWN}") from error
+
+
+def measured(s: Study, assignment: Assignment) -> tuple[float, int]:
+    """(seconds of a later step, peak in bytes of the first and a later one), by executing them."""
+    steps = s.execute_fresh(assignment)
+    return s.seconds(steps[1]), max(s.peak(c) for c in steps)
+
+
+def _names(options: Sequence[Option]) -> str:
+    return ", ".join(o.name for o in options)
+
+
+def _some(fqns: Sequence[str]) -> str:
+    return ", ".join(fqns[:6]) + (f" and {len(fqns) - 6} more" if len(fqns) > 6 else "")
+
+
+def describe(cost: PinCost) -> str:
+    """A row of the plan's table."""
+    nbytes = f"{'-' if cost.nbytes < 0 else '+'}{format_bytes(abs(cost.nbytes))}"
+    return f"{cost.pin}={cost.action} ({units_of(cost.units)}): step {cost.seconds * 1e3:+.2f} ms, peak {nbytes}"

@@ -1,0 +1,224 @@
+"""What bounds a plan: the moment of its peak, the tensors that are alive then, and what would lower it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage._errors import ArgumentError
+from ullage.capture._units import unit_facts
+from ullage.measure._state import leaves_rng
+from ullage.mechanisms import KEEP, Option, option_from_name
+from ullage.planner._levers import MOST_RUNS, levers
+from ullage.planner._live import Ledger, LiveTensor, by_category, live_tensors, moment, peak_op
+from ullage.planner._options import find_options
+from ullage.planner._peak_facts import Lever, PeakFacts
+from ullage.planner._study import StepCapture, Study, saved_bytes, study
+from ullage.workload import Workload
+
+if TYPE_CHECKING:
+    from ullage.planner._plan import Plan
+    from ullage.planner._profile import Profile
+
+MOST_TENSORS, MOST_HOLDINGS = 20, 64  # that are listed
+_ROWS = 12
+
+
+class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is alive at the peak, of one category and one unit (or module outside units)."""
+
+    category: str
+    module: str
+    nbytes: int
+    tensors: int
+
+
+class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What holds the peak of a step, and what would lower it. `str(bounds)` is a table.
+
+    Attributes:
+        peak_bytes: the peak.
+        step: "first" or "later".
+        phase, module, op, source: the moment.
+        estimate: for a device that is not here.
+        by_category: bytes alive then, the largest first; "inside the op" is what the op allocates for itself.
+        holdings: the same by category and unit, the largest 64.
+        tensors: the largest 20.
+        levers: the one that leaves the lowest peak first.
+    """
+
+    peak_bytes: int
+    step: str
+    phase: str
+    module: str
+    op: str
+    source: str
+    estimate: bool
+    by_category: dict[str, int]
+    holdings: list[Holding]
+    tensors: list[LiveTensor]
+    levers: list[Lever]
+
+    @property
+    def where(self) -> str:
+        """The moment, in words."""
+        return _where(self.phase, self.module, self.op)
+
+    def __str__(self) -> str:
+        label = ", an ESTIMATE: this device is not here" if self.estimate else ""
+        place = f" ({self.source})" if self.source else ""
+        lines = [f"peak {format_bytes(self.peak_bytes)} in the {self.step} step: {self.where}{place}{label}"]
+        lines.append("  alive then")
+        for category, nbytes in self.by_category.items():
+            lines.append(f"    {category:<22} {format_bytes(nbytes):>11}  {nbytes / max(self.peak_bytes, 1):6.1%}")
+        lines.append("  by unit")
+        lines += [f"    {row}" for row in _rows(self.holdings)[:_ROWS]]
+        lines.append("  largest tensors")
+        for t in self.tensors[:_ROWS]:
+            lines.append(
+                f"    {format_bytes(t.nbytes):>11}  {t.category:<20} {t.module or '(root)'} {t.op} {t.source}".rstrip()
+            )
+        return "\n".join([*lines, *self.advice()])
+
+    @property
+    def hint(self) -> str:
+        """The two things that would lower the peak most, at the end of a sentence; or ""."""
+        best = [x for x in self.levers if x.peak_bytes < self.peak_bytes][:2]
+        return "".join(f"; without {x.what} {format_bytes(x.peak_bytes)} ({x.how})" for x in best)
+
+    def summary(self) -> list[str]:
+        """The few lines of it that a plan shows."""
+        shares = list(self.by_category.items())[:4]
+        lines = [f"  at the peak {', '.join(f'{category} {format_bytes(n)}' for category, n in shares)}"]
+        for x in self.levers[:3]:
+            lines.append(
+                f"  would lower it: {x.what}, {'run so' if x.executed else 'at most'} down to {format_bytes(x.peak_bytes)}: {x.how}"
+            )
+        return lines
+
+    def advice(self) -> list[str]:
+        """Lines about what would lower the peak."""
+        if not self.levers:
+            return ["  nothing here would lower it: no group of tensors but the parameters holds a hundredth of it"]
+        lines = ["  what would lower it"]
+        for x in self.levers:
+            change = f", {format_seconds(x.seconds)} more per step" if x.seconds > 0 else ""
+            kind = "run so" if x.executed else "at most"
+            lines.append(f"    {x.what}: {format_bytes(x.nbytes)} of the peak")
+            lines.append(
+                f"      {kind} down to {format_bytes(x.peak_bytes)}{change}; then {_where(x.phase, x.module, x.op)}"
+            )
+            lines.append(f"      {x.how}")
+        return lines
+
+
+def _where(phase: str, module: str, op: str) -> str:
+    return f"{phase}, {module or '(root)'}, {op}"
+
+
+def _rows(holdings: list[Holding]) -> list[str]:
+    """One row per run of neighbours that hold the same."""
+    rows: list[list[Holding]] = []
+    for h in holdings:
+        if rows and (rows[-1][0].category, rows[-1][0].nbytes) == (h.category, h.nbytes):
+            rows[-1].append(h)
+        else:
+            rows.append([h])
+    out = []
+    for run in rows:
+        first, last = run[0], run[-1]
+        names = [h.module or "(no module)" for h in (first, last)]
+        name = names[0] if len(run) == 1 else f"{names[0]} .. {names[1]} ({len(run)})"
+        each = " each" if len(run) > 1 else ""
+        out.append(f"{format_bytes(first.nbytes):>11}{each:<5}  {first.category:<20} {name}")
+    return out
+
+
+def bounds_of(
+    s: Study, assignment: Mapping[str, Option], steps: tuple[StepCapture, StepCapture], runs: int = 1
+) -> Bounds:
+    """What bounds two captured steps of one session; `runs`: how many groups of kept units are tried without, see `levers`."""
+    first, later = steps
+    worst = first if s.peak(first) > s.peak(later) else later
+    at, session = peak_op(s, worst), worst.session
+    facts = PeakFacts(s, assignment, steps, Ledger(s, session), at)
+    live = live_tensors(session, s.costs(session), at)
+    phase, module, op = moment(session, at)
+    return Bounds(
+        peak_bytes=facts.peak_bytes,
+        step="first" if worst is first else "later",
+        phase=phase,
+        module=module,
+        op=op,
+        source=session.trace.source[at],
+        estimate=s.device.estimate,
+        by_category=by_category(live, facts.peak_bytes, s.device.facts.blas_workspace_bytes),
+        holdings=_holdings(s, live),
+        tensors=sorted(live, key=lambda t: -t.nbytes)[:MOST_TENSORS],
+        levers=levers(facts, runs),
+    )
+
+
+def _holdings(s: Study, live: list[LiveTensor]) -> list[Holding]:
+    units = [u.fqn for u in s.units]
+    found: dict[tuple[str, str], list[int]] = {}
+    for t in live:
+        unit = next((u for u in units if t.module == u or t.module.startswith(u + ".")), t.module)
+        found.setdefault((t.category, unit), []).append(t.nbytes)
+    rows = [Holding(category=c, module=m, nbytes=sum(n), tensors=len(n)) for (c, m), n in found.items()]
+    return sorted(rows, key=lambda h: -h.nbytes)[:MOST_HOLDINGS]
+
+
+@leaves_rng
+def bounds(
+    work: Workload,
+    plan: Plan | None = None,
+    device: str | None = None,
+    costs: str = "auto",
+    *,
+    profile: Profile | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Bounds:
+    """Say what holds the peak of a plan's step, or of the plain one, and what would lower it.
+
+    Args:
+        work: what is trained; left as found.
+        plan: any plan for this model, also one edited by hand; None is the plain step.
+        device: as in `ullage.plan`; a plan has its own.
+        costs: "auto" or "roofline"; a plan has its own.
+        profile: take op costs from this profile instead of measuring again.
+        progress: called with a line at each stage.
+
+    Raises:
+        ArgumentError: `plan` is not a plan, or `device` is given beside one.
+        PlanMismatch: the plan is for another model.
+        CaptureError, WorkloadError, DeviceError: see their docstrings.
+    """
+    if plan is not None:
+        device, costs = _of_plan(plan, device, costs)
+    s = study(work, device, costs, None, profile.op_costs if profile is not None else None, progress)
+    if plan is not None:
+        plan.check_model(s.session.inst.model)
+        names = [d.unit for d in plan.decisions]
+        if names != [u.fqn for u in s.units]:  # it was made with units= of its own
+            s.units = unit_facts(s.session, saved_bytes(s), names)
+    find_options(s)
+    assignment = {u.fqn: KEEP for u in s.units}
+    assignment |= {d.unit: option_from_name(d.action) for d in plan.decisions} if plan is not None else {}
+    s.progress("running the step")
+    return bounds_of(s, assignment, s.execute_fresh(assignment), runs=MOST_RUNS)
+
+
+def _of_plan(plan: Plan, device: str | None, costs: str) -> tuple[str | None, str]:
+    from ullage.planner._plan import Plan
+
+    if not isinstance(plan, Plan):
+        raise ArgumentError(
+            f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
+        )
+    if device is not None and device != plan.device:
+        raise ArgumentError(f"device={device!r}: the plan is for {plan.device}; leave it out, or plan for {device}")
+    return plan.device if plan.estimate else None, "roofline" if plan.costs == "roofline" else costs

@@ -1,0 +1,280 @@
+"""What a person decides: pins and what they cost, forbidden actions, headroom, fewer actions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+import ullage as ul
+from tests.planner.models import Mlp, Tower, tower
+from tests.small import tiny
+from ullage.planner._overrides import Overrides
+
+ROOFLINE: Any = {"costs": "roofline"}
+BUDGET = "72% of plain"
+
+
+def _actions(plan: ul.Plan) -> list[str]:
+    return [d.action for d in plan.decisions]
+
+
+@pytest.fixture(scope="module")
+def work() -> ul.Workload:
+    return tower()
+
+
+@pytest.fixture(scope="module")
+def free(work: ul.Workload) -> ul.Plan:
+    """The plan without overrides."""
+    return ul.plan(work, BUDGET, **ROOFLINE)
+
+
+def test_nothing_overridden_is_nothing_said(free: ul.Plan) -> None:
+    assert _actions(free) == ["recompute"] * 2 + ["keep"] * 4
+    assert not free.pins and not free.forbidden and not free.headroom_bytes
+    assert not any(w in str(free) for w in ("pin blocks.0", "forbidden", "headroom", "simple:"))
+
+
+def test_pins_and_what_each_costs(work: ul.Workload, free: ul.Plan) -> None:
+    pins = {"blocks.[01]": "keep", "blocks.5": "select", "blocks.4": "recompute"}
+    plan = ul.plan(work, BUDGET, pin=pins, **ROOFLINE)
+    by_unit = dict(zip((d.unit for d in plan.decisions), plan.decisions, strict=True))
+    assert [by_unit[f"blocks.{i}"].action for i in (0, 1, 4, 5)] == [
+        "keep",
+        "keep",
+        "recompute",
+        "select:matmul_attention",
+    ]
+    assert (
+        by_unit["blocks.0"].reason == "pinned by 'blocks.[01]'"
+        and by_unit["blocks.2"].reason == "needed for the budget"
+    )
+    assert plan.budget_bytes is not None and plan.predicted.peak_bytes <= plan.budget_bytes
+    assert plan.predicted.step_seconds > free.predicted.step_seconds
+    assert [(c.pin, c.action, c.units) for c in plan.pins] == [
+        ("blocks.[01]", "keep", 2),
+        ("blocks.5", "select", 1),
+        ("blocks.4", "recompute", 1),
+    ]
+    for cost in plan.pins:  # the difference of two plans
+        without = ul.plan(work, BUDGET, pin={g: a for g, a in pins.items() if g != cost.pin}, **ROOFLINE)
+        assert cost.seconds == plan.predicted.step_seconds - without.predicted.step_seconds
+        assert cost.nbytes == plan.predicted.peak_bytes - without.predicted.peak_bytes
+        assert f"pin {cost.pin}={cost.action}" in str(plan)
+    costs = [c.seconds for c in plan.pins]
+    assert costs[1] > 0 and min(costs) >= 0
+
+
+def test_a_pin_that_costs_nothing_and_one_against_the_budget(work: ul.Workload, free: ul.Plan) -> None:
+    same = ul.plan(work, BUDGET, pin={"blocks.0": "recompute"}, **ROOFLINE)
+    assert same.decisions[1:] == free.decisions[1:] and same.pins[0].seconds == 0 and same.pins[0].nbytes == 0
+    with pytest.raises(ul.BudgetInfeasible, match=r"with blocks\.\* pinned to keep") as caught:
+        ul.plan(work, BUDGET, pin={"blocks.*": "keep"}, **ROOFLINE)
+    assert caught.value.smallest_bytes == free.baseline.peak_bytes
+
+
+def test_a_pin_below_a_budget_that_all_would_fit(work: ul.Workload, free: ul.Plan) -> None:
+    plan = ul.plan(work, "100% of plain", pin={"blocks.3": "recompute"}, **ROOFLINE)
+    assert _actions(plan) == ["keep"] * 3 + ["recompute"] + ["keep"] * 2
+    assert plan.pins[0].seconds == pytest.approx(plan.decisions[3].seconds_added, rel=1e-9)
+    assert plan.pins[0].nbytes == plan.predicted.peak_bytes - free.baseline.peak_bytes < 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "pins", "expected"),
+    [
+        ("every_block", {"blocks.0": "keep", "blocks.[45]": "select"}, "krrrss"),
+        ("none", {"blocks.2": "recompute"}, "kkrkkk"),
+        ("selective", {"blocks.*": "recompute"}, "rrrrrr"),
+    ],
+)
+def test_pins_override_a_policy(work: ul.Workload, policy: str, pins: dict[str, str], expected: str) -> None:
+    plain, plan = (ul.plan(work, policy=policy, pin=p, **ROOFLINE) for p in (None, pins))
+    assert "".join(a[0] for a in _actions(plan)) == expected
+    if len(pins) == 1:
+        assert plan.pins[0].seconds == plan.predicted.step_seconds - plain.predicted.step_seconds
+        assert plan.pins[0].nbytes == plan.predicted.peak_bytes - plain.predicted.peak_bytes
+
+
+def test_forbidden_actions(work: ul.Workload, free: ul.Plan) -> None:
+    no_recompute = ul.plan(work, BUDGET, forbid=["recompute"], **ROOFLINE)
+    assert Counter(_actions(no_recompute)) == {"select:matmul_attention": 4, "keep": 2}
+    assert no_recompute.forbidden == ["recompute"] and "forbidden: recompute" in str(no_recompute)
+    assert no_recompute.predicted.step_seconds > free.predicted.step_seconds
+    no_keep = ul.plan(work, "100% of plain", forbid=["keep"], **ROOFLINE)
+    assert set(_actions(no_keep)) == {"select:matmul_attention"}
+    assert set(_actions(ul.plan(work, policy="every_block", forbid=["recompute"], **ROOFLINE))) == {"keep"}
+    exception = ul.plan(work, BUDGET, forbid=["recompute"], pin={"blocks.0": "recompute"}, **ROOFLINE)
+    assert Counter(_actions(exception)) == {"recompute": 1, "select:matmul_attention": 2, "keep": 3}
+
+
+def test_the_smallest_peak_obeys_too(work: ul.Workload) -> None:
+    with pytest.raises(ul.BudgetInfeasible, match="select forbidden") as caught:
+        ul.plan(work, "1KiB", forbid=["select", "recompute"], **ROOFLINE)
+    assert caught.value.smallest_bytes == ul.plan(work, policy="none", **ROOFLINE).predicted.peak_bytes
+    with pytest.raises(ul.BudgetInfeasible, match="blocks.0 pinned to keep") as caught:
+        ul.plan(work, "1KiB", pin={"blocks.0": "keep"}, **ROOFLINE)
+    smallest = caught.value.smallest_bytes
+    plan = ul.plan(work, smallest, pin={"blocks.0": "keep"}, **ROOFLINE)
+    assert plan.predicted.peak_bytes <= smallest and plan.decisions[0].action == "keep"
+
+
+def test_headroom(work: ul.Workload, free: ul.Plan) -> None:
+    assert free.budget_bytes is not None
+    plan = ul.plan(work, free.budget_bytes, headroom="1MiB", **ROOFLINE)
+    less = ul.plan(work, free.budget_bytes - 2**20, **ROOFLINE)
+    assert plan.budget_bytes == free.budget_bytes and plan.headroom_bytes == 2**20
+    assert plan.predicted == less.predicted and _actions(plan) == _actions(less) != _actions(free)
+    assert "headroom" in str(plan)
+    with pytest.raises(ul.BudgetInfeasible, match=r"1.00 MiB of it are headroom") as caught:
+        ul.plan(work, "2MiB", headroom="1MiB", **ROOFLINE)
+    smallest = caught.value.smallest_bytes
+    assert ul.plan(work, smallest, headroom="1MiB", **ROOFLINE).predicted.peak_bytes <= smallest - 2**20
+    with pytest.raises(ul.BudgetInfeasible):
+        ul.plan(work, smallest - 1, headroom="1MiB", **ROOFLINE)
+
+
+def test_fewer_actions() -> None:
+    work = tower(12)
+    best = ul.plan(work, "74% of plain", **ROOFLINE)
+    assert len(set(_actions(best))) == 3
+    plan = ul.plan(work, "74% of plain", simple=True, **ROOFLINE)
+    assert set(_actions(plan)) == {"keep", "select:matmul_attention"}
+    slower = plan.predicted.step_seconds / best.predicted.step_seconds - 1
+    assert 0 < slower <= 0.01
+    assert plan.notes == [f"simple: 2 actions instead of 3, which changes the step time by {slower:+.2%}"]
+    assert plan.budget_bytes is not None and plan.predicted.peak_bytes <= plan.budget_bytes
+    assert plan.lower_bound_seconds == best.lower_bound_seconds and plan.gap == pytest.approx(slower)
+    one = ul.plan(work, "74% of plain", simple=0.5, **ROOFLINE)
+    assert len(set(_actions(one))) == 1 and one.predicted.step_seconds <= 1.5 * best.predicted.step_seconds
+    strict = ul.plan(work, "74% of plain", simple=slower / 2, **ROOFLINE)
+    assert _actions(strict) == _actions(best) and "no plan with fewer than 3 actions" in strict.notes[-1]
+
+
+def test_fewer_actions_with_a_pin(work: ul.Workload) -> None:
+    plan = ul.plan(work, "84% of plain", simple=0.1, pin={"blocks.5": "select:matmul_attention"}, **ROOFLINE)
+    assert plan.decisions[5].action == "select:matmul_attention"
+    assert set(_actions(plan)) in ({"select:matmul_attention"}, {"keep", "select:matmul_attention"})
+    assert plan.pins[0].pin == "blocks.5"
+
+
+class Drawing(Mlp):
+    """Can only be kept."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 256)
+        self.count = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+def _mixed() -> ul.Workload:
+    torch.manual_seed(0)
+    return ul.Workload(Tower(Mlp(16, 256), Mlp(16, 256), Drawing(), Drawing()), torch.randn(64, 16))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"pin": {"layers.*": "keep"}},
+            r"pin 'layers\.\*': no unit has such a name; the units are blocks\.0, blocks\.1",
+        ),
+        (
+            {"pin": {"blocks.*.up": "keep"}},
+            r"blocks\.0\.up is a module but no unit: units=\['blocks\.\*\.up'\] would make",
+        ),
+        (
+            {"pin": {"blocks.0": "select:attention"}},
+            r"pin 'blocks\.0'=select:attention: blocks\.0 can't have it: there is ",
+        ),
+        (
+            {"pin": {"blocks.*": "recompute"}},
+            r"blocks\.2 can't have it: its forward changes attributes .*; possible: keep",
+        ),
+        (
+            {"pin": {"*0": "keep", "blocks.*": "select"}},
+            r"'\*0'=keep and pin 'blocks\.\*'=select contradict .* match blocks\.0",
+        ),
+        ({"pin": {"blocks.0": "drop"}}, r"pin 'blocks\.0'='drop': no such action; expected keep, recompute, select"),
+        ({"pin": {"blocks.0": "keep:all"}}, "no such action"),
+        ({"pin": {"blocks.0": None}}, "no such action"),
+        ({"pin": ["blocks.0"]}, "expected a mapping"),
+        ({"forbid": "select"}, "expected a collection of actions"),
+        ({"forbid": ["offload"]}, "forbid 'offload': no such action"),
+        (
+            {"forbid": ["keep"]},
+            r"forbid keep: nothing is left for blocks\.2; possible there: keep \(its forward changes",
+        ),
+        (
+            {"forbid": ["keep", "select", "recompute"]},
+            r"nothing is left for blocks\.0; possible there: keep, recompute, sel",
+        ),
+        ({"simple": 2.0}, "simple=2.0: expected True, False or a share"),
+        ({"simple": "yes"}, "simple='yes'"),
+    ],
+)
+def test_bad_overrides(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ul.ArgumentError, match=message):
+        ul.plan(_mixed(), "90% of plain", **given, **ROOFLINE)
+
+
+def test_a_pin_without_which_there_would_be_no_plan() -> None:
+    plan = ul.plan(_mixed(), "200% of plain", forbid=["keep"], pin={"blocks.[23]": "keep"}, **ROOFLINE)
+    assert [a[0] for a in _actions(plan)] == ["s", "s", "k", "k"]
+    assert plan.pins[0].seconds == plan.pins[0].nbytes == 0
+
+
+def test_overrides_that_mean_nothing() -> None:
+    work = _mixed()
+    with pytest.raises(ul.ArgumentError, match="taken off the budget, and there is none"):
+        ul.plan(work, policy="none", headroom="1MiB", **ROOFLINE)
+    with pytest.raises(ul.ArgumentError, match="simple: policy 'sqrt' chooses nothing"):
+        ul.plan(work, policy="sqrt", simple=True, **ROOFLINE)
+    with pytest.raises(ul.BudgetError, match="headroom='lots'"):
+        ul.plan(work, "1MiB", headroom="lots", **ROOFLINE)
+    assert (
+        Overrides(headroom=0).headroom_bytes(1, None) == 0
+        and Overrides(headroom="1KiB").headroom_bytes(1, None) == 1024
+    )
+
+
+def test_an_option_that_fails_can_t_be_pinned(work: ul.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ullage.capture import OptionFailed, Session
+
+    run = Session.run
+
+    def failing(self: Session, settings: Any = None, **options: Any) -> None:
+        bad = [f for f, s in (settings or {}).items() if s.option.action == "select"]
+        if bad:
+            raise OptionFailed(bad[0], settings[bad[0]].option.name, ValueError("it is odd"))
+        run(self, settings, **options)
+
+    monkeypatch.setattr(Session, "run", failing)
+    with pytest.raises(ul.ArgumentError, match=r"blocks\.5 can't have it: it is odd; possible: keep, recompute"):
+        ul.plan(work, BUDGET, pin={"blocks.5": "select"}, **ROOFLINE)
+
+
+def test_a_plan_with_overrides_is_data(work: ul.Workload, tmp_path: Path) -> None:
+    plan = ul.plan(work, BUDGET, pin={"blocks.0": "keep"}, forbid=["select"], headroom=1000, **ROOFLINE)
+    plan.save(tmp_path / "plan.json")
+    loaded = ul.Plan.load(tmp_path / "plan.json")
+    assert loaded == plan and loaded.digest == plan.digest
+    assert loaded.pins[0].pin == "blocks.0" and loaded.forbidden == ["select"] and loaded.headroom_bytes == 1000
+    other = msgspec.structs.replace(plan, headroom_bytes=0)
+    assert other.digest != plan.digest
+
+
+def test_a_pinned_plan_is_exact() -> None:
+    work = tiny()
+    plan = ul.plan(work, "95% of plain", pin={"blocks.0": "recompute", "blocks.1": "select:attention"}, **ROOFLINE)
+    assert [d.action for d in plan.decisions][:2] == ["recompute", "select:attention"]
+    assert ul.verify(work, plan, steps=1).ok
+    assert ul.measure(work, plan, steps=1).peak_bytes <= plan.predicted.peak_bytes
