@@ -63,7 +63,7 @@ def capture_options(s: Study) -> None:
                 s.captures[name] = s.execute(assignment)
             except OptionFailed as failed:
                 _take_away(s, failed, assignment[failed.fqn])
-                s.session = Session(s.work, s.device.round_bytes, s.device.as_cuda)
+                s.session = Session(s.work, s.device.round_bytes, s.device.as_cuda, explores=True)
                 s.session.run()
                 if not any(o.name == name for options in s.options.values() for o in options):
                     break

@@ -171,7 +171,7 @@ def study(
     mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
     say = progress or (lambda _: None)
     say("capturing the plain step")
-    session = Session(work, choice.round_bytes, choice.as_cuda)
+    session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
     refuse_existing(session.inst.model)
     session.run(steps=2)
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say)
