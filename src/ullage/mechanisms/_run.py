@@ -10,7 +10,8 @@ from weakref import ref
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Options, Shared, Site, level_rule, run
+from ullage.runtime import Options, Shared, Site, run
+from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class UnitSettings:
     def runtime_options(self) -> Options:
         """What the runtime is told."""
         level = self.option.level
-        return Options(rule=level_rule(level, self.keeps_routing) if level or self.keeps_routing else None)
+        return Options(rule=named_rule(level, self.keeps_routing) if level or self.keeps_routing else None)
 
 
 class Sites:
