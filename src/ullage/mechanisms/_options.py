@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ullage.runtime import LEVELS
+from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that can be done with a unit: an action and, for select, a level."""
+    """One thing that can be done with a unit: an action and, for select, what is kept: a level or single calls of ops."""
 
     action: str
     level: str = ""
 
     @property
     def name(self) -> str:
-        """`keep`, `recompute` or `select:LEVEL`."""
+        """`keep`, `recompute`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]`."""
         return f"{self.action}:{self.level}" if self.level else self.action
 
 
@@ -26,7 +26,12 @@ KEEP, RECOMPUTE = Option("keep"), Option("recompute")
 def option_from_name(name: str) -> Option:
     """The option a plan file names; ValueError for one this version does not know."""
     action, _, level = name.partition(":")
-    known = (action in ("keep", "recompute") and not level) or (action == "select" and level in LEVELS)
-    if not known:
+    if not level and action in ("keep", "recompute"):
+        return Option(action)
+    if not level or action != "select":
         raise ValueError(name)
+    try:
+        named_rule(level)
+    except ValueError as error:
+        raise ValueError(f"{name} ({error})") from None
     return Option(action, level)

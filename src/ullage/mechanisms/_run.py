@@ -10,7 +10,8 @@ from weakref import ref
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Learnt, Options, Place, Shared, Site, Trail, level_rule, run, select
+from ullage.runtime import Learnt, Options, Place, Shared, Site, Trail, run, select
+from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class UnitSettings:
     def runtime_options(self) -> Options:
         """What the runtime is told."""
         level = self.option.level
-        rule = level_rule(level, self.keeps_routing) if level or self.keeps_routing else None
+        rule = named_rule(level, self.keeps_routing) if level or self.keeps_routing else None
         return Options(rule=rule, place=self.place)
 
 
