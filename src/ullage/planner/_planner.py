@@ -55,12 +55,34 @@ def plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
+    s = prepare(work, device, costs, profile, units, progress)
+    limit = wanted.resolve(_fresh_peak(s, {}), s.device.memory_bytes) if wanted is not None else None
+    return decide(s, limit, policy)
+
+
+def prepare(
+    work: Workload,
+    device: str | None = None,
+    costs: str = "auto",
+    profile: Profile | None = None,
+    units: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Study:
+    """What all decisions about one workload share: the plain step and the options of its units."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     s = study(work, device, mode, units, known, progress)
     find_options(s)
+    return s
+
+
+def decide(s: Study, limit: int | None, policy: str = "optimal") -> Plan:
+    """Decide within `limit` bytes; as often as one likes on one study. A limit may be None for a named policy.
+
+    Raises:
+        BudgetInfeasible: no plan fits, or the named policy does not.
+    """
     baseline = _forecast(s, *s.plain_capture)
-    limit = wanted.resolve(baseline.peak_bytes, s.device.memory_bytes) if wanted is not None else None
     bound = baseline.step_seconds if policy == "optimal" else 0.0
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
@@ -73,7 +95,12 @@ def plan(
         assert limit is not None
         assignment, added = _optimal(s, limit - s.reserve_bytes)
         bound += added
-    return _finish(s, assignment, limit, policy, baseline, bound, work)
+    return _finish(s, assignment, limit, policy, baseline, bound)
+
+
+def smallest_bytes(s: Study) -> int:
+    """The smallest budget that some plan is executed within."""
+    return _fresh_peak(s, _smallest(s).assignment) + s.reserve_bytes
 
 
 def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
@@ -209,7 +236,6 @@ def _finish(
     policy: str,
     baseline: Forecast,
     bound: float,
-    work: Workload,
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
@@ -244,7 +270,7 @@ def _finish(
         notes.append(
             f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
         )
-    model = first.session.inst.model if work.factory is not None else work.model
+    model = first.session.inst.model if s.work.factory is not None else s.work.model
     return Plan(
         version=VERSION,
         budget_bytes=limit,
