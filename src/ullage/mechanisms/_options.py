@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ullage.runtime import Place
 from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that can be done with a unit: an action and, for select, what is kept: a level or single calls of ops."""
+    """One thing that can be done with a unit.
+
+    Attributes:
+        action: keep, recompute or select.
+        level: for select, what is kept: a level or single calls of ops.
+        place: where the unit is among units that are rebuilt together; None where each is rebuilt alone.
+    """
 
     action: str
     level: str = ""
+    place: Place | None = None
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from weakref import ref
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Learnt, Options, Place, Shared, Site, Trail, run, select
+from ullage.runtime import Learnt, Options, Shared, Site, Trail, run, select
 from ullage.runtime._keep import named_rule
 
 
@@ -22,19 +22,17 @@ class UnitSettings:
         option: what to do.
         buffers: names, below the unit, of the buffers its forward changes.
         keeps_routing: the unit has routing or index outputs (topk, sort, ...), which are always kept.
-        place: where it is among units that are rebuilt together.
     """
 
     option: Option
     buffers: tuple[str, ...] = ()
     keeps_routing: bool = False
-    place: Place | None = None
 
     def runtime_options(self) -> Options:
         """What the runtime is told."""
         level = self.option.level
         rule = named_rule(level, self.keeps_routing) if level or self.keeps_routing else None
-        return Options(rule=rule, place=self.place)
+        return Options(rule=rule, place=self.option.place)
 
 
 class Sites:
@@ -59,7 +57,7 @@ class Sites:
             module = owner()
             return {id(module.get_buffer(b)) for b in settings.buffers} if module is not None else set()
 
-        shared = self._shared_by(structure_of(module), replace(settings, place=None))
+        shared = self._shared_by(structure_of(module), replace(settings, option=replace(settings.option, place=None)))
         site = Site(name, shared, changing if settings.buffers else None, self._trail)
         if self._explores:
             twin = self._twins.setdefault(name, site)

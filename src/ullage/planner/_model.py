@@ -112,15 +112,19 @@ def build_model(s: Study) -> StepModel:
                 own_peak[unit, n] = max(own_peak.get((unit, n), 0), rest + later + workspace)
     for u, fqn in enumerate(order):
         for option in s.options[fqn]:
-            n = option.name
-            if n not in table or (u, n) not in own_peak:
+            n = next((n for n in names if _runs(s.captures[n], fqn) == option and (u, n) in own_peak), "")
+            if not n:
                 continue
             seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) * 1.0
-            facts[u][n] = OptionFacts(option, held[n][u], own_peak[u, n], seconds)
+            facts[u][option.name] = OptionFacts(option, held[n][u], own_peak[u, n], seconds)
     nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
     return StepModel(order, pruned, tuple(outside), s.seconds(s.captures["keep"]))
+
+
+def _runs(capture: StepCapture, fqn: str) -> Option:
+    return capture.assignment.get(fqn, KEEP)
 
 
 def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _Segment]:

@@ -51,6 +51,7 @@ class Study:
     session: Session
     units: list[UnitFacts] = field(default_factory=list)
     options: dict[str, list[Option]] = field(default_factory=dict)
+    levels: dict[str, list[Option]] = field(default_factory=dict)
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     captures: dict[str, StepCapture] = field(default_factory=dict)
     plain_steps: list[slice] = field(default_factory=list)

@@ -73,7 +73,7 @@ class Flow:
         dirty: storages that some op writes to.
         makers: per value the ops that make it: a view of the same kind may be made again and again.
         born: per storage the op that allocated it; none for those from outside.
-        touching: per storage the ops that are given it or return it.
+        touching: per storage the ops that write to it or return something in it; one that only reads it leaves it as it is.
         saved_by: per storage the indices of the saved tensors in it.
     """
 
@@ -89,7 +89,7 @@ class Flow:
                     self.makers.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
-            for s in given | {v[0] for v, _ in op.outputs if v is not None}:
+            for s in {*op.writes, *(v[0] for v, _ in op.outputs if v is not None)}:
                 self.touching.setdefault(s, []).append(k)
         self.saved_by: dict[int, list[int]] = {}
         for i, value in enumerate(log.saved):
