@@ -221,6 +221,10 @@ class Session:
             after = _plain_attributes(self.inst.model)
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
+    def links(self, fqn: str) -> int:
+        """How often a unit's input was left to the unit before it."""
+        return sum(site.links for (f, _), site in self._sites.items() if f == fqn)
+
     def _site(self, fqn: str, module: nn.Module) -> Site:
         settings = self._settings[fqn]
         site = self._sites.get((fqn, settings))

@@ -10,6 +10,7 @@ from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner._levels import find_levels
+from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
 from ullage.runtime import ATTENTION, MATMUL, ROUTING
 
@@ -67,6 +68,8 @@ def capture_options(s: Study) -> None:
             s.levels[fqn] = found
     for k in range(max(map(len, s.levels.values()), default=0)):
         _capture(s, f"level {k}", functools.partial(_level, s, k))
+    for parity in {k % 2 for k in linkable(s)}:
+        _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
 
 
 def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:

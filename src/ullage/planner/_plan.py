@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
+from ullage.runtime import Place
 
 if TYPE_CHECKING:
     from ullage.apply import Handle
@@ -35,7 +37,10 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is done with one unit, what that frees and costs per micro-batch, and why."""
+    """What is done with one unit, what that frees and costs per step, and why.
+
+    `place`: where it is among units that are rebuilt together.
+    """
 
     unit: str
     action: str
@@ -46,10 +51,12 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     buffers: list[str]
     keeps_routing: bool
     input_elements: int
+    place: Place | None = None
 
     def settings(self) -> UnitSettings:
         """What the runtime needs to know."""
-        return UnitSettings(option_from_name(self.action), tuple(self.buffers), self.keeps_routing)
+        option = replace(option_from_name(self.action), place=self.place)
+        return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
 
 
 class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -192,8 +199,13 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     """One row per run of neighbours with the same action and effect."""
     rows: list[list[Any]] = []
     for d in decisions:
+        if d.place is not None and d.place.depth:  # one row per run
+            rows[-1][1], rows[-1][2] = d, rows[-1][2] + 1
+            continue
         same = (
             rows
+            and d.place is None
+            and rows[-1][0].place is None
             and rows[-1][0].action == d.action
             and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
         )
@@ -205,7 +217,8 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     out = []
     for first, last, n in rows:
         name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
+        action = first.action if first.place is None else "recompute together"
         out.append(
-            f"{name:<44} {first.action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
+            f"{name:<44} {action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
         )
     return out

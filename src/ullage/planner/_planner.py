@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._model import StepModel, model_of
+from ullage.planner._instance import StepModel
+from ullage.planner._links import assignment_of
+from ullage.planner._model import model_of
 from ullage.planner._options import find_options
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile, peak_moment
+from ullage.planner._schedule import Schedule, flat
 from ullage.planner._solve import smallest, solve
-from ullage.planner._study import StepCapture, Study, count_recomputed, study
+from ullage.planner._study import StepCapture, Study, recomputed_in, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
@@ -107,15 +111,15 @@ def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
     return max(s.peak(c) for c in s.execute_fresh(assignment))
 
 
-def _assignment(model: StepModel, choice: Sequence[int]) -> dict[str, Option]:
-    return {f: model.options[u][c].option for u, (f, c) in enumerate(zip(model.units, choice, strict=True))}
+def _assignment(model: StepModel, schedule: Schedule) -> dict[str, Option]:
+    return assignment_of(model.units, [[o.option for o in options] for options in model.options], schedule)
 
 
 def _smallest(s: Study) -> StepCapture:
     """The executed step with the smallest peak, among the solver's choice and the homogeneous ones."""
     model = model_of(s)
     candidates = [c for n, c in s.captures.items() if n != "keep"]
-    candidates.append(s.execute(_assignment(model, smallest(model).choice)))
+    candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
     return min(candidates, key=s.peak_with_update)
 
@@ -143,7 +147,7 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
-        trial = s.execute(_assignment(model, solution.choice))
+        trial = s.execute(_assignment(model, solution.schedule))
         s.progress("confirming the plan")
         over = s.peak_with_update(trial) - limit
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
@@ -162,8 +166,10 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
     """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed.
+    too much, might have refused wrongly is executed. Where units are rebuilt together nothing is tried.
     """
+    if any(o.place is not None for o in assignment.values()):
+        return assignment
     model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
     # a trial that did not fit is not tried
@@ -210,7 +216,7 @@ def _overestimate(s: Study) -> int:
     for capture in s.captures.values():
         wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
         choice = _choice(model, wanted)
-        if _assignment(model, choice) == wanted:
+        if _assignment(model, flat(choice)) == wanted:
             seen.append(model.peak(choice) - s.peak_with_update(capture))
     return max(seen)
 
@@ -239,22 +245,25 @@ def _finish(
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
-    recomputed = count_recomputed(first)
+    recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
     rows = []
     for index, u in enumerate(s.units):
         option = assignment[u.fqn]
         known = {o.option: o for o in facts.options[index]} if facts else {}
-        keep, mine = known.get(KEEP), known.get(option)
+        keep, mine = known.get(KEEP), known.get(replace(option, place=None))
         freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
+        if facts is not None and option.place is not None and option.place.depth:
+            freed += facts.link_bytes[index]
+        ops, seconds = recomputed.get(u.fqn, (0, 0.0))
         shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
         rows.append(
             Decision(
                 unit=u.fqn,
                 action=option.name,
                 bytes_freed=0 if option == KEEP else freed,
-                seconds_added=0.0 if option == KEEP or mine is None else mine.seconds,
-                recomputed_ops=0 if option == KEEP else recomputed.get(u.fqn, 0),
+                seconds_added=seconds,
+                recomputed_ops=ops,
                 reason=u.keep_reason
                 or (
                     "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
@@ -262,6 +271,7 @@ def _finish(
                 buffers=list(u.buffers),
                 keeps_routing=u.routing,
                 input_elements=_elements(shape.shapes) if shape else 0,
+                place=option.place,
             )
         )
     notes = list(s.plain_session.values.assumptions)

@@ -25,7 +25,7 @@ from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
-    from ullage.planner._model import StepModel
+    from ullage.planner._instance import StepModel
 
 OWN_STEP_BYTES = 64
 FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
@@ -216,12 +216,14 @@ def saved_bytes(s: Study) -> dict[str, int]:
     return totals
 
 
-def count_recomputed(capture: StepCapture) -> dict[str, int]:
-    """Recomputed ops per module FQN in a captured step."""
-    trace, tracker = capture.session.trace, capture.session.tracker
-    counts: dict[str, int] = {}
+def recomputed_in(s: Study, capture: StepCapture) -> dict[str, tuple[int, float]]:
+    """Recomputed ops per module FQN in a captured step, and their seconds."""
+    trace, tracker, costs = capture.session.trace, capture.session.tracker, s.costs(capture.session)
+    found: dict[str, tuple[int, float]] = {}
     for i in range(capture.ops.start, capture.ops.stop):
         if trace.recomputed[i]:
+            seconds = costs[trace.signature[i]].seconds
             for fqn in tracker.stacks[trace.stack[i]]:
-                counts[fqn] = counts.get(fqn, 0) + 1
-    return counts
+                ops, total = found.get(fqn, (0, 0.0))
+                found[fqn] = ops + 1, total + seconds
+    return found

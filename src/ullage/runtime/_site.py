@@ -127,6 +127,7 @@ class Site:
         trail: what units of its model that are rebuilt together know of each other.
         facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
+        links: how often its input was not held, but left to the unit before.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
@@ -139,6 +140,7 @@ class Site:
     trail: Trail | None = None
     facts: dict[Hashable, Facts] = field(default_factory=dict)
     noted: dict[Hashable, Notes] = field(default_factory=dict)
+    links: int = 0
     replays: int = 0
     skipped: int = 0
     stale: int = 0
