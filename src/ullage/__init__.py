@@ -30,12 +30,15 @@ from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
 from ullage.planner import (
     Decision,
+    Fit,
     Forecast,
     Frontier,
     FrontierPoint,
     Plan,
     PolicyPoint,
     Profile,
+    Tried,
+    fit,
     frontier,
     plan,
     profile,
@@ -48,7 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
-    "Forecast", "Frontier", "FrontierPoint", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "UllageError", "UllageWarning",
-    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
+    "Fit", "Forecast", "Frontier", "FrontierPoint", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Tried", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
     "verify",
 ]  # fmt: skip

@@ -22,8 +22,9 @@ from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
-solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
+
+solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
 
 
 @leaves_rng
