@@ -28,7 +28,21 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
-from ullage.planner import Decision, Forecast, Plan, Profile, plan, profile
+from ullage.planner import (
+    Decision,
+    Fit,
+    Forecast,
+    Frontier,
+    FrontierPoint,
+    Plan,
+    PolicyPoint,
+    Profile,
+    Tried,
+    fit,
+    frontier,
+    plan,
+    profile,
+)
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -37,7 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision", "DeviceError",
-    "Forecast", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "Profile", "ReplayError", "Report", "UllageError", "UllageWarning",
-    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
+    "Fit", "Forecast", "Frontier", "FrontierPoint", "Handle", "Measurement", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Tried", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "checkpoint", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile",
     "verify",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`ullage profile | plan | verify | measure | devices | demo`.
+"""`ullage profile | plan | frontier | fit | verify | measure | devices | demo`.
 
 Exit codes: 0 done, 1 a check failed (verify, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
@@ -15,6 +15,8 @@ import ullage as ul
 from ullage.cli._demo import demo
 from ullage.cli._devices import devices
 from ullage.cli._errors import BAD_INPUT, finish
+from ullage.cli._fit import fit
+from ullage.cli._frontier import frontier
 from ullage.cli._measure import measure
 from ullage.cli._plan import plan
 from ullage.cli._profile import profile
@@ -31,7 +33,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, verify, measure, devices, demo):
+for verb in (profile, plan, frontier, fit, verify, measure, devices, demo):
     cli.add_command(verb)
 
 

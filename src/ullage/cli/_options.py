@@ -71,6 +71,11 @@ def load(options: dict[str, Any]) -> Workload:
     return load_target(**options)
 
 
+def budget_value(text: str) -> int | str:
+    """A budget as the functions take it: digits alone are bytes."""
+    return int(text) if text.isdecimal() else text
+
+
 def output_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback of an option that names a file to write: refused now, not after the work."""
     if value is not None:

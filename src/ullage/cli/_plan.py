@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._options import budget_value, cost_options, json_option, load, output_file, show, target_options
 from ullage.cli._progress import progress
 
 
@@ -27,7 +27,7 @@ def plan(
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
-    value: int | str | None = int(budget) if budget is not None and budget.isdecimal() else budget
+    value = budget_value(budget) if budget is not None else None
     with progress() as report:
         result = ul.plan(load(options), value, device, policy, costs=costs, progress=report)
     if output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,13 +144,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         raw.pop("digest", None)
         try:
             plan = msgspec.convert(raw, cls)
-            for d in plan.decisions:
-                d.settings()
         except msgspec.ValidationError as error:
             raise PlanError(f"plan {path}: {error}; put that right, or plan again") from error
-        except ValueError as error:
-            raise PlanError(f"plan {path}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
+        check_actions(plan, f"plan {path}")
         return plan
+
+    def counts(self) -> dict[str, int]:
+        """How many units there are per action."""
+        return dict(Counter(d.action for d in self.decisions).most_common())
 
     def check_model(self, model: nn.Module) -> None:
         """Raise PlanMismatch, naming what differs, unless the model is the one that was planned."""
@@ -193,6 +195,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         lines += [f"    {row}" for row in _grouped(self.decisions)]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
+
+
+def check_actions(plan: Plan, where: str) -> None:
+    """Raise PlanError for an action that this version does not know."""
+    try:
+        for d in plan.decisions:
+            d.settings()
+    except ValueError as error:
+        raise PlanError(f"{where}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
 
 
 def _grouped(decisions: list[Decision]) -> list[str]:

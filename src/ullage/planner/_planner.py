@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
@@ -18,13 +19,16 @@ from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment,
 from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile, peak_moment
 from ullage.planner._schedule import Schedule, flat
-from ullage.planner._solve import smallest, solve
+from ullage.planner._solve import smallest
+from ullage.planner._solve import solve as solve_anew
 from ullage.planner._study import StepCapture, Study, recomputed_in, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
+
+solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
 
 
 @leaves_rng
@@ -105,6 +109,17 @@ def decide(s: Study, limit: int | None, policy: str = "optimal") -> Plan:
 def smallest_bytes(s: Study) -> int:
     """The smallest budget that some plan is executed within."""
     return _fresh_peak(s, _smallest(s).assignment) + s.reserve_bytes
+
+
+def execute_choice(s: Study, limit: int) -> None:
+    """Execute afresh what the solver chooses within `limit`.
+
+    `decide` would execute it twice, in passing and then afresh. It pays to do this first where the choice will most
+    likely fit, and where executions made for another budget may be the same.
+    """
+    target = limit - s.reserve_bytes
+    if _fresh_peak(s, {}) > target and (solution := solve(model_of(s), target)) is not None:
+        s.execute_fresh(_assignment(model_of(s), solution.schedule))
 
 
 def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
