@@ -34,7 +34,7 @@ class ValueNode:
     """One value: a tensor's place, shape and strides in a storage.
 
     Attributes:
-        makers: ops that all run if it is needed: those that make it; in a storage that is written in place those that touch that.
+        makers: ops that all run if it is needed: those that make it; in a storage that is written in place all that make any of it.
         born: one more, which allocated its storage and need not run if that is handed out; -1 if there is none.
         storage: the storage that could be handed out, in `Graph.storages`; -1 if it can't.
     """

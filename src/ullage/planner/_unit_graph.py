@@ -94,7 +94,7 @@ class _Maker:
     def _value(self, value: Value, place: dict[int, int]) -> ValueNode:
         s = value[0]
         if s in self.flow.dirty:
-            return ValueNode(tuple(self.flow.touching.get(s, ())))
+            return ValueNode(tuple(self.flow.making.get(s, ())))
         makers = self.flow.makers.get(value, [])
         born = self.flow.born.get(s, -1)
         if born not in makers or s not in place:
