@@ -125,6 +125,21 @@ def test_only_the_named_call_is_not_done_again() -> None:
     }  # fmt: skip
 
 
+def test_what_only_reads_a_storage_that_is_written_in_place_is_not_run_again() -> None:
+    """relu_ writes what the first matmul made; rebuilding that takes both, and not the second matmul, which reads it."""
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return ((x @ w).relu_() @ w).sin()
+
+    site, seen = Site("unit"), []
+    wrap = unit(site, None, rule=OpsRule.from_text("mm[1]"))
+    for _ in range(2):
+        ops = ops_in(lambda: seen.append(gradients(f, inputs(*XW), wrap)))
+    truth = gradients(f, inputs(*XW), plain)
+    assert seen == [truth, truth]
+    assert ops[aten.relu_.default] == 2 and ops[aten.mm.default] == 2 + 1 + 4  # forward, replay, backward
+
+
 def test_routing_outputs_are_kept_in_addition() -> None:
     def f(x: Tensor, w: Tensor) -> Tensor:
         h = (x @ w).exp()

@@ -22,13 +22,11 @@ class OpNode:
         seconds: the time of one run.
         reads: the values it is given.
         forced: it runs wherever a replay gets past it: it draws, or writes outside.
-        unless: a forced op does not run if all of these groups are kept (none: it always does).
     """
 
     seconds: float
     reads: tuple[int, ...] = ()
     forced: bool = False
-    unless: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class ValueNode:
     """One value: a tensor's place, shape and strides in a storage.
 
     Attributes:
-        makers: ops that all run if it is needed: those that make it; in a storage that is written in place those that touch that.
+        makers: ops that all run if it is needed: those that make it; in a storage that is written in place all that make any of it.
         born: one more, which allocated its storage and need not run if that is handed out; -1 if there is none.
         storage: the storage that could be handed out, in `Graph.storages`; -1 if it can't.
     """
@@ -248,8 +246,7 @@ class _Writer:
         self.always += [(node, self.value + v) for v in op.reads]
         past = 0 if k < self.least else next((end for at, end in self.ends.items() if at > k), -1)
         if op.forced and past >= 0:
-            self.always += [] if op.unless else [(past, node)]
-            self.dropped += [(past, node, g) for g in op.unless]
+            self.always.append((past, node))
         if past == 0:
             self.cost[node] = op.seconds
         elif past > 0:  # it may be told to run and not be got to

@@ -1,10 +1,9 @@
 """The choice inside a unit as a mixed-integer program, solved by HiGHS.
 
-Binary variables: x_g, the group is kept, and y_n, the node of `Rules` holds. (For given groups the least y is integral by itself; as continuous
-variables they would come back with the solver's tolerance, and it prints a line where it repairs that.) A rule "if a holds, b does" is y_b >= y_a; "if a holds and g is dropped" y_b >= y_a - x_g;
-"and g is kept" y_b >= y_a + x_g - 1. What holds with everything kept always holds, what does not with nothing kept never does;
-both leave the program. At a price per byte and without draws it is a minimum cut (torch's partitioner solves that), so its
-relaxation is tight and few nodes are needed.
+Binary variables: x_g, the group is kept, and y_n, the node of `Rules` holds. A rule "if a holds, b does" is y_b >= y_a; "if a holds and
+g is dropped" y_b >= y_a - x_g; "and g is kept" y_b >= y_a + x_g - 1. What holds with everything kept always holds, what does
+not with nothing kept never does; both leave the program. At a price per byte, and but for where a replay ends, it is a minimum cut (as in
+torch's partitioner): the relaxation is integral. With a limit on bytes HiGHS 1.12 (scipy 1.17) may print a line of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Program:
         alone = [rules.holds(everything - {g}) for g in range(groups)]
         for a, b, g in rules.dropped:
             # y_b >= 1 - x_g wherever that follows from g alone: with y_a for 1 the relaxation would be far from the optimum
-            self._row({b: 1} if alone[g][b] and b in rules.antitone else {b: 1, a: -1}, {g: 1}, int(alone[g][b]))
+            self._row({b: 1} if alone[g][b] else {b: 1, a: -1}, {g: 1}, int(alone[g][b]))
         for a, b, g in rules.kept:
             self._row({b: 1, a: -1}, {g: -1}, -1)
         for a, b, c in rules.both:

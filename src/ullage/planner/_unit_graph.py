@@ -94,7 +94,7 @@ class _Maker:
     def _value(self, value: Value, place: dict[int, int]) -> ValueNode:
         s = value[0]
         if s in self.flow.dirty:
-            return ValueNode(tuple(self.flow.touching.get(s, ())))
+            return ValueNode(tuple(self.flow.making.get(s, ())))
         makers = self.flow.makers.get(value, [])
         born = self.flow.born.get(s, -1)
         if born not in makers or s not in place:
@@ -103,16 +103,12 @@ class _Maker:
 
     def _op(self, op: Op, seconds: float) -> OpNode:
         reads = tuple(dict.fromkeys(self.numbers[v] for v in op.inputs))
-        if op.must_run or any(s in self.log.outside for s in op.writes):
-            return OpNode(seconds, reads, True)
-        if not self.log.dynamic:
-            return OpNode(seconds, reads)
-        # where shapes depend on data only what is kept as it was made may stand in for an op
-        groups = set()
-        for value, _ in op.outputs:
-            storage = self.storages.get(value[0]) if value is not None else None
-            if value is None or storage is None or storage.packed != self.numbers[value]:
-                return OpNode(seconds, reads, True)
-            groups.add(storage.group)
-        unless = tuple(sorted(groups - {-1}))
-        return OpNode(seconds, reads, bool(unless), unless)
+        forced = op.must_run or any(s in self.log.outside for s in op.writes)
+        if self.log.dynamic and not forced:
+            # where shapes depend on data only what is kept as it was made stands in for an op. What could be and is not kept is needed
+            forced = not all(value is not None and self._is_packed(value) for value, _ in op.outputs)
+        return OpNode(seconds, reads, forced)
+
+    def _is_packed(self, value: Value) -> bool:
+        storage = self.storages.get(value[0])
+        return storage is not None and storage.packed == self.numbers[value]

@@ -73,7 +73,7 @@ class Flow:
         dirty: storages that some op writes to.
         makers: per value the ops that make it: a view of the same kind may be made again and again.
         born: per storage the op that allocated it; none for those from outside.
-        touching: per storage the ops that write to it or return something in it; one that only reads it leaves it as it is.
+        making: per storage the ops that write to it or return a view of it; those that only read it change nothing.
         saved_by: per storage the indices of the saved tensors in it.
     """
 
@@ -81,7 +81,7 @@ class Flow:
         self.dirty = {s for op in log.ops for s in op.writes}
         self.makers: dict[Value, list[int]] = {}
         self.born: dict[int, int] = {}
-        self.touching: dict[int, list[int]] = {}
+        self.making: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}
             for value, _ in op.outputs:
@@ -89,8 +89,8 @@ class Flow:
                     self.makers.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
-            for s in {*op.writes, *(v[0] for v, _ in op.outputs if v is not None)}:
-                self.touching.setdefault(s, []).append(k)
+            for s in op.writes | {v[0] for v, _ in op.outputs if v is not None}:
+                self.making.setdefault(s, []).append(k)
         self.saved_by: dict[int, list[int]] = {}
         for i, value in enumerate(log.saved):
             self.saved_by.setdefault(value[0], []).append(i)
@@ -178,7 +178,7 @@ class _Chooser:
     def _need(self, value: Value) -> None:
         s = value[0]
         if s in self.flow.dirty:
-            for k in self.flow.touching.get(s, ()):
+            for k in self.flow.making.get(s, ()):
                 self._need_op(k)
             return
         for k in self.flow.makers.get(value, ()):  # none: it is from outside
