@@ -28,7 +28,26 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
-from ullage.planner import Bounds, Decision, Forecast, Holding, Lever, PinCost, Plan, Profile, bounds, plan, profile
+from ullage.planner import (
+    Bounds,
+    Decision,
+    Fit,
+    Forecast,
+    Frontier,
+    FrontierPoint,
+    Holding,
+    Lever,
+    PinCost,
+    Plan,
+    PolicyPoint,
+    Profile,
+    Tried,
+    bounds,
+    fit,
+    frontier,
+    plan,
+    profile,
+)
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -37,7 +56,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision",
-    "DeviceError", "Forecast", "Handle", "Holding", "Lever", "Measurement", "PinCost", "Plan", "PlanError", "PlanMismatch", "Profile",
-    "ReplayError", "Report", "UllageError", "UllageWarning", "VerifyError", "Workload", "WorkloadError", "bounds", "checkpoint", "devices",
-    "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile", "verify",
+    "DeviceError", "Fit", "Forecast", "Frontier", "FrontierPoint", "Handle", "Holding", "Lever", "Measurement", "PinCost", "Plan", "PlanError",
+    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Tried", "UllageError", "UllageWarning", "VerifyError", "Workload",
+    "WorkloadError", "bounds", "checkpoint", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan",
+    "profile", "verify",
 ]  # fmt: skip

@@ -100,9 +100,10 @@ class Session:
         work: the workload; its real objects are not touched.
         round_bytes: allocation granularity (512 for CUDA, 1 for CPU).
         as_cuda: estimate a CUDA device from tensors on the CPU (see `ullage.capture._substitutions`).
+        explores: many assignments will be run; what the runtime learns of a unit under one serves the others.
     """
 
-    def __init__(self, work: Workload, round_bytes: int = 1, as_cuda: bool = False) -> None:
+    def __init__(self, work: Workload, round_bytes: int = 1, as_cuda: bool = False, explores: bool = False) -> None:
         self._as_cuda = as_cuda
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
@@ -115,7 +116,7 @@ class Session:
         self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
-        self._family = Sites()
+        self.family = Sites(explores)
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.tracker.calibrate()
@@ -206,7 +207,7 @@ class Session:
             with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 host = host_rng()
-                if settled and any(not self._site(f, m).facts for f, m in modules):
+                if settled and any(self._site(f, m).learns(self._settings[f].runtime_options()) for f, m in modules):
                     self._one_step(replace(self.inst, optimizer=None))
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
@@ -227,11 +228,15 @@ class Session:
             after = _plain_attributes(self.inst.model)
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
+    def links(self, fqn: str) -> int:
+        """How often a unit's input was left to the unit before it."""
+        return sum(site.links for (f, _), site in self._sites.items() if f == fqn)
+
     def _site(self, fqn: str, module: nn.Module) -> Site:
         settings = self._settings[fqn]
         site = self._sites.get((fqn, settings))
         if site is None:
-            site = self._sites[fqn, settings] = self._family.site(fqn, module, settings)
+            site = self._sites[fqn, settings] = self.family.site(fqn, module, settings)
         return site
 
     def _one_step(self, inst: Instance) -> None:

@@ -53,16 +53,19 @@ def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> 
 def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     """Sum storages over op indices."""
     n = len(trace.signature)
-    born, dead = np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64)
+    born, dead, passing = np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64)
     for s in trace.storages:
         size = effective_bytes(s, trace, costs)
+        if s.death < s.birth:  # gone before the next op (a generator's state that is only compared)
+            passing[s.birth + 1] = max(passing[s.birth + 1], size)
+            continue
         born[max(s.birth, -1) + 1] += size
         dead[min(s.death, n) + 1] += size
     # born[i + 1]: during op i; dead[i + 1]: after op i, before op i + 1
     alive_during = np.cumsum(born)[1 : n + 1] - np.cumsum(dead)[:n]
     before = alive_during - born[1 : n + 1]
     internal = np.array([costs[s].internal_bytes for s in trace.signature], np.int64)
-    peak = before + np.maximum(born[1 : n + 1], internal)
+    peak = before + np.maximum(np.maximum(born[1 : n + 1], internal), passing[1 : n + 1])
     after = alive_during - dead[1 : n + 1]
     seconds = np.array([costs[s].seconds for s in trace.signature])
     return Timeline(before, peak, after, seconds)

@@ -1,4 +1,4 @@
-"""`ullage profile | plan | bounds | verify | measure | devices | demo`.
+"""`ullage profile | plan | bounds | frontier | fit | verify | measure | devices | demo`.
 
 Exit codes: 0 done, 1 a check failed (verify, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
@@ -16,6 +16,8 @@ from ullage.cli._bounds import bounds
 from ullage.cli._demo import demo
 from ullage.cli._devices import devices
 from ullage.cli._errors import BAD_INPUT, finish
+from ullage.cli._fit import fit
+from ullage.cli._frontier import frontier
 from ullage.cli._measure import measure
 from ullage.cli._plan import plan
 from ullage.cli._profile import profile
@@ -32,7 +34,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, bounds, verify, measure, devices, demo):
+for verb in (profile, plan, bounds, frontier, fit, verify, measure, devices, demo):
     cli.add_command(verb)
 
 

@@ -71,16 +71,16 @@ def load(options: dict[str, Any]) -> Workload:
     return load_target(**options)
 
 
+def budget_value(text: str) -> int | str:
+    """A budget as the functions take it: digits alone are bytes."""
+    return int(text) if text.isdecimal() else text
+
+
 def output_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback of an option that names a file to write: refused now, not after the work."""
     if value is not None:
         check_writable(value)
     return value
-
-
-def size(text: str | None) -> int | str | None:
-    """A size as it was written; a bare number is bytes."""
-    return int(text) if text is not None and text.isdecimal() else text
 
 
 def show(value: Any, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, size, target_options
+from ullage.cli._options import budget_value, cost_options, json_option, load, output_file, show, target_options
 from ullage.cli._progress import progress
 
 
@@ -53,13 +53,13 @@ def plan(
     with progress() as report:
         result = ul.plan(
             load(options),
-            size(budget),
+            budget_value(budget) if budget is not None else None,
             device,
             policy,
             costs=costs,
             pin=pin,
             forbid=forbid,
-            headroom=size(headroom),
+            headroom=budget_value(headroom) if headroom is not None else None,
             simple=simple,
             progress=report,
         )

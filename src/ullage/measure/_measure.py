@@ -99,7 +99,7 @@ def measure(
         times = _times(inst, steps, say)
     ordered = sorted(times)
     median = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
-    samples = _samples(inst) * inst.accumulate
+    samples = inst.samples * inst.accumulate
     return Measurement(
         peak_bytes=max(peaks),
         start_bytes=start,
@@ -195,8 +195,3 @@ def keep_pages() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def _samples(inst: Instance) -> int:
-    first = next((t for t in tree_flatten(inst.batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
-    return int(first.shape[0]) if first is not None else 1

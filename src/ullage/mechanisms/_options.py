@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ullage.runtime import LEVELS
+from ullage.runtime import Place
+from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that can be done with a unit: an action and, for select, a level."""
+    """One thing that can be done with a unit.
+
+    Attributes:
+        action: keep, recompute or select.
+        level: for select, what is kept: a level or single calls of ops.
+        place: where the unit is among units that are rebuilt together; None where each is rebuilt alone.
+    """
 
     action: str
     level: str = ""
+    place: Place | None = None
 
     @property
     def name(self) -> str:
-        """`keep`, `recompute` or `select:LEVEL`."""
+        """`keep`, `recompute`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]`."""
         return f"{self.action}:{self.level}" if self.level else self.action
 
 
@@ -26,7 +34,12 @@ KEEP, RECOMPUTE = Option("keep"), Option("recompute")
 def option_from_name(name: str) -> Option:
     """The option a plan file names; ValueError for one this version does not know."""
     action, _, level = name.partition(":")
-    known = (action in ("keep", "recompute") and not level) or (action == "select" and level in LEVELS)
-    if not known:
+    if not level and action in ("keep", "recompute"):
+        return Option(action)
+    if not level or action != "select":
         raise ValueError(name)
+    try:
+        named_rule(level)
+    except ValueError as error:
+        raise ValueError(f"{name} ({error})") from None
     return Option(action, level)

@@ -10,7 +10,8 @@ from weakref import ref
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Options, Place, Shared, Site, Trail, level_rule, run
+from ullage.runtime import Learnt, Options, Shared, Site, Trail, run, select
+from ullage.runtime._keep import named_rule
 
 
 @dataclass(frozen=True)
@@ -21,39 +22,63 @@ class UnitSettings:
         option: what to do.
         buffers: names, below the unit, of the buffers its forward changes.
         keeps_routing: the unit has routing or index outputs (topk, sort, ...), which are always kept.
-        place: where it is among units that are rebuilt together.
     """
 
     option: Option
     buffers: tuple[str, ...] = ()
     keeps_routing: bool = False
-    place: Place | None = None
 
     def runtime_options(self) -> Options:
         """What the runtime is told."""
         level = self.option.level
-        rule = level_rule(level, self.keeps_routing) if level or self.keeps_routing else None
-        return Options(rule=rule, place=self.place)
+        rule = named_rule(level, self.keeps_routing) if level or self.keeps_routing else None
+        return Options(rule=rule, place=self.option.place)
 
 
 class Sites:
-    """The sites of one model's units: units of one structure under one setting share their op logs."""
+    """The sites of one model's units: units of one structure under one setting share their op logs.
 
-    def __init__(self) -> None:
+    Args:
+        explores: many settings are tried on the same units: what one call has taught serves all of them, unproven.
+    """
+
+    def __init__(self, explores: bool = False) -> None:
+        self._explores = explores
         self._shared: dict[Hashable, Shared] = {}
+        self._logs: dict[Hashable, dict[Hashable, Learnt]] = {}
+        self._twins: dict[str, Site] = {}
         self._trail = Trail()
 
     def site(self, name: str, module: nn.Module, settings: UnitSettings) -> Site:
         """A new site."""
-        alike = replace(settings, place=None)
-        shared = self._shared.setdefault((structure_of(module), alike), Shared())
         owner = ref(module)
 
         def changing() -> set[int]:
             module = owner()
             return {id(module.get_buffer(b)) for b in settings.buffers} if module is not None else set()
 
-        return Site(name, shared, changing if settings.buffers else None, self._trail)
+        shared = self._shared_by(structure_of(module), replace(settings, option=replace(settings.option, place=None)))
+        site = Site(name, shared, changing if settings.buffers else None, self._trail)
+        if self._explores:
+            twin = self._twins.setdefault(name, site)
+            site.facts, site.noted = twin.facts, twin.noted
+        return site
+
+    def _shared_by(self, structure: Hashable, settings: UnitSettings) -> Shared:
+        shared = self._shared.get((structure, settings))
+        if shared is None:
+            shared = self._shared[structure, settings] = Shared()
+            if self._explores:
+                shared.logs = self._logs.setdefault(structure, {})
+                rule = settings.runtime_options().rule
+                if rule is not None:
+                    for signature, learnt in shared.logs.items():
+                        shared.know(signature, select(learnt.log, rule), learnt.notes)
+        return shared
+
+    def logs_of(self, module: nn.Module) -> dict[Hashable, Learnt]:
+        """What calls of modules of this structure have taught, by input signature."""
+        return self._logs.get(structure_of(module), {})
 
 
 def structure_of(module: nn.Module) -> Hashable:

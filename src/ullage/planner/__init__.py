@@ -1,5 +1,7 @@
 """Options of a unit, the solver, named policies, `Profile` and `Plan`."""
 
+from ullage.planner._fit import Fit, Tried, fit
+from ullage.planner._frontier import Frontier, FrontierPoint, PolicyPoint, frontier
 from ullage.planner._overrides import PinCost
 from ullage.planner._peak import Bounds, Holding, bounds
 from ullage.planner._peak_facts import Lever
@@ -10,13 +12,20 @@ from ullage.planner._profile import Profile, profile
 __all__ = [
     "Bounds",
     "Decision",
+    "Fit",
     "Forecast",
+    "Frontier",
+    "FrontierPoint",
     "Holding",
     "Lever",
     "PinCost",
     "Plan",
+    "PolicyPoint",
     "Profile",
+    "Tried",
     "bounds",
+    "fit",
+    "frontier",
     "plan",
     "profile",
 ]

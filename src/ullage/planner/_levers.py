@@ -123,7 +123,7 @@ def _inputs(p: PeakFacts) -> Iterator[Lever]:
     rebuilt = {f for f, o in p.assignment.items() if o != KEEP}
     calls = [c for c in p.session.calls if c.fqn in rebuilt and c.first_op >= p.steps[0].ops.start]
     some = p.records(frozenset().union(*(c.records_in for c in calls)))
-    how = "fewer, larger units: of a run of units that is rebuilt together only the first input is held"
+    how = "a smaller budget: of units that are rebuilt together only the first one's input is held"
     yield from p.taken_out(
         f"inputs of {units_of(len(rebuilt))}, saved to rebuild them", some & (p.ledger.category == ""), how
     )

@@ -16,39 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ullage.capture._timeline import segment_keys
-from ullage.mechanisms import KEEP, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._instance import OptionFacts, StepModel
 from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
 
-
-@dataclass(frozen=True)
-class OptionFacts:
-    """One option of one unit: bytes held between forward and backward (beyond recompute), own peak, seconds added."""
-
-    option: Option
-    held_bytes: int
-    own_peak_bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class StepModel:
-    """What the solver sees: per unit its options; per prefix length the peak outside units. No mechanism, no module."""
-
-    units: tuple[str, ...]
-    options: tuple[tuple[OptionFacts, ...], ...]
-    outside_bytes: tuple[int, ...]
-    base_seconds: float
-
-    def peak(self, choice: list[int]) -> int:
-        """The peak of an assignment (an option index per unit)."""
-        held, worst = 0, self.outside_bytes[0]
-        for u, c in enumerate(choice):
-            option = self.options[u][c]
-            worst = max(worst, held + option.own_peak_bytes)
-            held += option.held_bytes
-            worst = max(worst, held + self.outside_bytes[u + 1])
-        return worst
+NEVER_FITS = 2**50
 
 
 @dataclass
@@ -112,15 +85,57 @@ def build_model(s: Study) -> StepModel:
                 own_peak[unit, n] = max(own_peak.get((unit, n), 0), rest + later + workspace)
     for u, fqn in enumerate(order):
         for option in s.options[fqn]:
-            n = option.name
-            if n not in table or (u, n) not in own_peak:
+            n = next((n for n in names if _runs(s.captures[n], fqn) == option and (u, n) in own_peak), "")
+            if not n:
                 continue
             seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) * 1.0
-            facts[u][n] = OptionFacts(option, held[n][u], own_peak[u, n], seconds)
+            # rebuilt with others, a unit is recomputed or keeps all it saves; the runtime has no third way
+            record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
+            facts[u][option.name] = OptionFacts(option, held[n][u], own_peak[u, n], seconds, record)
     nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
-    return StepModel(order, pruned, tuple(outside), s.seconds(s.captures["keep"]))
+    return StepModel(
+        order,
+        pruned,
+        tuple(outside),
+        s.seconds(s.captures["keep"]),
+        **_run_facts(s, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")}),
+    )
+
+
+def _needed(table: dict[Any, _Segment], fqn: str) -> int:
+    """Bytes that a unit's forward needs above what is alive at its start."""
+    return max((g.peak - g.start for k, g in table.items() if k[:2] == ("forward", fqn)), default=0)
+
+
+def _run_facts(
+    s: Study, order: tuple[str, ...], base: dict[Any, _Segment], held: dict[str, list[int]]
+) -> dict[str, Any]:
+    """What runs of units need to be known: see `StepModel`."""
+    freed = [0] * len(order)
+    for label, of_units in held.items():
+        for u, fqn in enumerate(order):
+            place = s.captures[label].assignment[fqn].place
+            able = all(RECOMPUTE in s.options[f] for f in order[max(u - 1, 0) : u + 1])
+            if able and place is not None and place.depth and s.captures[label].session.links(fqn):
+                freed[u] = max(-of_units[u], 0)
+
+    def over(phase: str, fqn: str) -> list[_Segment]:
+        return [g for k, g in base.items() if k[:2] == (phase, fqn)]
+
+    return {
+        "linked": tuple(b > 0 for b in freed),
+        "link_bytes": tuple(freed),
+        "forward_seconds": tuple(sum(g.seconds for g in over("forward", f)) for f in order),
+        "forward_peak_bytes": tuple(_needed(base, f) for f in order),
+        "backward_base_bytes": tuple(max((g.start for g in over("backward", f)), default=0) for f in order),
+        "forward_base_bytes": tuple(max((g.start for g in over("forward", f)), default=0) for f in order),
+    }
+
+
+def _runs(capture: StepCapture, fqn: str) -> Option:
+    return capture.assignment.get(fqn, KEEP)
 
 
 def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _Segment]:

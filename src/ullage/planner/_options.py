@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._levels import find_levels
+from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
-from ullage.runtime import ATTENTION, LEVELS, MATMUL, ROUTING
+from ullage.runtime import ATTENTION, MATMUL, ROUTING
+from ullage.runtime._keep import kind_of, named_rule
+
+MATMULS = Option("select", "matmul_attention")
 
 
 def find_options(s: Study) -> None:
@@ -40,33 +48,73 @@ def _possible(s: Study, unit: UnitFacts) -> list[Option]:
         s.reasons[unit.fqn, "keep"] = unit.keep_reason
         return [KEEP]
     ops = _ops_of(s.session, unit.fqn)
-    attention = [o for o in ops if o.func in ATTENTION]
-    matmuls = [o for o in ops if o.func in MATMUL]
-    levels = ["matmul_attention"] if matmuls else []
-    levels += ["half_matmul_attention"] if len(matmuls) > 2 else []
-    if any(isinstance(a, float) and a > 0 for o in attention for a in o.args[3:5]):
+    if any(isinstance(a, float) and a > 0 for o in ops if o.func in ATTENTION for a in o.args[3:5]):
         s.reasons[unit.fqn, "select:attention"] = "attention with dropout draws, so it is always run again"
-    elif attention and matmuls:
-        levels.append("attention")
-    return [KEEP, RECOMPUTE, *(Option("select", level) for level in LEVELS if level in levels)]
+    matmuls = any(o.func in MATMUL for o in ops)
+    return [KEEP, RECOMPUTE, *([MATMULS] if matmuls else [])]
 
 
 def capture_options(s: Study) -> None:
-    """Run one step per option; an option that fails on a unit is taken from it, with the reason noted."""
-    every = {o.name for options in s.options.values() for o in options if o != KEEP}
-    names = sorted(every, key=lambda n: (n != "recompute", n))
-    for name in names:
-        while name not in s.captures:
-            assignment = {f: _like(options, name) for f, options in s.options.items()}
-            s.progress(f"capturing option {name}")
-            try:
-                s.captures[name] = s.execute(assignment)
-            except OptionFailed as failed:
-                _take_away(s, failed, assignment[failed.fqn])
-                s.session = Session(s.work, s.device.round_bytes, s.device.as_cuda)
-                s.session.run()
-                if not any(o.name == name for options in s.options.values() for o in options):
-                    break
+    """Run one step per option, with that option on every unit that has it; then one per level that the op logs show.
+
+    An option that fails on a unit is taken from it, with the reason noted. Done once: options taken away since then stay so.
+    """
+    if s.options_captured:
+        return
+    s.options_captured = True
+    _capture(s, RECOMPUTE.name, lambda fqn: _like(s.options[fqn], RECOMPUTE))
+    able = [u.fqn for u in s.units if RECOMPUTE in s.options[u.fqn]]
+    if not able:
+        return
+    # also on units without matmuls: what is learnt there is the op log
+    _capture(s, MATMULS.name, lambda fqn: MATMULS if _may(s, fqn, MATMULS) else _like(s.options[fqn], RECOMPUTE))
+    for fqn, found in find_levels(s, able).items():
+        if RECOMPUTE in s.options[fqn]:
+            s.options[fqn] += [o for o in found if o not in s.options[fqn]]
+            s.levels[fqn] = found
+    for k in range(max(map(len, s.levels.values()), default=0)):
+        _capture(s, f"level {k}", functools.partial(_level, s, k))
+    for parity in {k % 2 for k in linkable(s)}:
+        _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
+
+
+def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
+    """Run one step with one more option on these units; those on which it fails lose it, with the reason noted."""
+    _capture(
+        s,
+        option.name,
+        lambda fqn: option if fqn in fqns and option in s.options[fqn] else _like(s.options[fqn], RECOMPUTE),
+    )
+
+
+def finds_something(s: Study, fqn: str, option: Option) -> bool:
+    """Is there anything in a unit that this selective option would keep?"""
+    rule, counts = named_rule(option.level, False), Counter[Any]()
+    for op in _ops_of(s.session, fqn):
+        kind = kind_of(op.func, rule)
+        if rule(op.func, counts[kind]):
+            return True
+        counts[kind] += 1
+    return False
+
+
+def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
+    while label not in s.captures:
+        assignment = {u.fqn: choose(u.fqn) for u in s.units}
+        if all(o == KEEP for o in assignment.values()):
+            return
+        s.progress(f"capturing option {label}")
+        try:
+            s.captures[label] = s.execute(assignment)
+        except OptionFailed as failed:
+            _take_away(s, failed, assignment[failed.fqn])
+            s.session = Session(s.work, s.device.round_bytes, s.device.as_cuda, explores=True)
+            s.session.run(steps=2)  # as the one before: what it noted of the first step is asked for
+
+
+def _level(s: Study, k: int, fqn: str) -> Option:
+    found = [o for o in s.levels.get(fqn, ()) if o in s.options[fqn]]
+    return found[min(k, len(found) - 1)] if found else _like(s.options[fqn], RECOMPUTE)
 
 
 def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
@@ -78,9 +126,12 @@ def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
             s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
 
 
-def _like(options: Sequence[Option], name: str) -> Option:
-    for wanted in (name, "recompute"):
-        for option in options:
-            if option.name == wanted:
-                return option
-    return KEEP
+def _may(s: Study, fqn: str, option: Option) -> bool:
+    """Can a unit be run again, and has this option not failed on one of its class?"""
+    kinds = {u.fqn: u.class_name for u in s.units}
+    failed = {kinds[f] for f, name in s.reasons if name == option.name}
+    return RECOMPUTE in s.options[fqn] and kinds[fqn] not in failed
+
+
+def _like(options: Sequence[Option], wanted: Option) -> Option:
+    return wanted if wanted in options else KEEP

@@ -14,9 +14,9 @@ import msgspec
 
 from ullage._bytes import Budget, format_bytes, parse_budget
 from ullage._errors import ArgumentError
-from ullage.mechanisms import Option, option_from_name
+from ullage.mechanisms import RECOMPUTE, Option, option_from_name
 from ullage.planner._names import matching, units_of
-from ullage.planner._options import capture_options
+from ullage.planner._options import capture_also, capture_options, finds_something
 from ullage.planner._study import Study
 
 Options = dict[str, list[Option]]
@@ -98,14 +98,19 @@ class Overrides:
 
         Args:
             s: a study whose options are found.
-            solver: the solver is to choose, and to say what pins cost, so all options are captured before.
+            solver: it may be asked to choose, so all options are captured before any is taken away.
 
         Raises:
             ArgumentError: a pin matches no unit, contradicts another or can't be had; or nothing is left for a unit.
         """
+        pinned = self._pinned(s)
         if solver and (self.pin or self.forbid):
-            capture_options(s)  # now, since one that fails is taken away too
-        found = Restriction(self, {f: list(o) for f, o in s.options.items()}, self._pinned(s))
+            capture_options(s)
+        everything = {f: list(o) for f, o in s.options.items()}
+        for glob, fqns in pinned.items():
+            _offer(s, self.pin[glob], fqns, solver)
+        extra = {f: [o for o in options if o not in everything[f]] for f, options in s.options.items()}
+        found = Restriction(self, everything, extra, pinned)
         s.options = found.allowed(s)
         s.restrictions = self._words()
         return found
@@ -128,10 +133,11 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Restriction:
-    """Overrides as they apply to one study: all options there were, and the units of each pin."""
+    """Overrides as they apply to one study: all options there were, those that only pins ask for, and the units of each pin."""
 
     overrides: Overrides
     everything: Options
+    extra: Options
     pinned: Mapping[str, list[str]]
 
     def allowed(self, s: Study, without: str | None = None) -> Options:
@@ -141,9 +147,9 @@ class Restriction:
     def _left(self, s: Study, fqn: str, without: str | None) -> list[Option]:
         options, pins = self.everything[fqn], self.overrides.pin
         globs = [g for g in pins if g != without and fqn in self.pinned[g]]
-        left, before = options, ""
+        left, before = [*options, *self.extra[fqn]] if globs else options, ""
         for glob in globs:
-            if not any(is_of(o, pins[glob]) for o in options):
+            if not any(is_of(o, pins[glob]) for o in (*options, *self.extra[fqn])):
                 raise ArgumentError(f"pin {glob!r}={pins[glob]}: {fqn} can't have it: {self._why(s, fqn, pins[glob])}")
             left = [o for o in left if is_of(o, pins[glob])]
             if not left:
@@ -171,9 +177,9 @@ class Restriction:
         reason = kept or next(iter(noted), "") or "there is nothing of the kind in it"
         return f"{reason}; possible: {_names(self.everything[fqn])}"
 
-    def reason(self, fqn: str) -> str:
-        """Why a decision is as it is, if a pin made it."""
-        return next((f"pinned by {g!r}" for g, fqns in self.pinned.items() if fqn in fqns), "")
+    def why(self) -> dict[str, str]:
+        """Of pinned units, the reason that their decisions give."""
+        return {f: f"pinned by {g!r}" for g, fqns in reversed(list(self.pinned.items())) for f in fqns}
 
     def pin_costs(self, s: Study, assignment: Assignment, again: Callable[[], Assignment]) -> list[PinCost]:
         """What each pin costs: `again` decides under the options of the moment; both assignments are executed."""
@@ -188,6 +194,21 @@ class Restriction:
                 PinCost(pin=glob, action=action, units=len(self.pinned[glob]), seconds=seconds, nbytes=int(nbytes))
             )
         return rows
+
+
+def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> None:
+    """A level that is named is had where a unit can be run again, whether or not the planner would think of it."""
+    if not action.startswith("select:"):
+        return
+    option = option_from_name(action)
+    able = [
+        f for f in fqns if RECOMPUTE in s.options[f] and (f, action) not in s.reasons and finds_something(s, f, option)
+    ]
+    new = [f for f in able if option not in s.options[f]]
+    for f in new:
+        s.options[f] = [*s.options[f], option]
+    if new and capture:
+        capture_also(s, option, new)
 
 
 @contextlib.contextmanager

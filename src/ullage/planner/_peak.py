@@ -11,7 +11,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
 from ullage.capture._units import unit_facts
 from ullage.measure._state import leaves_rng
-from ullage.mechanisms import KEEP, Option, option_from_name
+from ullage.mechanisms import KEEP, Option
 from ullage.planner._levers import MOST_RUNS, levers
 from ullage.planner._live import Ledger, LiveTensor, by_category, live_tensors, moment, peak_op
 from ullage.planner._options import find_options
@@ -85,8 +85,8 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def hint(self) -> str:
-        """The two things that would lower the peak most, at the end of a sentence; or ""."""
-        best = [x for x in self.levers if x.peak_bytes < self.peak_bytes][:2]
+        """The two things that would lower the peak most, if by more than a little, at the end of a sentence."""
+        best = [x for x in self.levers if x.peak_bytes < 0.98 * self.peak_bytes][:2]
         return "".join(f"; without {x.what} {format_bytes(x.peak_bytes)} ({x.how})" for x in best)
 
     def summary(self) -> list[str]:
@@ -207,7 +207,7 @@ def bounds(
             s.units = unit_facts(s.session, saved_bytes(s), names)
     find_options(s)
     assignment = {u.fqn: KEEP for u in s.units}
-    assignment |= {d.unit: option_from_name(d.action) for d in plan.decisions} if plan is not None else {}
+    assignment |= {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
     s.progress("running the step")
     return bounds_of(s, assignment, s.execute_fresh(assignment), runs=MOST_RUNS)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
 from ullage.planner._overrides import PinCost, describe
 from ullage.planner._peak import Bounds
+from ullage.runtime import Place
 
 if TYPE_CHECKING:
     from ullage.apply import Handle
@@ -37,7 +40,10 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is done with one unit, what that frees and costs per micro-batch, and why."""
+    """What is done with one unit, what that frees and costs per step, and why.
+
+    `place`: where it is among units that are rebuilt together.
+    """
 
     unit: str
     action: str
@@ -48,10 +54,12 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     buffers: list[str]
     keeps_routing: bool
     input_elements: int
+    place: Place | None = None
 
     def settings(self) -> UnitSettings:
         """What the runtime needs to know."""
-        return UnitSettings(option_from_name(self.action), tuple(self.buffers), self.keeps_routing)
+        option = replace(option_from_name(self.action), place=self.place)
+        return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
 
 
 class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,13 +154,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         raw.pop("digest", None)
         try:
             plan = msgspec.convert(raw, cls)
-            for d in plan.decisions:
-                d.settings()
         except msgspec.ValidationError as error:
             raise PlanError(f"plan {path}: {error}; put that right, or plan again") from error
-        except ValueError as error:
-            raise PlanError(f"plan {path}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
+        check_actions(plan, f"plan {path}")
         return plan
+
+    def counts(self) -> dict[str, int]:
+        """How many units there are per action."""
+        return dict(Counter(d.action for d in self.decisions).most_common())
 
     def check_model(self, model: nn.Module) -> None:
         """Raise PlanMismatch, naming what differs, unless the model is the one that was planned."""
@@ -202,12 +211,26 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return "\n".join(lines)
 
 
+def check_actions(plan: Plan, where: str) -> None:
+    """Raise PlanError for an action that this version does not know."""
+    try:
+        for d in plan.decisions:
+            d.settings()
+    except ValueError as error:
+        raise PlanError(f"{where}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
+
+
 def _grouped(decisions: list[Decision]) -> list[str]:
     """One row per run of neighbours with the same action and effect."""
     rows: list[list[Any]] = []
     for d in decisions:
+        if d.place is not None and d.place.depth:  # one row per run
+            rows[-1][1], rows[-1][2] = d, rows[-1][2] + 1
+            continue
         same = (
             rows
+            and d.place is None
+            and rows[-1][0].place is None
             and rows[-1][0].action == d.action
             and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
         )
@@ -219,7 +242,8 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     out = []
     for first, last, n in rows:
         name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
+        action = first.action if first.place is None else "recompute together"
         out.append(
-            f"{name:<44} {first.action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
+            f"{name:<44} {action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
         )
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 from msgspec import structs
 
@@ -11,22 +13,28 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._instance import StepModel
+from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
-from ullage.planner._model import StepModel, model_of
+from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._overrides import Overrides, PinCost, Restriction
+from ullage.planner._overrides import Overrides, Restriction
 from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile
+from ullage.planner._schedule import Schedule, flat
 from ullage.planner._simple import fewer_actions
-from ullage.planner._solve import smallest, solve
-from ullage.planner._study import StepCapture, Study, count_recomputed, study
+from ullage.planner._solve import smallest
+from ullage.planner._solve import solve as solve_anew
+from ullage.planner._study import StepCapture, Study, recomputed_in, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
+
+solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
 
 
 @leaves_rng
@@ -63,7 +71,7 @@ def plan(
         progress: called with a line at each stage.
 
     Raises:
-        BudgetError: the budget can't be read. BudgetInfeasible: no plan fits it.
+        BudgetError: the budget or the headroom can't be read. BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
     check_policy(policy)
@@ -72,25 +80,60 @@ def plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
+    s = prepare(work, device, costs, profile, units, progress)
+    s.explains = True
+    plain = _fresh_peak(s, {})
+    limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
+    s.headroom_bytes = overrides.headroom_bytes(plain, s.device.memory_bytes)
+    return decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
+
+
+def prepare(
+    work: Workload,
+    device: str | None = None,
+    costs: str = "auto",
+    profile: Profile | None = None,
+    units: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Study:
+    """What all decisions about one workload share: the plain step and the options of its units."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     s = study(work, device, mode, units, known, progress)
     find_options(s)
-    restriction = overrides.restrict(s, solver=policy == "optimal")
+    return s
+
+
+def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Restriction | None = None) -> Plan:
+    """Decide within `limit` bytes; as often as one likes on one study. A limit may be None for a named policy.
+
+    Args:
+        s: the study; its options are what is chosen from.
+        limit: bytes.
+        policy: "optimal" or a named one.
+        restriction: the overrides that made these options what they are.
+
+    Raises:
+        BudgetInfeasible: no plan fits, or the named policy does not.
+    """
     baseline = _forecast(s, *s.plain_capture)
-    limit = wanted.resolve(baseline.peak_bytes, s.device.memory_bytes) if wanted is not None else None
-    s.headroom_bytes = overrides.headroom_bytes(baseline.peak_bytes, s.device.memory_bytes)
-    assignment, bound = _decide(s, policy, limit, baseline)
-    pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, policy, limit, baseline))
-    note = ""
-    if overrides.tolerance and limit is not None:
+    assignment, bound = _choose(s, limit, policy, baseline)
+    if restriction is None:
+        return _finish(s, assignment, limit, policy, baseline, bound, {})
+    pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, limit, policy, baseline))
+    notes = []
+    if restriction.overrides.tolerance and limit is not None:
         room = limit - s.reserve_bytes
-        assignment, note = fewer_actions(s, assignment, overrides.tolerance, room, lambda: _optimal(s, room)[0])
-    made = _finish(s, assignment, limit, policy, baseline, bound, work, restriction, pins)
-    return structs.replace(made, notes=[*made.notes, note]) if note else made
+        assignment, note = fewer_actions(
+            s, assignment, restriction.overrides.tolerance, room, lambda: _optimal(s, room)[0]
+        )
+        notes.append(note)
+    made = _finish(s, assignment, limit, policy, baseline, bound, restriction.why())
+    forbidden = sorted(restriction.overrides.forbid)
+    return structs.replace(made, pins=pins, forbidden=forbidden, notes=[*made.notes, *filter(None, notes)])
 
 
-def _decide(s: Study, policy: str, limit: int | None, baseline: Forecast) -> tuple[dict[str, Option], float]:
+def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tuple[dict[str, Option], float]:
     """The assignment, and a lower bound on the seconds of a step under any that fits; 0 for a named policy."""
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
@@ -109,53 +152,70 @@ def _plain_fits(s: Study, limit: int, baseline: Forecast) -> bool:
     return baseline.peak_bytes <= limit - s.reserve_bytes and all(KEEP in o for o in s.options.values())
 
 
-def _unconfirmed(s: Study, policy: str, limit: int | None, baseline: Forecast) -> dict[str, Option]:
-    """What `_decide` would choose as the solver sees it."""
+def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -> dict[str, Option]:
+    """What `_choose` would choose as the solver sees it."""
     if policy != "optimal":
         return policy_assignment(policy, s.units, s.options)
     assert limit is not None
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}
     model = model_of(s)
-    return _assignment(model, (solve(model, limit - s.reserve_bytes) or smallest(model)).choice)
+    return _assignment(model, (solve(model, limit - s.reserve_bytes) or smallest(model)).schedule)
+
+
+def smallest_bytes(s: Study) -> int:
+    """The smallest budget that some plan is executed within."""
+    return _fresh_peak(s, _smallest(s).assignment) + s.reserve_bytes
+
+
+def execute_choice(s: Study, limit: int) -> None:
+    """Execute afresh what the solver chooses within `limit`.
+
+    `decide` would execute it twice, in passing and then afresh. It pays to do this first where the choice will most
+    likely fit, and where executions made for another budget may be the same.
+    """
+    target = limit - s.reserve_bytes
+    if _fresh_peak(s, {}) > target and (solution := solve(model_of(s), target)) is not None:
+        s.execute_fresh(_assignment(model_of(s), solution.schedule))
 
 
 def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
     return max(s.peak(c) for c in s.execute_fresh(assignment))
 
 
-def _assignment(model: StepModel, choice: Sequence[int]) -> dict[str, Option]:
-    return {f: model.options[u][c].option for u, (f, c) in enumerate(zip(model.units, choice, strict=True))}
+def _assignment(model: StepModel, schedule: Schedule) -> dict[str, Option]:
+    return assignment_of(model.units, [[o.option for o in options] for options in model.options], schedule)
 
 
 def _smallest(s: Study) -> StepCapture:
     """The executed step with the smallest peak, among the solver's choice and the homogeneous ones."""
     model = model_of(s)
     candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
-    candidates.append(s.execute(_assignment(model, smallest(model).choice)))
+    candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
     return min(candidates, key=s.peak_with_update)
 
 
 def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
-    return all(assignment.get(f, KEEP) in options for f, options in s.options.items())
+    return all(replace(assignment.get(f, KEEP), place=None) in options for f, options in s.options.items())
 
 
 def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
     steps = s.execute_fresh(best.assignment)
-    found = bounds_of(s, best.assignment, steps)
-    size = found.peak_bytes + s.reserve_bytes
+    size = max(map(s.peak, steps)) + s.reserve_bytes
+    phase, module, op = peak_moment(s, max(steps, key=s.peak))
     kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
     reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
     reasons += f"; {format_bytes(s.headroom_bytes)} of it are headroom" if s.headroom_bytes else ""
     reasons += f"; with {', '.join(s.restrictions)}" if s.restrictions else ""
+    bounds = bounds_of(s, best.assignment, steps) if s.explains else None
     return BudgetInfeasible(
         f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
-        f"bound by {found.phase} in {found.module or '(root)'} at {found.op}{reasons}{found.hint}",
+        f"bound by {phase} in {module or '(root)'} at {op}{reasons}{bounds.hint if bounds is not None else ''}",
         limit,
         size,
-        (found.phase, found.module, found.op),
-        found,
+        (phase, module, op),
+        bounds,
     )
 
 
@@ -168,7 +228,7 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
-        trial = s.execute(_assignment(model, solution.choice))
+        trial = s.execute(_assignment(model, solution.schedule))
         s.progress("confirming the plan")
         over = s.peak_with_update(trial) - limit
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
@@ -187,8 +247,10 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
     """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed.
+    too much, might have refused wrongly is executed. Where units are rebuilt together nothing is tried.
     """
+    if any(o.place is not None for o in assignment.values()):
+        return assignment
     model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
     # a trial that did not fit is not tried
@@ -235,7 +297,7 @@ def _overestimate(s: Study) -> int:
     for capture in s.captures.values():
         wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
         choice = _choice(model, wanted)
-        if _assignment(model, choice) == wanted:
+        if _assignment(model, flat(choice)) == wanted:
             seen.append(model.peak(choice) - s.peak_with_update(capture))
     return max(seen)
 
@@ -261,36 +323,38 @@ def _finish(
     policy: str,
     baseline: Forecast,
     bound: float,
-    work: Workload,
-    restriction: Restriction,
-    pins: list[PinCost],
+    pinned: Mapping[str, str],
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
     predicted = _forecast(s, first, later)
-    recomputed = count_recomputed(first)
+    recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
     rows = []
     for index, u in enumerate(s.units):
         option = assignment[u.fqn]
         known = {o.option: o for o in facts.options[index]} if facts else {}
-        keep, mine = known.get(KEEP), known.get(option)
+        keep, mine = known.get(KEEP), known.get(replace(option, place=None))
         freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
+        if facts is not None and option.place is not None and option.place.depth:
+            freed += facts.link_bytes[index]
+        ops, seconds = recomputed.get(u.fqn, (0, 0.0))
         shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
         rows.append(
             Decision(
                 unit=u.fqn,
                 action=option.name,
                 bytes_freed=0 if option == KEEP else freed,
-                seconds_added=0.0 if option == KEEP or mine is None else mine.seconds,
-                recomputed_ops=0 if option == KEEP else recomputed.get(u.fqn, 0),
+                seconds_added=seconds,
+                recomputed_ops=ops,
                 reason=u.keep_reason
-                or restriction.reason(u.fqn)
+                or pinned.get(u.fqn)
                 or (
                     "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
                 ),
                 buffers=list(u.buffers),
                 keeps_routing=u.routing,
                 input_elements=_elements(shape.shapes) if shape else 0,
+                place=option.place,
             )
         )
     notes = list(s.plain_session.values.assumptions)
@@ -299,7 +363,7 @@ def _finish(
         notes.append(
             f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
         )
-    model = first.session.inst.model if work.factory is not None else work.model
+    model = first.session.inst.model if s.work.factory is not None else s.work.model
     return Plan(
         version=VERSION,
         budget_bytes=limit,
@@ -317,9 +381,7 @@ def _finish(
         notes=notes,
         environment=environment(),
         headroom_bytes=s.headroom_bytes,
-        forbidden=sorted(restriction.overrides.forbid),
-        pins=pins,
-        bounds=bounds_of(s, assignment, (first, later)),
+        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
     )
 
 

@@ -12,8 +12,9 @@ from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import leaves_rng
+from ullage.planner._instance import StepModel
 from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_moment, peak_op, totals
-from ullage.planner._model import StepModel, model_of
+from ullage.planner._model import model_of
 from ullage.planner._options import find_options
 from ullage.planner._study import StepCapture, Study, study
 from ullage.workload import Workload

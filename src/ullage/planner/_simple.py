@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from ullage._errors import BudgetInfeasible
-from ullage.mechanisms import Option
+from ullage.mechanisms import RECOMPUTE, Option
 from ullage.planner._model import model_of
-from ullage.planner._overrides import Options, measured, only
+from ullage.planner._overrides import measured, only
 from ullage.planner._solve import solve
 from ullage.planner._study import Study
 
 Assigned = dict[str, Option]
+TOGETHER = "rebuilt together"
 _MARGIN = 1.001  # between the time the solver sees and that of the executed step
 
 
@@ -52,17 +55,16 @@ def fewer_actions(
 
 
 def count_actions(assignment: Mapping[str, Option]) -> int:
-    """How many distinct actions there are."""
-    return len({o.name for o in assignment.values()})
+    """How many distinct actions there are; being rebuilt with others is one of its own."""
+    return len({(o.name, o.place is not None) for o in assignment.values()})
 
 
 def _cheapest(s: Study, base: frozenset[str], limit: int) -> tuple[frozenset[str], float]:
     """`base` and one more action: (the cheapest such set, seconds of its step), as the solver sees it."""
-    kinds = {o.name for options in s.options.values() for o in options} - base
+    kinds = {o.name for options in s.options.values() for o in options} | {TOGETHER}
     found = []
-    for kind in sorted(kinds):
-        actions = base | {kind}
-        with only(s, _limited(s, actions)):
+    for kind in sorted(kinds - base):
+        with _only(s, base | {kind}):
             model = model_of(s)
             solution = solve(model, limit)
         if solution is not None:
@@ -71,16 +73,22 @@ def _cheapest(s: Study, base: frozenset[str], limit: int) -> tuple[frozenset[str
 
 
 def _decided(s: Study, actions: frozenset[str], decide: Callable[[], Assigned]) -> Assigned | None:
-    with only(s, _limited(s, actions)):
+    with _only(s, actions):
         try:
             return decide()
         except BudgetInfeasible:  # the solver saw one that is none when it is executed
             return None
 
 
-def _limited(s: Study, actions: frozenset[str]) -> Options:
-    """The options of these names; a unit that has none of them keeps its own."""
-    return {f: [o for o in options if o.name in actions] or options for f, options in s.options.items()}
+@contextlib.contextmanager
+def _only(s: Study, actions: frozenset[str]) -> Iterator[None]:
+    """Decide under the options of these names; a unit that has none of them keeps its own."""
+    names = actions | ({RECOMPUTE.name} if TOGETHER in actions else frozenset())
+    left = {f: [o for o in options if o.name in names] or options for f, options in s.options.items()}
+    with only(s, left):
+        model = model_of(s)
+        s.model = model if TOGETHER in actions else replace(model, linked=())
+        yield
 
 
 def _actions(n: int) -> str:

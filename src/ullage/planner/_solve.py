@@ -1,93 +1,147 @@
-"""Exact choice of one option per unit: least added time with live bytes <= budget at every moment.
+"""The schedule of least added time with live bytes <= budget at every moment, and a bound that proves it.
 
-Label setting over units in forward order. A label is (held bytes, cost); of two labels at the same unit the one with
-more held bytes and no less cost can never win, because every later constraint is a prefix sum of held bytes. So the
-Pareto set per unit is complete and the result optimal; identical units keep it small, since their sums coincide.
+The search of the top level (`_search`) is exact, given the cost of rebuilding runs as a function of memory (`_runs`). That
+in turn is computed up to an *excess* over a run's least cost, and how much is needed is known from bounds: if the step
+costs at least `floor` when every run costs its least (`_bounds`), a schedule cheaper than `best` has no run with an excess of
+`best - floor` or more. So: a first round without excess, then growing ones until a schedule is known, then the last one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from ullage.planner._model import StepModel
+from ullage.planner._bounds import Bounds, TopLevel
+from ullage.planner._chain import NEVER, Chain, chain_of
+from ullage.planner._feasible import any_schedule
+from ullage.planner._instance import StepModel
+from ullage.planner._runs import Frontiers, TooManyPoints
+from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate
+from ullage.planner._search import Search
 
-MAX_LABELS = 20_000
-_PICO = 10**12
+WORK_LIMIT = 400_000_000  # steps of frontiers and pairs of labels and items: a minute or so
+QUICK = 3_000_000  # steps that are computed just to see whether that is all it takes
+NARROW, WIDEST = 64, 2**18
+GROWTH = 16
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An option index per unit, its added seconds, a lower bound on them, and the peak the model sees."""
+    """A schedule, the seconds it adds, a lower bound on those of any, and its peak under the model."""
 
-    choice: tuple[int, ...]
+    schedule: Schedule
     seconds: float
     lower_bound: float
     peak_bytes: int
 
+    @property
+    def proved(self) -> bool:
+        """Whether no schedule within the budget adds less."""
+        return self.lower_bound >= self.seconds
 
-_Label = tuple[int, int, "tuple[object, int] | None"]  # held bytes, cost, (previous label's path, option)
+    @property
+    def gap(self) -> float:
+        """Seconds that a better schedule could save at most, as a fraction of this one's."""
+        return (self.seconds - self.lower_bound) / self.seconds if self.seconds else 0.0
+
+    @property
+    def choice(self) -> tuple[int, ...]:
+        """The option index per unit; ValueError if units are rebuilt together."""
+        if any(isinstance(item, Run) for item in self.schedule):
+            raise ValueError("a schedule with runs is no choice of an option per unit")
+        return tuple(item.option for item in self.schedule if isinstance(item, Single))
 
 
-def solve(model: StepModel, budget: int) -> Solution | None:
-    """The cheapest assignment within `budget` bytes, or None if there is none."""
-    if model.outside_bytes[0] > budget:
+def solve(model: StepModel, budget: int, *, work_limit: int = WORK_LIMIT) -> Solution | None:
+    """The cheapest schedule within `budget` bytes, or None if there is none.
+
+    With less work than it takes, the best one found, and a valid lower bound. The same model, budget and limit give the
+    same schedule.
+    """
+    chain = chain_of(model)
+    top = TopLevel(chain, budget)
+    if max(int(top.need[0]), int(chain.outside[0])) > budget:
         return None
-    labels: list[_Label] = [(0, 0, None)]
-    thinned = False
-    for u, options in enumerate(model.options):
-        grown: list[_Label] = []
-        for held, cost, path in labels:
-            for c, o in enumerate(options):
-                after = held + o.held_bytes
-                if held + o.own_peak_bytes <= budget and after + model.outside_bytes[u + 1] <= budget:
-                    grown.append((after, cost + round(o.seconds * _PICO), (path, c)))
-        labels = _pareto(grown)
-        if len(labels) > MAX_LABELS:
-            thinned = True
-            step = -(-len(labels) // MAX_LABELS)
-            labels = labels[::step] if labels[-1] in labels[::step] else [*labels[::step], labels[-1]]
-        if not labels:
-            return None
-    best = min(labels, key=lambda x: (x[1], x[0]))
-    choice = _unwind(best[2])
-    seconds = best[1] / _PICO
-    return Solution(choice, seconds, _relaxed_bound(model) if thinned else seconds, model.peak(list(choice)))
+    solver = _Solver(chain, top, work_limit)
+    solver.solve()
+    peak, seconds = evaluate(model, solver.schedule)
+    assert peak <= budget, "the solver's conditions and the timeline disagree"
+    return Solution(solver.schedule, seconds, min(solver.bound / 10**9, seconds), peak)
 
 
-def smallest(model: StepModel) -> Solution:
-    """The assignment with the smallest peak the model sees; ties go to the cheaper one."""
-    labels: list[_Label] = [(0, model.outside_bytes[0], None)]
-    for u, options in enumerate(model.options):
-        grown: list[_Label] = []
-        for held, worst, path in labels:
-            for c, o in enumerate(options):
-                after = held + o.held_bytes
-                peak = max(worst, held + o.own_peak_bytes, after + model.outside_bytes[u + 1])
-                grown.append((after, peak, (path, c)))
-        labels = _pareto(grown)[:MAX_LABELS]
-    best = min(label[1] for label in labels)
-    found = solve(model, best)
+def smallest(model: StepModel, *, work_limit: int = WORK_LIMIT) -> Solution:
+    """The smallest peak of any schedule, and the cheapest schedule that has it."""
+    chain = chain_of(model)
+    found = solve(model, max(int(TopLevel(chain, 0).need[0]), int(chain.outside[0])), work_limit=work_limit)
     assert found is not None
     return found
 
 
-def _pareto(labels: list[_Label]) -> list[_Label]:
-    labels.sort(key=lambda x: (x[0], x[1]))
-    kept: list[_Label] = []
-    for label in labels:
-        if not kept or label[1] < kept[-1][1]:
-            kept.append(label)
-    return kept
+class _Solver:
+    """The best schedule so far, its cost, and the bound; all costs are nanoseconds."""
+
+    def __init__(self, chain: Chain, top: TopLevel, work: int) -> None:
+        self.chain, self.top, self.left = chain, top, work
+        self.schedule = any_schedule(chain, top)
+        self.best = round(evaluate(chain.model, self.schedule)[1] * 10**9)
+        self.bound = 0
+        dearest = max(int(u.seconds.max()) for u in chain.units)
+        self.unit = max(1, dearest, int(chain.forward_cost.max()))
+
+    def solve(self) -> None:
+        """Rounds of growing excess until the best schedule is known to be the best."""
+        final = all(end == s for s, end in enumerate(self.chain.reach))
+        if not self._round(0, self.left, final) or final:
+            return
+        floor, excess = self.bound, 0
+        while self.bound < self.best:
+            needed = self.best - floor
+            near = needed <= GROWTH * max(excess, self.unit)
+            if self._round(needed, self.left if near else min(self.left, QUICK), final=True) or near:
+                return
+            excess = max(self.unit, GROWTH * excess)
+            if not self._round(excess, self.left, final=False):
+                return
+
+    def _round(self, excess: int, allowed: int, final: bool) -> bool:
+        """Look for a better schedule with this excess; whether there was work left for it."""
+        try:
+            frontiers = Frontiers(self.chain, self.top.budget, excess, allowed)
+        except TooManyPoints:
+            self.left -= allowed
+            return False
+        self.left -= frontiers.points
+        bounds = Bounds(self.top, frontiers)
+        self.bound = max(self.bound, min(bounds.root, self.best))
+        search = Search(self.top, frontiers, bounds)
+        for step in (self.unit, GROWTH * self.unit, NEVER):  # first with guesses of what is enough
+            limit = min(self.best, bounds.root + step)
+            if self._improve(search, frontiers, limit, NARROW, final) or limit == self.best:
+                break
+        width = NARROW
+        while final and self.bound < self.best and width < WIDEST and self.left > 0:
+            width = max(1, min(GROWTH * width, self.left // search.items))
+            self._improve(search, frontiers, self.best, width, final)
+        return self.left > 0
+
+    def _improve(self, search: Search, frontiers: Frontiers, limit: int, width: int, final: bool) -> bool:
+        done = search.work
+        found = search.run(limit, width)
+        self.left -= search.work - done
+        if found.cost < self.best:
+            self.best, self.schedule = found.cost, _schedule(self.chain, frontiers, self.top.budget, found.path)
+        if final:
+            self.bound = max(self.bound, min(found.bound, self.best))
+        return found.cost < NEVER
 
 
-def _unwind(path: Any) -> tuple[int, ...]:
-    choice: list[int] = []
-    while path is not None:
-        path, option = path
-        choice.append(option)
-    return tuple(reversed(choice))
-
-
-def _relaxed_bound(model: StepModel) -> float:
-    return sum(min(o.seconds for o in options) for options in model.options)
+def _schedule(chain: Chain, frontiers: Frontiers, budget: int, path: tuple[tuple[int, int], ...]) -> Schedule:
+    items: list[Item] = []
+    held = 0
+    for unit, item in path:
+        if item >= 0:
+            items.append(Single(unit, item))
+            held += int(chain.units[unit].held[item])
+        else:
+            items.append(Run(unit, -item, frontiers.rebuilt(unit, -item, budget - held - int(chain.base[unit]))))
+            held -= int(chain.links[-item] - chain.links[unit])
+    return tuple(items)

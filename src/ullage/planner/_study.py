@@ -25,9 +25,10 @@ from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
-    from ullage.planner._model import StepModel
+    from ullage.planner._instance import StepModel
 
 OWN_STEP_BYTES = 64
+FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
 Progress = Callable[[str], None]
 
 
@@ -50,17 +51,21 @@ class Study:
     session: Session
     units: list[UnitFacts] = field(default_factory=list)
     options: dict[str, list[Option]] = field(default_factory=dict)
+    levels: dict[str, list[Option]] = field(default_factory=dict)
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     captures: dict[str, StepCapture] = field(default_factory=dict)
     plain_steps: list[slice] = field(default_factory=list)
     known_costs: dict[str, OpCost] = field(default_factory=dict)
+    options_captured: bool = False
     model: StepModel | None = None
     times_given: bool = False
+    explains: bool = False  # plans and errors say what holds the peak, which takes a step or two more
     headroom_bytes: int = 0
     restrictions: list[str] = field(default_factory=list)  # what a person's overrides take away, for messages
     progress: Progress = lambda _: None
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
-    _fresh: tuple[StepCapture, StepCapture] | None = None
+    _executed: dict[frozenset[tuple[str, Option]], StepCapture] = field(default_factory=dict)
+    _fresh: dict[frozenset[tuple[str, Option]], tuple[StepCapture, StepCapture]] = field(default_factory=dict)
     _timelines: WeakKeyDictionary[Session, tuple[int, Timeline]] = field(default_factory=WeakKeyDictionary)
 
     def costs(self, session: Session) -> list[OpCost]:
@@ -130,23 +135,37 @@ class Study:
         return float(self.timeline(capture.session).seconds[capture.ops].sum())
 
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
-        """Run forward and backward of one later step under an assignment; its peak is `peak_with_update`."""
-        session = self.session
-        session.run(self.settings(assignment), update=False, settled=True)
-        return StepCapture(session, slice(session.trace.marks[-1], session.tracker.clock), dict(assignment))
+        """Run forward and backward of one later step under an assignment, once; its peak is `peak_with_update`."""
+        wanted = _key(assignment)
+        if wanted in self._fresh:
+            return replace(self._fresh[wanted][1], assignment=dict(assignment))
+        if wanted not in self._executed:
+            session = self.session
+            session.run(self.settings(assignment), update=False, settled=True)
+            ops = slice(session.trace.marks[-1], session.tracker.clock)
+            self._executed[wanted] = StepCapture(session, ops, dict(assignment))
+        return replace(self._executed[wanted], assignment=dict(assignment))
 
     def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
-        """Run a first and a later step under an assignment, from the workload's own state. The last run is kept."""
-        wanted = {f: o for f, o in assignment.items() if o != KEEP}
+        """Run a first and a later step under an assignment, from the workload's own state. The last runs are kept."""
+        wanted = _key(assignment)
         if not wanted:
             return self.plain_capture
-        if self._fresh is None or self._fresh[0].assignment != wanted:
+        if wanted not in self._fresh:
             session = Session(self.work, self.device.round_bytes, self.device.as_cuda)
-            session.run(self.settings(wanted), steps=2)
+            session.run(self.settings(assignment), steps=2)
             a, b = session.trace.marks
             first, later = slice(a, b), slice(b, session.tracker.clock)
-            self._fresh = StepCapture(session, first, wanted), StepCapture(session, later, wanted)
-        return self._fresh
+            runs = StepCapture(session, first, dict(assignment)), StepCapture(session, later, dict(assignment))
+            self._fresh[wanted] = runs
+            while len(self._fresh) > FRESH_KEPT:
+                del self._fresh[next(iter(self._fresh))]
+        return self._fresh[wanted]
+
+
+def _key(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
+    """What an assignment changes: unnamed units are kept."""
+    return frozenset((f, o) for f, o in assignment.items() if o != KEEP)
 
 
 def signature_key(s: Signature) -> str:
@@ -173,7 +192,7 @@ def study(
     mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
     say = progress or (lambda _: None)
     say("capturing the plain step")
-    session = Session(work, choice.round_bytes, choice.as_cuda)
+    session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
     refuse_existing(session.inst.model)
     session.run(steps=2)
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say)
@@ -201,12 +220,14 @@ def saved_bytes(s: Study) -> dict[str, int]:
     return totals
 
 
-def count_recomputed(capture: StepCapture) -> dict[str, int]:
-    """Recomputed ops per module FQN in a captured step."""
-    trace, tracker = capture.session.trace, capture.session.tracker
-    counts: dict[str, int] = {}
+def recomputed_in(s: Study, capture: StepCapture) -> dict[str, tuple[int, float]]:
+    """Recomputed ops per module FQN in a captured step, and their seconds."""
+    trace, tracker, costs = capture.session.trace, capture.session.tracker, s.costs(capture.session)
+    found: dict[str, tuple[int, float]] = {}
     for i in range(capture.ops.start, capture.ops.stop):
         if trace.recomputed[i]:
+            seconds = costs[trace.signature[i]].seconds
             for fqn in tracker.stacks[trace.stack[i]]:
-                counts[fqn] = counts.get(fqn, 0) + 1
-    return counts
+                ops, total = found.get(fqn, (0, 0.0))
+                found[fqn] = ops + 1, total + seconds
+    return found

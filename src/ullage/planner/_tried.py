@@ -68,7 +68,8 @@ def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
     what = f"what one {kind} makes and frees in its own {ledger.phase[p.at]} ({fqn})"
     parts = _parts(p, fqn)
     rebuilt = [f for f in alike if p.assignment.get(f, KEEP) != KEEP]
-    if fqn in rebuilt and len(parts) > 1 and runs:
+    alone = all(o.place is None for o in p.assignment.values())
+    if fqn in rebuilt and alone and len(parts) > 1 and runs:
         steps = _finer(p, rebuilt, parts)
         if steps is not None:
             glob = glob_of(alike, list(p.s.options))
@@ -95,7 +96,7 @@ def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> tuple[StepCapt
     others = [u.fqn for u in p.s.units if u.fqn not in rebuilt]
     finer = [f"{f}.{n}" for f in rebuilt for n in parts]
     units = unit_facts(p.s.plain_session, saved_bytes(p.s), [*others, *finer])
-    s = replace(p.s, units=units, options={}, reasons={}, _fresh=None)
+    s = replace(p.s, units=units, options={}, reasons={}, _fresh={}, _executed={})
     find_options(s)
     wanted = {**p.assignment, **dict.fromkeys(finer, RECOMPUTE)}
     try:
@@ -110,7 +111,7 @@ def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
     groups: dict[tuple[str, str], list[str]] = {}
     for u in p.s.units:
         option = p.assignment.get(u.fqn, KEEP)
-        if option != RECOMPUTE and RECOMPUTE in p.s.options[u.fqn]:
+        if option.action != RECOMPUTE.action and RECOMPUTE in p.s.options[u.fqn]:
             groups.setdefault((u.class_name, option.name), []).append(u.fqn)
     forward = (ledger.category == "") & (ledger.birth >= 0) & (ledger.phase[ledger.birth] == "forward")
     found = []

@@ -32,11 +32,12 @@ from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
 from ullage.runtime._local import is_recomputing, recomputing_units
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
-from ullage.runtime._site import Shared, Site
+from ullage.runtime._select import select
+from ullage.runtime._site import Learnt, Shared, Site
 
 __all__ = [
-    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Options", "Place", "Shared", "Site", "Trail", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
-    "level_rule", "recomputing_units", "run",
+    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Learnt", "Options", "Place", "Shared", "Site", "Trail", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
+    "level_rule", "recomputing_units", "run", "select",
 ]  # fmt: skip
 
 keep_eager(

@@ -1,9 +1,11 @@
-"""Which ops are not to be done again: named levels, collections of ops, callables."""
+"""Which ops are not to be done again: named levels, single calls of ops, collections of ops, callables."""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from ullage._errors import ArgumentError
 aten = torch.ops.aten
 
 Rule = Callable[[Any, int], bool]  # (op, n): is the n-th call of its kind not to be done again?
-Keep = str | Collection[Any] | Callable[[Any], bool]
+Keep = str | Collection[Any] | Callable[[Any], bool]  # or an OpsRule
 
 _names = (
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
@@ -79,8 +81,98 @@ class CallableRule:
         return hash(getattr(self.keep, "__code__", type(self.keep)))
 
 
-def kind_of(op: Any) -> Any:
-    """What calls are counted by: all matmuls together, other ops each for itself."""
+@dataclass(frozen=True)
+class OpsRule:
+    """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]`: the first gelu, and of the calls of mm these five.
+
+    Attributes:
+        calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
+        routing: routing outputs are kept too, as at a level.
+    """
+
+    calls: frozenset[tuple[str, int]]
+    routing: bool = False
+
+    @classmethod
+    def from_text(cls, text: str, routing: bool = False) -> OpsRule:
+        """Read what `text` gives.
+
+        Raises:
+            ValueError: it is no such text, or names an op that torch does not have. Ops of other libraries are not looked up:
+                they may come later.
+        """
+        calls: set[tuple[str, int]] = set()
+        for part in text.split("+"):
+            found = _CALLS.fullmatch(part)
+            if found is None:
+                raise ValueError(f"{part!r} in {text!r}: expected an op and which of its calls, such as mm[0,2]")
+            name = found["op"].removeprefix("aten::").removesuffix(".default")
+            if _find_op(name) is None and (found["ns"] or "aten") in _TORCHS:
+                raise ValueError(f"{name!r} in {text!r}: torch has no such op")
+            for run in found["calls"].split(","):
+                first, _, last = run.partition("-")
+                if int(last or first) < int(first):
+                    raise ValueError(f"{part!r} in {text!r}: {run} is no range")
+                calls |= {(name, n) for n in range(int(first), int(last or first) + 1)}
+        return cls(frozenset(calls), routing)
+
+    @property
+    def text(self) -> str:
+        """The calls by op, sorted: equal for equal calls. "" if there are none."""
+        by_op: dict[str, list[int]] = {}
+        for name, n in sorted(self.calls):
+            by_op.setdefault(name, []).append(n)
+        return "+".join(f"{name}[{_runs(ns)}]" for name, ns in by_op.items())
+
+    @property
+    def ops(self) -> list[Any]:
+        """The overloads that it names and torch knows now."""
+        found = [_find_op(name) for name in sorted({name for name, _ in self.calls})]
+        return [op for op in found if op is not None]
+
+    def __call__(self, op: Any, n: int) -> bool:
+        """See `Rule`."""
+        return (op_name(op), n) in self.calls or (self.routing and op in ROUTING)
+
+    def kind_of(self, op: Any) -> Any:
+        """Each op is counted for itself, matmuls too."""
+        return op
+
+
+_RUN = r"\d{1,6}(-\d{1,6})?"
+_CALLS = re.compile(rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\]", re.ASCII)
+_TORCHS = ("aten", "prims")
+
+
+def _runs(numbers: list[int]) -> str:
+    """Ascending numbers; three or more in a row as `first-last`."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)
+
+
+@functools.cache
+def op_name(op: Any) -> str:
+    """`mm`, `max.dim`, `library::op.overload`: aten and the default overload go without saying."""
+    name = op._schema.name.removeprefix("aten::")
+    return name if op._overloadname == "default" else f"{name}.{op._overloadname}"
+
+
+def _find_op(name: str) -> Any:
+    space, _, rest = name.rpartition("::")
+    packet, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, space or "aten"), packet, None), overload or "default", None)
+
+
+def kind_of(op: Any, rule: Rule) -> Any:
+    """What calls are counted by: all matmuls together and other ops each for itself, unless the rule knows better."""
+    own = getattr(rule, "kind_of", None)
+    if own is not None:
+        return own(op)
     return "matmul" if op in MATMUL else op
 
 
@@ -90,16 +182,30 @@ def level_rule(level: str, routing: bool = True) -> LevelRule:
     return LevelRule(level, routing)
 
 
+@functools.cache
+def named_rule(name: str, routing: bool = True) -> LevelRule | OpsRule:
+    """The rule of a level, of "" (routing outputs only), or of single calls; ValueError if it names neither."""
+    return level_rule(name, routing) if not name or name in LEVELS else OpsRule.from_text(name, routing)
+
+
 def rule_of(keep: Keep) -> Rule:
     """The rule that a `keep=` argument names.
 
     Raises:
         ArgumentError: it names none.
     """
+    if isinstance(keep, OpsRule):
+        return keep
     if isinstance(keep, str):
-        if keep not in LEVELS:
-            raise ArgumentError(f"keep={keep!r}: expected one of {', '.join(map(repr, LEVELS))}, ops, or a callable")
-        return level_rule(keep)
+        if keep not in LEVELS and "[" not in keep:
+            raise ArgumentError(
+                f"keep={keep!r}: expected one of {', '.join(map(repr, LEVELS))}, calls of ops such as 'mm[0,2]+gelu[0]', "
+                "ops, or a callable"
+            )
+        try:
+            return named_rule(keep)
+        except ValueError as error:
+            raise ArgumentError(f"keep: {error}") from None
     if callable(keep):
         return CallableRule(keep)
     if isinstance(keep, Collection):
@@ -122,14 +228,25 @@ def _op(op: Any) -> Any:
 
 
 def torch_contexts(keep: Keep) -> Callable[[], tuple[Any, Any]]:
-    """torch's selective contexts with the nearest policy, for `torch.compile`: op outputs, not saved tensors."""
+    """torch's selective contexts with the nearest policy, for `torch.compile`: op outputs, not saved tensors.
+
+    A policy that counts is not one that Dynamo traces: of half the matmuls all are kept, and of single calls of an op all its calls.
+    """
     if isinstance(keep, str) and keep == "half_matmul_attention":
-        keep = "matmul_attention"  # a policy that counts is not one that Dynamo traces
-    if isinstance(keep, str):
-        keep = _LEVEL_OPS[keep]
+        keep = "matmul_attention"
+    if isinstance(keep, OpsRule):
+        keep = _ops_of(keep)
+    elif isinstance(keep, str):
+        keep = _LEVEL_OPS[keep] if keep in _LEVEL_OPS else _ops_of(keep)
     if callable(keep):
         return functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, keep))
     return functools.partial(create_selective_checkpoint_contexts, list(keep))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ops_of(keep: str | OpsRule) -> frozenset[Any]:
+    rule = OpsRule.from_text(keep) if isinstance(keep, str) else keep
+    return frozenset([*rule.ops, *ROUTING])
 
 
 def _policy(keep: Callable[[Any], bool], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

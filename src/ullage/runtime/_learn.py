@@ -20,7 +20,7 @@ from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
 from ullage.runtime._reach import forget
 from ullage.runtime._select import Selection, select
-from ullage.runtime._site import Facts, refused
+from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
 
 
@@ -49,7 +49,10 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         frame.site.say(f"{facts.must_keep}; its activations are kept")
         return out
     if recorder is not None and rule is not None:
-        frame.known = frame.site.shared.learn(frame.signature, _selection(frame, recorder), frame.noted())
+        shared, notes = frame.site.shared, frame.noted()
+        frame.known = shared.learn(frame.signature, _selection(frame, recorder), notes)
+        if shared.logs is not None:
+            shared.logs[frame.signature] = Learnt(recorder.log, notes, frame.site.name)
         if frame.known.selection.refusal:
             frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
     _drop(frame, frame.known.selection.kept if frame.known is not None else frozenset())

@@ -30,6 +30,14 @@ Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
 # what fake tensors are asked for by C++ (`prim::device`), where nothing may be raised: no ops
 QUERIES = "prim"
+# they look at the shape, dtype and device of what they are given, not at what is in it
+SHAPE_ONLY = {
+    getattr(aten, n).default
+    for n in (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full",
+        "new_empty_strided",
+    )
+}  # fmt: skip
 # their outputs' shapes are known only once they have run
 DATA_DEPENDENT = torch.Tag.dynamic_output_shape
 _BATCH_NORMS = {
@@ -110,7 +118,7 @@ class Recorder(TorchDispatchMode):
             self.log.refusal = f"{func} is a higher-order op"
             return func(*args, **kwargs)
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        inputs = [self.value(t) for t in tensors]
+        inputs = [self.value(t) for t in tensors] if func not in SHAPE_ONLY else []
         try:
             out = func(*args, **kwargs)
         except Exception:  # the unit may catch it: a replay must come to the same
@@ -120,7 +128,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], inputs: list[Value], out: Any) -> None:
-        given = {i[0] for i in inputs}
+        given = {i[0] for i in inputs} if func not in SHAPE_ONLY else {self.value(t)[0] for t in tensors}
         leaves, spec = tree_flatten(out)
         outputs: list[tuple[Value | None, Any]] = []
         returns = []

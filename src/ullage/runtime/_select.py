@@ -66,14 +66,22 @@ def select(log: Log, rule: Rule) -> Selection:
     return _Chooser(log, rule).selection()
 
 
-class _Chooser:
-    def __init__(self, log: Log, rule: Rule) -> None:
-        self.log = log
+class Flow:
+    """Who makes, writes and saves what in a log.
+
+    Attributes:
+        dirty: storages that some op writes to.
+        makers: per value the ops that make it: a view of the same kind may be made again and again.
+        born: per storage the op that allocated it; none for those from outside.
+        making: per storage the ops that write to it or return a view of it; those that only read it change nothing.
+        saved_by: per storage the indices of the saved tensors in it.
+    """
+
+    def __init__(self, log: Log) -> None:
         self.dirty = {s for op in log.ops for s in op.writes}
-        self.makers: dict[Value, list[int]] = {}  # a view of the same kind may be made again and again
-        self.born: dict[int, int] = {}  # storage -> the op that allocated it
-        self.aliases: dict[Value, list[int]] = {}  # value -> ops that make it again: detach, the same view twice
-        self.touching: dict[int, list[int]] = {}
+        self.makers: dict[Value, list[int]] = {}
+        self.born: dict[int, int] = {}
+        self.making: dict[int, list[int]] = {}
         for k, op in enumerate(log.ops):
             given = {v[0] for v in op.inputs}
             for value, _ in op.outputs:
@@ -81,11 +89,20 @@ class _Chooser:
                     self.makers.setdefault(value, []).append(k)
                     if value[0] not in given and value[0] not in log.outside:
                         self.born.setdefault(value[0], k)
-            for s in given | {v[0] for v, _ in op.outputs if v is not None}:
-                self.touching.setdefault(s, []).append(k)
+            for s in op.writes | {v[0] for v, _ in op.outputs if v is not None}:
+                self.making.setdefault(s, []).append(k)
         self.saved_by: dict[int, list[int]] = {}
         for i, value in enumerate(log.saved):
             self.saved_by.setdefault(value[0], []).append(i)
+
+    def can_hand(self, s: int) -> bool:
+        """Can this storage be kept, and handed out by the op that allocated it?"""
+        return s in self.saved_by and s in self.born and s not in self.dirty
+
+
+class _Chooser:
+    def __init__(self, log: Log, rule: Rule) -> None:
+        self.log, self.flow = log, Flow(log)
         self.chosen = self._chosen(rule)
         self.kept = self._kept()
 
@@ -93,14 +110,11 @@ class _Chooser:
         seen: dict[Any, int] = {}
         chosen = set()
         for k, op in enumerate(self.log.ops):
-            kind = kind_of(op.func)
+            kind = kind_of(op.func, rule)
             n = seen[kind] = seen.get(kind, -1) + 1
             if not op.writes and rule(op.func, n):
                 chosen.add(k)
         return chosen
-
-    def _can_hand(self, s: int) -> bool:
-        return s in self.saved_by and s in self.born and s not in self.dirty
 
     def _kept(self) -> frozenset[int]:
         consumers: dict[int, list[int]] = {}
@@ -110,7 +124,7 @@ class _Chooser:
         kept: set[int] = set()
         for k in self.chosen:
             fresh = {v[0] for v, _ in self.log.ops[k].outputs if v is not None}
-            saved = {s for s in fresh if self._can_hand(s)}
+            saved = {s for s in fresh if self.flow.can_hand(s)}
             todo = list(fresh) if not saved else []
             seen = set(todo)
             while todo:  # the nearest saved tensors computed from it
@@ -119,8 +133,8 @@ class _Chooser:
                     for value in made:
                         if value[0] not in seen:
                             seen.add(value[0])
-                            (saved.add if self._can_hand(value[0]) else todo.append)(value[0])
-            kept |= {i for s in saved for i in self.saved_by[s]}
+                            (saved.add if self.flow.can_hand(value[0]) else todo.append)(value[0])
+            kept |= {i for s in saved for i in self.flow.saved_by[s]}
         return frozenset(kept)
 
     def selection(self) -> Selection:
@@ -144,7 +158,7 @@ class _Chooser:
                     done.add(value)
                     self._need(value)
         # an op that runs anyway hands nothing out
-        used = frozenset(i for i in self.used if self.born[log.saved[i][0]] not in self.run)
+        used = frozenset(i for i in self.used if self.flow.born[log.saved[i][0]] not in self.run)
         steps = tuple(self._step(k, used) for k in range(len(log.ops)))
         return Selection(self.kept, used, steps, sum(s.action == SKIP for s in steps[:last]))
 
@@ -163,12 +177,12 @@ class _Chooser:
 
     def _need(self, value: Value) -> None:
         s = value[0]
-        if s in self.dirty:
-            for k in self.touching.get(s, ()):
+        if s in self.flow.dirty:
+            for k in self.flow.making.get(s, ()):
                 self._need_op(k)
             return
-        for k in self.makers.get(value, ()):  # none: it is from outside
-            if self.born.get(s) != k or s not in self.handed:
+        for k in self.flow.makers.get(value, ()):  # none: it is from outside
+            if self.flow.born.get(s) != k or s not in self.handed:
                 self._need_op(k)
             elif self.handed[s] not in self.used:
                 self.used.add(self.handed[s])
@@ -180,7 +194,7 @@ class _Chooser:
             return Step(op.func, RUN, source=op.source)
         handed = []
         for value, _ in op.outputs:
-            index = self.handed.get(value[0], -1) if value is not None and self.born.get(value[0]) == k else -1
+            index = self.handed.get(value[0], -1) if value is not None and self.flow.born.get(value[0]) == k else -1
             handed.append(index if index in used else -1)
         outputs = tuple((meta, 0 if value is None else value[1]) for value, meta in op.outputs)
         alone = op.spec.is_leaf() and op.outputs[0][0] is not None and handed[0] < 0 and op.returns[0] < 0

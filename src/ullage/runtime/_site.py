@@ -6,14 +6,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
+from ullage.runtime._log import Log
 from ullage.runtime._notes import Notes
 from ullage.runtime._place import Trail
 from ullage.runtime._select import Selection
 from ullage.runtime._state import Changes
+
+if TYPE_CHECKING:
+    from ullage.runtime._frame import Options
 
 MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
 MOST_STALE = 3
@@ -64,13 +68,26 @@ class Known:
     proof: Proof = field(default_factory=Proof)
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What a unit's call taught: its op log, what it saved, and which unit it was."""
+
+    log: Log
+    notes: Notes
+    name: str
+
+
 @dataclass
 class Shared:
-    """What units of one structure share: selections by input signature, and how often each went stale."""
+    """What units of one structure share: selections by input signature, and how often each went stale.
+
+    `logs`: where the op logs go, if someone wants them; by input signature.
+    """
 
     known: OrderedDict[Hashable, Known] = field(default_factory=OrderedDict)
     stale: dict[Hashable, int] = field(default_factory=dict)
     proof: Proof = field(default_factory=Proof)  # of a full replay of this structure
+    logs: dict[Hashable, Learnt] | None = None
 
     def look_up(self, signature: Hashable) -> Known | None:
         """What is known for a signature."""
@@ -89,6 +106,10 @@ class Shared:
             self.stale.pop(old, None)
         return known
 
+    def know(self, signature: Hashable, selection: Selection, notes: Notes) -> None:
+        """Take a selection as proven."""
+        self.known[signature] = Known(selection, notes, Proof(True))
+
     def forget(self, signature: Hashable) -> None:
         """It went stale: the next call with it makes a new log."""
         self.stale[signature] = self.stale.get(signature, 0) + 1
@@ -106,6 +127,7 @@ class Site:
         trail: what units of its model that are rebuilt together know of each other.
         facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
+        links: how often its input was not held, but left to the unit before.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
@@ -118,10 +140,15 @@ class Site:
     trail: Trail | None = None
     facts: dict[Hashable, Facts] = field(default_factory=dict)
     noted: dict[Hashable, Notes] = field(default_factory=dict)
+    links: int = 0
     replays: int = 0
     skipped: int = 0
     stale: int = 0
     notes: dict[str, None] = field(default_factory=dict)
+
+    def learns(self, options: Options) -> bool:
+        """Will its next call be one that learns?"""
+        return not self.facts or (options.rule is not None and not self.shared.known)
 
     def say(self, note: str, warn: bool = True) -> None:
         """Note something; the first time as a warning too."""

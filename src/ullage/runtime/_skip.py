@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ullage._source import source_line
 from ullage.runtime._local import local
-from ullage.runtime._log import QUERIES
+from ullage.runtime._log import QUERIES, SHAPE_ONLY
 from ullage.runtime._select import RUN, Selection, Step
 
 _TO_COPY = torch.ops.aten._to_copy.default
@@ -57,6 +57,13 @@ def _view_of(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any
     )
 
 
+def _like(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any:
+    """What an op makes that only looks at a tensor's shape."""
+    base = torch.empty_strided(placeholder.shape, placeholder.stride(), dtype=placeholder.dtype, device="meta")
+    device = kwargs.get("device")
+    return func(base, *args, **{**kwargs, "device": placeholder.device if device is None else device})
+
+
 class SkipMode(TorchDispatchMode):
     """See the module's docstring.
 
@@ -90,6 +97,8 @@ class SkipMode(TorchDispatchMode):
             raise Stale(f"{func} at {source_line()} where the log has {step.func if step else 'its end'}")
         self.at = at + 1
         if step.action == RUN:
+            if func in SHAPE_ONLY and type(args[0]) is Placeholder:
+                return _like(args[0], func, args[1:], kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         if step.made is not None:
             return Placeholder(*step.made)

@@ -43,15 +43,24 @@ def load_target(
     """
     if target.endswith(".json"):
         return workload_from_config(target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1)
-    if any(v is not None for v in (batch, seq, autocast, accumulate)) or (dtype, optimizer) != ("fp32", "adamw"):
+    check_factory_options(
+        target, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, autocast=autocast, accumulate=accumulate
+    )
+    return Workload.from_factory(find_factory(target))
+
+
+def check_factory_options(target: str, **options: Any) -> None:
+    """Raise WorkloadError for options of `load_target` that a factory would not heed."""
+    defaults = {"dtype": "fp32", "optimizer": "adamw"}
+    if any(v != defaults.get(k) for k, v in options.items()):
         raise WorkloadError(
             f"target={target!r}: --batch, --seq, --dtype, --optimizer, --autocast and --accumulate are for config.json "
             "targets; a factory sets its own"
         )
-    return Workload.from_factory(_factory(target))
 
 
-def _factory(target: str) -> Callable[[], Workload]:
+def find_factory(target: str) -> Callable[..., Workload]:
+    """The callable that a target names; WorkloadError if there is none."""
     where, _, name = target.rpartition(":")
     if not where or not name:
         what = "there is a file of this name; which factory in it? " if Path(target).is_file() else ""

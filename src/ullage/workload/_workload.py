@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._pytree import tree_flatten
 
 from ullage._errors import UllageError, WorkloadError
 from ullage.workload._rebind import rebind
@@ -80,6 +81,12 @@ class Instance:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             return tensor.device
         return torch.device("cpu")
+
+    @property
+    def samples(self) -> int:
+        """Samples in a micro-batch: the first dimension of the batch's first tensor."""
+        first = next((t for t in tree_flatten(self.batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
+        return int(first.shape[0]) if first is not None else 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""`ullage fit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import ullage as ul
+from ullage.cli._options import budget_value, cost_options, json_option, output_file, show, target_options
+from ullage.cli._progress import progress
+from ullage.workload import target_along
+
+
+@click.command()
+@target_options
+@click.option("--budget", required=True, help="Bytes, '6GiB', '6 GB' or '90% of device'.")
+@click.option(
+    "--axis",
+    default="batch",
+    show_default=True,
+    help="batch or seq; of a factory any keyword that takes a whole number.",
+)
+@click.option("--step", type=click.IntRange(1), help="Try multiples of it only; default: 1, along seq 128.")
+@click.option("--at-least", type=click.IntRange(1), help="The smallest value to try; default: the step.")
+@click.option(
+    "--at-most",
+    type=click.IntRange(1),
+    help="The largest; default: 65536 for batch, 1048576 for seq, else 1024 steps.",
+)
+@cost_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    callback=output_file,
+    help="Write the largest value's plan there.",
+)
+@json_option
+def fit(
+    target: str,
+    axis: str,
+    budget: str,
+    device: str | None,
+    costs: str,
+    step: int | None,
+    at_least: int | None,
+    at_most: int | None,
+    output: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find the largest batch or sequence that fits the budget with its best plan, and the fastest one tried.
+
+    Exit code 3: not even the smallest value fits; the smallest budget that would do is said.
+    """
+    with progress() as report:
+        result = ul.fit(
+            target_along(target, axis, **options),
+            budget_value(budget),
+            axis,
+            device=device,
+            costs=costs,
+            step=step,
+            at_least=at_least,
+            at_most=at_most,
+            progress=report,
+        )
+    if output is not None:
+        result.plan.save(output)
+    show(result, as_json)
+    if output is not None and not as_json:
+        click.echo(f"written to {output}")

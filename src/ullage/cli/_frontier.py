@@ -1,0 +1,62 @@
+"""`ullage frontier`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+
+import ullage as ul
+from ullage.cli._options import cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._progress import progress
+
+
+def _picture(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refused now, not after the work."""
+    from ullage.planner._draw import check_picture
+
+    if value is not None:
+        check_picture(value)
+    return value
+
+
+@click.command()
+@target_options
+@click.option("--points", type=click.IntRange(2), default=12, show_default=True, help="Budgets to plan for.")
+@cost_options
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write it there, plans included."
+)
+@click.option(
+    "--picture", type=click.Path(dir_okay=False), callback=_picture, help="Draw it there: .svg, .png or .pdf."
+)
+@json_option
+def frontier(
+    as_json: bool, points: int, device: str | None, costs: str, output: str | None, picture: str | None, **options: Any
+) -> None:
+    """Plan for budgets from the smallest that is possible to the plain step's peak: step time against peak.
+
+    The plot, and --picture, need the extra `plot`.
+    """
+    with progress() as report:
+        result = ul.frontier(load(options), points, device, costs=costs, progress=report)
+    if output is not None:
+        result.save(output)
+    if picture is not None:
+        result.plot(picture)
+    show(result, as_json)
+    if not as_json:
+        _plot(result)
+        for path in (output, picture):
+            if path is not None:
+                click.echo(f"written to {path}")
+
+
+def _plot(result: ul.Frontier) -> None:
+    from ullage.planner._draw import HOW_TO_GET_IT, terminal
+
+    color = sys.stdout.isatty()
+    text = terminal(result, min(Console().width, 100) if color else 80, color=color)
+    click.echo(f"\n{text}" if text is not None else f"a plot of it in the terminal needs plotext; {HOW_TO_GET_IT}")

@@ -1,0 +1,96 @@
+"""What the solver sees of a training step: units in forward order, their options, and what may be rebuilt together.
+
+The *base* is the step with every unit recomputed: it holds one saved input per unit. All facts are differences from it, or
+absolute live bytes in it. Nothing here knows tensors or modules.
+
+A unit is *linked* if its input is exactly what the unit before returned and nothing else holds it: then the input need
+not be held, since running the unit before again gives it back. Neither a unit that can't be run again nor the one after
+it is linked. Without links no run of units can be rebuilt together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ullage.mechanisms import Option
+
+
+def nanoseconds(seconds: float) -> int:
+    """The solver's unit of cost: an integer, so that sums are exact and twins, timed alike, stay twins."""
+    return round(seconds * 10**9)
+
+
+@dataclass(frozen=True)
+class OptionFacts:
+    """One option of one unit.
+
+    Attributes:
+        option: what is done; its action `recompute` means that a replay is the unit's whole forward.
+        held_bytes: kept between the unit's forward and backward, beyond recompute.
+        own_peak_bytes: the most bytes alive while the unit's own forward or backward runs, if no unit before it holds
+            anything beyond the base.
+        seconds: added by a replay in the unit's backward; 0 for keep.
+        record_bytes: bytes above those alive at its start that a forward which records for this option needs, its output
+            included; None for the most that any option's backward needs.
+    """
+
+    option: Option
+    held_bytes: int
+    own_peak_bytes: int
+    seconds: float
+    record_bytes: int | None = None
+
+    @property
+    def is_recompute(self) -> bool:
+        """Whether the replay is the whole forward, so that passing over the unit records nothing."""
+        return self.option.action == "recompute"
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Per unit its options and links; per prefix length the peak outside units. No mechanism, no module.
+
+    Attributes:
+        units: names, in forward order.
+        options: of each unit.
+        outside_bytes: [k]: the most bytes alive outside units, in forward and backward, while the first k units are held.
+        base_seconds: of the plain step.
+        linked: [u]: whether u's input can be rebuilt by running u - 1 again. Empty: no unit's can.
+        link_bytes: [u]: bytes of u's input that are free from u's forward to its backward if it is not held.
+        forward_seconds: [u]: of a forward that records nothing.
+        forward_peak_bytes: [u]: bytes above those alive at its start that such a forward needs, its output included.
+        backward_base_bytes: [u]: bytes alive in the base when u's backward begins, before its replay.
+        forward_base_bytes: [u]: bytes alive in the base when u's forward begins. Empty: as in its backward.
+    """
+
+    units: tuple[str, ...]
+    options: tuple[tuple[OptionFacts, ...], ...]
+    outside_bytes: tuple[int, ...]
+    base_seconds: float
+    linked: tuple[bool, ...] = ()
+    link_bytes: tuple[int, ...] = ()
+    forward_seconds: tuple[float, ...] = ()
+    forward_peak_bytes: tuple[int, ...] = ()
+    backward_base_bytes: tuple[int, ...] = ()
+    forward_base_bytes: tuple[int, ...] = ()
+
+    def peak(self, choice: list[int]) -> int:
+        """The peak of an assignment (an option index per unit) without runs."""
+        held, worst = 0, self.outside_bytes[0]
+        for u, c in enumerate(choice):
+            option = self.options[u][c]
+            worst = max(worst, held + option.own_peak_bytes)
+            held += option.held_bytes
+            worst = max(worst, held + self.outside_bytes[u + 1])
+        return worst
+
+    def record_bytes(self, unit: int, option: int) -> int:
+        """What a forward of `unit` needs above what is alive at its start if it is run again under `option`."""
+        facts = self.options[unit][option]
+        if facts.is_recompute:
+            return self.forward_peak_bytes[unit]
+        if facts.record_bytes is not None:
+            return facts.record_bytes
+        return max(o.own_peak_bytes for o in self.options[unit]) - self.backward_base_bytes[unit]

@@ -1,0 +1,119 @@
+"""The choice inside a unit as a mixed-integer program, solved by HiGHS.
+
+Binary variables: x_g, the group is kept, and y_n, the node of `Rules` holds. A rule "if a holds, b does" is y_b >= y_a; "if a holds and
+g is dropped" y_b >= y_a - x_g; "and g is kept" y_b >= y_a + x_g - 1. What holds with everything kept always holds, what does
+not with nothing kept never does; both leave the program. At a price per byte, and but for where a replay ends, it is a minimum cut (as in
+torch's partitioner): the relaxation is integral. With a limit on bytes HiGHS 1.12 (scipy 1.17) may print a line of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ullage.planner._graph import Graph
+
+_INTEGRAL = 1e-7
+_SCALE = 1e6  # of the objective: HiGHS stops at a gap of 1e-6, whatever the unit
+
+
+class Program:
+    """See the module's docstring.
+
+    Args:
+        graph: the unit; a replay of it that keeps nothing must take some time.
+        node_limit: the most nodes of the search tree per solve. A limit on work, not on time: it gives the same every time.
+    """
+
+    def __init__(self, graph: Graph, node_limit: int) -> None:
+        self.graph, self.node_limit = graph, node_limit
+        rules, groups = graph.rules, len(graph.groups)
+        most, least = rules.holds(()), rules.holds(range(groups))
+        self.fixed = {n: float(least[n]) for n in rules.antitone if least[n] or not most[n]}
+        free = [n for n in range(rules.size) if n not in self.fixed]
+        self.column = {n: groups + i for i, n in enumerate(free)}
+        self.rows: list[tuple[dict[int, float], float]] = []  # coefficients, lower bound
+        for a, b in rules.always:
+            self._row({b: 1, a: -1}, {}, 0)
+        everything = frozenset(range(groups))
+        alone = [rules.holds(everything - {g}) for g in range(groups)]
+        for a, b, g in rules.dropped:
+            # y_b >= 1 - x_g wherever that follows from g alone: with y_a for 1 the relaxation would be far from the optimum
+            self._row({b: 1} if alone[g][b] else {b: 1, a: -1}, {g: 1}, int(alone[g][b]))
+        for a, b, g in rules.kept:
+            self._row({b: 1, a: -1}, {g: -1}, -1)
+        for a, b, c in rules.both:
+            self._row({c: 1, a: -1, b: -1}, {}, -1)
+        self.sunk = sum(s * self.fixed.get(n, 0.0) for n, s in rules.cost.items())
+        self.seconds = np.zeros(groups + len(free))
+        for n, s in rules.cost.items():
+            if n in self.column:
+                self.seconds[self.column[n]] = s
+        self.nbytes = np.array([g.nbytes for g in graph.groups], np.int64)
+        self.unit = math.gcd(*self.nbytes.tolist()) or 1
+        self.scale = _SCALE / max(graph.seconds(()), 1e-12)
+
+    def _row(self, nodes: dict[int, int], groups: dict[int, int], least: float) -> None:
+        """Add: the sum of nodes and groups is at least `least`, unless it always is."""
+        row = {g: float(c) for g, c in groups.items()}
+        for n, c in nodes.items():
+            if n in self.fixed:
+                least -= c * self.fixed[n]
+            else:
+                row[self.column[n]] = float(c)
+        if sum(c for c in row.values() if c < 0) < least:
+            self.rows.append((row, least))
+
+    def solve(self, limit: int | None, price: float) -> tuple[frozenset[int] | None, float]:
+        """Of what holds at most `limit` bytes: the groups with the least seconds + price * bytes, and a lower bound on those.
+
+        No groups: it stopped before it found any.
+        """
+        groups = len(self.nbytes)
+        objective = self.seconds * self.scale
+        objective[:groups] = self.nbytes * (price * self.scale)
+        upper = np.ones(len(objective))
+        if limit is not None:
+            upper[:groups] = self.nbytes <= limit
+        # without a limit the relaxation is nearly always integral, and takes a tenth of the time
+        for integral in (False, True) if limit is None else (True,):
+            x, bound = self._run(objective, upper, self._constraints(limit), integral)
+            if x is None or not np.abs(x[:groups] - x[:groups].round()).max() > _INTEGRAL:
+                break
+        bound = self.sunk + max(bound, 0.0) / self.scale
+        kept = frozenset(np.flatnonzero(x[:groups] > 0.5).tolist()) if x is not None else None
+        if kept is not None and limit is not None and self.graph.nbytes(kept) > limit:
+            kept = None  # beyond what the solver's tolerance should let through
+        return kept, bound
+
+    def _run(self, objective: Any, upper: Any, constraints: list[Any], integral: bool) -> tuple[Any, float]:
+        from scipy.optimize import Bounds, milp  # type: ignore[import-untyped]
+
+        result = milp(
+            objective,
+            integrality=np.full(len(objective), int(integral)),
+            bounds=Bounds(0, upper),
+            constraints=constraints,
+            options={"node_limit": self.node_limit, "mip_rel_gap": 0.0},
+        )
+        bound = result.mip_dual_bound if integral else result.fun
+        return result.x, bound if bound is not None and math.isfinite(bound) else 0.0
+
+    def _constraints(self, limit: int | None) -> list[Any]:
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csr_array  # type: ignore[import-untyped]
+
+        rows = self.rows
+        if limit is not None:
+            # in the largest unit that all sizes are multiples of; half of one is room for the solver's tolerance
+            sizes = {g: -float(n // self.unit) for g, n in enumerate(self.nbytes.tolist())}
+            rows = [*rows, (sizes, -(limit // self.unit) - 0.5)]
+        if not rows:
+            return []
+        ends = np.cumsum([0, *(len(row) for row, _ in rows)])
+        columns = np.array([c for row, _ in rows for c in row])
+        data = np.array([v for row, _ in rows for v in row.values()])
+        matrix = csr_array((data, columns, ends), shape=(len(rows), len(self.seconds)))
+        return [LinearConstraint(matrix, np.array([least for _, least in rows]), np.inf)]

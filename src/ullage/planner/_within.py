@@ -1,0 +1,140 @@
+"""The choice inside one unit: which saved tensors to keep, so that the rest is rebuilt in the least time.
+
+`levels` gives points of the curve of least replay seconds against kept bytes. Where the curve is convex a price per byte
+finds its points; between those a limit on bytes does. Each is the optimum for its bytes, or says how far it may be off.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, replace
+
+from ullage.planner._eliminate import Curve, TooWide, curve_of
+from ullage.planner._graph import Graph
+from ullage.planner._milp import Program
+
+NODE_LIMIT = 2_000
+_TIE_SECONDS, _TIE_SHARE = 1e-9, 1e-7
+
+
+@dataclass(frozen=True)
+class Level:
+    """What to keep inside a unit.
+
+    Attributes:
+        kept: the groups.
+        nbytes: bytes that they hold.
+        seconds: time of the replay.
+        lower_bound: no choice that holds at most as many bytes takes less; `seconds` where that is proved to be the optimum
+            (to within 1e-9 s or 1e-7 of a replay that keeps nothing, whichever is more).
+    """
+
+    kept: frozenset[int]
+    nbytes: int
+    seconds: float
+    lower_bound: float
+
+    @property
+    def proved(self) -> bool:
+        """Is it the optimum for its bytes?"""
+        return self.lower_bound == self.seconds
+
+
+@dataclass
+class _Gap:
+    """Between two neighbours: nothing better than `left` holds at most `searched` bytes."""
+
+    left: Level
+    right: Level
+    searched: int
+    convex: bool = False  # no point between lies below the line through both
+
+    @property
+    def area(self) -> float:
+        """What is not known yet, in bytes times seconds."""
+        return (self.right.nbytes - self.searched) * (self.left.seconds - self.right.seconds)
+
+
+def levels(graph: Graph, count: int = 12, negligible: float = 1e-4, node_limit: int = NODE_LIMIT) -> tuple[Level, ...]:
+    """Optimal levels, bytes ascending and seconds descending: from nothing kept to the fewest bytes at which no more time can be saved.
+
+    The gap with the largest area (bytes times seconds) is split first.
+
+    Args:
+        graph: the unit.
+        count: how many levels, at most.
+        negligible: gaps stay open whose area is a smaller share of that between the first and the last level.
+        node_limit: the most nodes of the solver's tree per level; where that is not enough `Level.proved` is false.
+    """
+    return _Search(graph, node_limit).levels(count, negligible)
+
+
+class _Search:
+    def __init__(self, graph: Graph, node_limit: int) -> None:
+        self.graph = graph
+        self.empty = graph.seconds(())
+        self.tie = max(_TIE_SECONDS, _TIE_SHARE * self.empty)
+        self.total = graph.nbytes(range(len(graph.groups)))
+        self.step = math.gcd(*(g.nbytes for g in graph.groups))
+        self.solver: Curve | Program
+        try:
+            self.solver = curve_of(graph)
+        except TooWide:
+            self.solver = Program(graph, node_limit)
+
+    def levels(self, count: int, negligible: float) -> tuple[Level, ...]:
+        nothing, everything = self._level(frozenset()), self._level(frozenset(range(len(self.graph.groups))))
+        if everything.seconds > self.empty - self.tie:
+            return (nothing,)
+        first, last = self._solve(0, 0.0, nothing), self._solve(None, 0.0, everything)
+        found = {0: first, last.nbytes: last}
+        whole = _Gap(first, last, 0).area
+        open_gaps: list[tuple[float, int, _Gap]] = []
+
+        def put(gap: _Gap) -> None:
+            if gap.area > negligible * whole and gap.right.nbytes - gap.searched > self.step:
+                heapq.heappush(open_gaps, (-gap.area, gap.left.nbytes, gap))
+
+        put(_Gap(first, last, 0))
+        while open_gaps and len(found) < count:
+            gap = heapq.heappop(open_gaps)[2]
+            for part in self._split(gap):
+                found.setdefault(part.left.nbytes, part.left)
+                put(part)
+        return self._useful([found[n] for n in sorted(found)])
+
+    def _split(self, gap: _Gap) -> list[_Gap]:
+        left, right = gap.left, gap.right
+        if not gap.convex:
+            price = (left.seconds - right.seconds) / (right.nbytes - left.nbytes)
+            level = self._solve(None, price, left)
+            below = left.seconds + price * left.nbytes - (level.seconds + price * level.nbytes)
+            if below <= self.tie or not left.nbytes < level.nbytes < right.nbytes:
+                return [_Gap(left, right, gap.searched, True)]
+            return [_Gap(left, level, gap.searched), _Gap(level, right, level.nbytes)]
+        limit = (gap.searched + right.nbytes - 1) // 2 if right.nbytes - gap.searched > 2 else gap.searched + 1
+        limit = max(limit, gap.searched + 1)
+        level = self._solve(limit, 0.0, left)
+        if level.seconds >= left.seconds - self.tie:
+            return [_Gap(left, right, limit, True)]
+        return [_Gap(left, level, gap.searched, True), _Gap(level, right, limit, True)]
+
+    def _solve(self, limit: int | None, price: float, known: Level) -> Level:
+        """The best within a limit, or at a price; `known` if the solver finds nothing."""
+        fewest = self.tie / max(self.total, 1)  # of two that take as long, the one that holds less
+        kept, value = self.solver.solve(limit, price + fewest)
+        level = self._level(known.kept if kept is None else kept)
+        bound = max(value - (price + fewest) * (level.nbytes if limit is None else limit), 0.0)
+        return level if bound >= level.seconds - 2 * self.tie else replace(level, lower_bound=bound)
+
+    def _level(self, kept: frozenset[int]) -> Level:
+        seconds = self.graph.seconds(kept)
+        return Level(kept, self.graph.nbytes(kept), seconds, seconds)
+
+    def _useful(self, found: list[Level]) -> tuple[Level, ...]:
+        kept = found[:1]
+        for level in found[1:]:
+            if level.seconds < kept[-1].seconds - self.tie:
+                kept.append(level)
+        return tuple(kept)
