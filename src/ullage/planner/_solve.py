@@ -64,6 +64,8 @@ def solve(model: StepModel, budget: int, *, work_limit: int = WORK_LIMIT) -> Sol
     top = TopLevel(chain, budget)
     if max(int(top.need[0]), int(chain.outside[0])) > budget:
         return None
+    if not model.units:
+        return Solution((), 0.0, 0.0, int(chain.outside[0]))
     solver = _Solver(chain, top, work_limit)
     solver.solve()
     peak, seconds = evaluate(model, solver.schedule)
