@@ -43,7 +43,7 @@ def test_a_batch() -> None:
         return tiny(batch)
 
     found = ul.fit(make, "2MiB", at_least=8, **FAST)
-    assert calls == [8, 16, found.value, found.value + 1]  # the first guess is the answer
+    assert calls[:2] == [8, 16] and {found.value, found.value + 1} <= set(calls) and len(calls) <= 8
     check(found, tiny)
     assert found.unit == "samples/s" and found.throughput == found.value / found.plan.predicted.step_seconds
     assert set(found.plan.counts()) != {"keep"}
