@@ -41,11 +41,19 @@ def prepare(model: str, contender: Contender) -> Instance:
         ul.Plan.load(contender["plan"]).apply(work.model)
     inst = work.instance()
     if contender["kind"] == "peer" and PEERS[contender["name"]].group != "eager":
-        compute_loss(inst).backward()  # compiles, outside any record
-        for p in inst.model.parameters():
-            p.grad = None
+        _compile(inst)
     gc.collect()
     return inst
+
+
+def _compile(inst: Instance) -> None:
+    """Have it compiled, outside any record: a forward and a backward that leave no trace in gradients and buffers."""
+    buffers = [b.clone() for b in inst.model.buffers()]
+    compute_loss(inst).backward()
+    for p in inst.model.parameters():
+        p.grad = None
+    for b, was in zip(inst.model.buffers(), buffers, strict=True):
+        b.copy_(was)
 
 
 def record(model: str, contender: Contender, reference: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ MODELS: dict[str, Model] = {
         _unet, ("down", "mid", "up"), not_a_chain="skip connections join blocks far apart; no block feeds only the next"
     ),
 }
-QUICK = ("llama", "resnet")
+QUICK = ("vit", "unet")
 
 
 def workload(name: str) -> ul.Workload:

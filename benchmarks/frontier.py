@@ -206,7 +206,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(MODELS), metavar="MODEL", help="these models; no files")
     parser.add_argument("--rounds", type=int, help="rounds of timing (3; with --quick 1)")
     parser.add_argument("--inductor", action="store_true", help="measure inductor too, in a table of its own")
-    parser.add_argument("--parts", type=Path, help="keep each model's results in this folder, and go on from there")
+    parser.add_argument(
+        "--parts",
+        type=Path,
+        help="keep each model's results in this folder, and take those that are there (same options)",
+    )
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 3)
     peers = [n for n, p in PEERS.items() if p.group != "inductor" or options.inductor]
