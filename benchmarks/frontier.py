@@ -97,6 +97,8 @@ def measure_model(model: str, peers: list[str], rounds: int) -> dict[str, Any]:
                 say(f"{model}: round {k + 1} of {rounds}, group {g + 1}: {len(group)} contenders")
                 seed = f"{SEED} {model} {k} {g}"
                 timed.append(ask(model, {"what": "turns", "contenders": group, "turns": TURNS, "seed": seed}))
+    if seconds(timed, "plain") is None:
+        return {"error": f"the plain step was not timed: {_timing_of(timed, 'plain').get('error')}"}
     return _summary(model, plain, peaks, planned, facts, timed)
 
 
