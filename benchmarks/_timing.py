@@ -30,6 +30,7 @@ from typing import Any
 MALLOC_CONF = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 START_LIMIT = 600  # seconds a contender may take to compile and warm up
 STEP_LIMIT = 120
+ONCE_LIMIT = 3600  # one recording, or all plans of a model
 
 
 def say(line: str) -> None:
@@ -131,7 +132,7 @@ def once(call: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """What `call(*args)` returns, run in a fork."""
     process = Process(_send_result, call, *args)
     try:
-        return process.reply(4 * START_LIMIT)
+        return process.reply(ONCE_LIMIT)
     finally:
         process.end()
 
