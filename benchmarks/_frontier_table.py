@@ -9,6 +9,7 @@ from typing import Any
 from _peers import PEERS
 
 LOST, CLEAR, POINTS = 1.02, 0.95, 5.0  # a cell is lost above the first, clearly won up to the second; prediction
+FAULTS = 100  # page faults in a step, some 0.1 ms
 CLOSE_LOSS, CLOSE_GRADIENTS = 1e-5, 1e-2  # relative: another order of operations stays far below
 
 
@@ -19,7 +20,7 @@ def tables(results: dict[str, Any]) -> str:
     lines = [_head(results), "", "## Summary", "", *_summary(models, cells), "", "## Lost cells", "", *_lost(cells)]
     for name, m in results["models"].items():
         lines += ["", f"## {name}", ""]
-        lines += [f"error: {m['error']}"] if "error" in m else [*_model(m), "", _planning(m)]
+        lines += [f"error: {m['error']}"] if "error" in m else [*_model(m), "", _planning(m), *_not_warm(m)]
     lines += ["", "## Below every peer", "", *_below(models)]
     if any(c["group"] == "inductor" for m in models.values() for c in m["cells"]):
         lines += [
@@ -205,6 +206,13 @@ def _planning(m: dict[str, Any]) -> str:
     said = f"; NOT BITWISE: {', '.join(wrong)}" if wrong else "; all bitwise equal to the plain step"
     each = "" if m["plan_seconds"] is None else f", {m['plan_seconds']:.1f} s a plan"
     return f"{len(m['plans'])} distinct plans{said}. Profile {m['profile_seconds']:.1f} s{each}."
+
+
+def _not_warm(m: dict[str, Any]) -> list[str]:
+    """Contenders that still took fresh pages when they were timed: their times are too long."""
+    timed = {"plain": m["plain"], **m["peers"], **{f"plan {i[:12]}": p for i, p in m["plans"].items()}}
+    cold = [f"{n} ({t['faults']:.0f})" for n, t in timed.items() if t.get("faults", 0) > FAULTS]
+    return ["", f"Page faults in most timed steps: {', '.join(cold)}."] if cold else []
 
 
 def _below(models: dict[str, Any]) -> list[str]:

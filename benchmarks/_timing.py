@@ -27,7 +27,9 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-MALLOC_CONF = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+# The last option: without it jemalloc does not cut small blocks from much larger free ones, nor, as nothing decays, join free ones again,
+# and a model of many small blocks takes fresh pages in every step for ever (torch's checkpoint too: 20 MiB a step, where live bytes stay).
+MALLOC_CONF = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:20"
 START_LIMIT = 600  # seconds a contender may take to compile and warm up
 STEP_LIMIT = 120
 ONCE_LIMIT = 3600  # one recording, or all plans of a model
