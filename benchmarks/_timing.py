@@ -32,6 +32,7 @@ from typing import Any
 MALLOC_CONF = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_max_active_fit:20"
 START_LIMIT = 600  # seconds a contender may take to compile and warm up
 STEP_LIMIT = 120
+ATTEMPTS = 3  # a run takes hours; whoever ends one process should not end it all
 ONCE_LIMIT = 3600  # one recording, or all plans of a model
 
 
@@ -71,12 +72,14 @@ def ask(model: str, request: dict[str, Any]) -> Any:
     library = jemalloc()
     if library:
         env |= {"LD_PRELOAD": library, "MALLOC_CONF": MALLOC_CONF}
-    run = subprocess.run(
-        [sys.executable, __file__, model], input=json.dumps(request), stdout=subprocess.PIPE, text=True, env=env
-    )
-    if run.returncode != 0:
-        raise RuntimeError(f"{model}: the process that starts contenders ended with {run.returncode}")
-    return json.loads(run.stdout.splitlines()[-1])
+    for _ in range(ATTEMPTS):
+        run = subprocess.run(
+            [sys.executable, __file__, model], input=json.dumps(request), stdout=subprocess.PIPE, text=True, env=env
+        )
+        if run.returncode == 0:
+            return json.loads(run.stdout.splitlines()[-1])
+        say(f"{model}: the process that starts contenders ended with {run.returncode}")
+    raise RuntimeError(f"the process that starts contenders ended with {run.returncode}, {ATTEMPTS} times")
 
 
 def _child(call: Callable[..., Any], conn: Any, args: tuple[Any, ...]) -> None:

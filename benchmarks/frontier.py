@@ -226,8 +226,12 @@ def main() -> int:
         if part is not None and part.exists():
             results["models"][model] = json.loads(part.read_text())
             continue
-        results["models"][model] = found = measure_model(model, peers, rounds)
-        if part is not None:
+        try:
+            found = measure_model(model, peers, rounds)
+        except RuntimeError as error:
+            found = {"error": str(error)}
+        results["models"][model] = found
+        if part is not None and "error" not in found:
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(found))
     text = tables(results)
