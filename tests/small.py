@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ullage as ul
 from tests.zoo import adamw, text_ids
@@ -25,3 +25,20 @@ def tiny(batch: int = 4, autocast: torch.dtype | None = None) -> ul.Workload:
         optimizer=adamw,
         autocast=autocast,
     )
+
+
+class Blocks(nn.Module):
+    """Blocks without a matmul: planned in a second."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.GELU()) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.sum()
+
+
+def blocks(batch: int = 128, layers: int = 3, width: int = 64) -> ul.Workload:
+    return ul.Workload(Blocks(layers, width), torch.ones(batch, width))

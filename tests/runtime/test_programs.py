@@ -109,3 +109,13 @@ def test_a_selective_replay_skips(program: Program) -> None:
         verdict = checked(program, leaks)
     assert verdict.kind == "equal", verdict.what
     assert verdict.selective > 0 and verdict.skipped == verdict.selective
+
+
+@pytest.mark.parametrize(
+    "seed", [724, 1067, 4762, 8198, 9147, 9260, 10703, 13176, 13304, 13572, 14201, 14377, 17079, 18489]
+)
+def test_programs_that_were_defects(seed: int) -> None:
+    """In-place writes to tensors that other units see, or that change between forward and backward."""
+    with Leaks() as leaks:
+        verdict = checked(random_program(seed), leaks)
+    assert verdict.kind in ("equal", "lenient", "refused"), f"{verdict.kind}: {verdict.what}"

@@ -40,7 +40,7 @@ class TopLevel:
         own = [u.own + chain.base[i] for i, u in enumerate(chain.units)]
         self.room = [budget - np.maximum(own[i], chain.outside[i + 1] + u.held) for i, u in enumerate(chain.units)]
         ends = [r + 1 for r in chain.reach]
-        self.kinds = [np.array([chain.kind[v][w] for w in range(v + 1, ends[v])], np.int64) for v in range(n)]
+        self.kinds = [chain.kind[v, v + 1 : ends[v]] for v in range(n)]
         self.freed = [chain.links[v + 1 : ends[v]] - chain.links[v] for v in range(n)]
         self.run_room = [budget - self._run_needs(v, ends[v]) for v in range(n)]
         self.need = np.zeros(n + 1, np.int64)
@@ -58,7 +58,8 @@ class TopLevel:
         first = int(chain.forward_base[v] + chain.forward_peak[v])
         passing = np.maximum.accumulate(np.maximum(np.maximum(forward, outside), first))
         after = chain.outside[v + 2 : end + 1] - self.freed[v]
-        return np.maximum(np.maximum(passing, after), chain.need[self.kinds[v]] + chain.base[v])
+        needs: Ints = np.maximum(np.maximum(passing, after), chain.need[self.kinds[v]] + chain.base[v])
+        return needs
 
 
 class Bounds:
@@ -92,7 +93,8 @@ class Bounds:
 
     def rest(self, v: int, held: Ints) -> Floats:
         """Lower bounds of the cost of the units from v on, for each of these bytes held."""
-        return np.max(self.offsets[v] + held[:, None] * self.prices, axis=1)  # type: ignore[no-any-return]
+        bounds: Floats = np.max(self.offsets[v] + held[:, None] * self.prices, axis=1)
+        return bounds
 
     def at_least(self, bound: float) -> int:
         """An integer cost that is no more than what `bound` bounds."""

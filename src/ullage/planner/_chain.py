@@ -42,7 +42,7 @@ class Chain:
         passes: [u]: cost of a forward of all units before u.
         above: [u]: need outside units before u, above u's base; FREE if u itself never needs less.
         reach: [s]: the last unit of the longest run that starts at s.
-        kind: [s][t]: the number of the kind of s..t; a longer run has a higher one.
+        kind: [s, t]: the number of the kind of s..t; a longer run has a higher one.
         need: per kind, the least slack with which a run can be rebuilt (a single unit: be the last of one).
         least: per kind, its least cost with any slack.
     """
@@ -50,7 +50,7 @@ class Chain:
     def __init__(self, model: StepModel) -> None:
         n = len(model.units)
         self.model, self.size, zeros = model, n, (0,) * len(model.units)
-        linked = model.linked or (False,) * n
+        linked = (False, *model.linked[1:]) if model.linked else (False,) * n
         self.links = _ints(np.cumsum([b if y else 0 for b, y in zip(model.link_bytes or zeros, linked, strict=True)]))
         self.base = _ints(model.backward_base_bytes or zeros)
         self.forward_base = _ints(model.forward_base_bytes or model.backward_base_bytes or zeros)
@@ -86,7 +86,7 @@ class Chain:
         above = int(self.outside[u] - self.base[u])
         return FREE if above <= least else above
 
-    def _number_kinds(self) -> tuple[list[dict[int, int]], int]:
+    def _number_kinds(self) -> tuple[Ints, int]:
         seen: dict[object, int] = {}
         alike: dict[object, int] = {}
         own = []
@@ -95,20 +95,23 @@ class Chain:
             own.append(alike.setdefault(facts, len(alike)))
         between = zip(np.diff(self.links).tolist(), np.diff(self.base).tolist(), self.above[1:].tolist(), strict=True)
         steps = [None, *zip(own[1:], between, strict=True)]
-        kind = [{s: seen.setdefault(own[s], len(seen))} for s in range(self.size)]
-        for length in range(1, self.size):
+        kind = np.full((self.size, self.size), -1, np.int64)
+        before: list[int] = []  # of the runs from each unit that are one unit shorter
+        for length in range(self.size):
             for s in range(self.size - length):
-                t = s + length
-                if t <= self.reach[s]:
-                    kind[s][t] = seen.setdefault((kind[s][t - 1], steps[t]), len(seen))
+                key = own[s] if length == 0 else (before[s], steps[s + length])
+                if s + length <= self.reach[s]:
+                    kind[s, s + length] = seen.setdefault(key, len(seen))
+            before = kind.diagonal(length).tolist()
         return kind, len(seen)
 
     def by_length(self) -> Iterator[tuple[int, int, int]]:
         """(s, t, kind) of every run, and of every single unit, the shortest first."""
         for length in range(self.size):
+            kinds = self.kind.diagonal(length).tolist()
             for s in range(self.size - length):
                 if s + length <= self.reach[s]:
-                    yield s, s + length, self.kind[s][s + length]
+                    yield s, s + length, kinds[s]
 
     def item_needs(self, s: int, t: int) -> tuple[Ints, Ints]:
         """Needs of the first item of the run s..t when it is rebuilt: per option of s; per run s..w, w = s + 1..t - 1."""

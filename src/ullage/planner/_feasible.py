@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import numpy.typing as npt
 
 from ullage.planner._bounds import TopLevel
-from ullage.planner._chain import Chain
+from ullage.planner._chain import NEVER, Chain, Ints
+from ullage.planner._runs import rebuild
 from ullage.planner._schedule import Item, Run, Schedule, Single
 
 
 def any_schedule(chain: Chain, top: TopLevel) -> Schedule:
     """A schedule within the budget, of which there must be one: keeps what it can, and halves what it rebuilds."""
+
+    def last_option(unit: int, slack: int) -> int:
+        return _cheapest(chain.units[unit].last, chain.units[unit].last_need <= slack)
+
     items: list[Item] = []
     v, held = 0, 0
     while v < chain.size:
         unit = chain.units[v]
         fits = (top.room[v] >= held) & (held + unit.held + top.need[v + 1] <= top.budget)
         if fits.any():
-            option = int(np.flatnonzero(fits)[int(unit.seconds[fits].argmin())])
+            option = _cheapest(unit.seconds, fits)
             items.append(Single(v, option))
             v, held = v + 1, held + int(unit.held[option])
             continue
         runs = len(top.freed[v])
         fits = (top.run_room[v] >= held) & (held - top.freed[v] + top.need[v + 2 : v + 2 + runs] <= top.budget)
         w = v + 1 + int(np.flatnonzero(fits)[0])
-        items.append(Run(v, w, _rebuilt(chain, v, w, top.budget - held - int(chain.base[v]))))
+        slack = top.budget - held - int(chain.base[v])
+        items.append(Run(v, w, rebuild(v, w, slack, partial(_first_item, chain), last_option)))
         held -= int(chain.links[w] - chain.links[v])
         v = w + 1
     return tuple(items)
 
 
-def _rebuilt(chain: Chain, s: int, t: int, slack: int) -> tuple[Item, ...]:
-    items: list[Item] = []
-    while s < t:
-        (needs, run_needs), (shifts, run_shifts) = chain.item_needs(s, t), chain.shifts(s, t)
-        left = chain.need[[chain.kind[s][w] for w in range(s + 1, t)]]
-        right = chain.need[[chain.kind[w + 1][t] for w in range(s + 1, t)]]
-        runs = np.flatnonzero((run_needs <= slack) & (left <= slack) & (right + run_shifts <= slack))
-        if len(runs):
-            i = int(runs[len(runs) // 2])
-            items.append(Run(s, s + 1 + i, _rebuilt(chain, s, s + 1 + i, slack)))
-            s, slack = s + 2 + i, slack - int(run_shifts[i])
-        else:
-            fits = (needs <= slack) & (chain.need[chain.kind[s + 1][t]] + shifts <= slack)
-            option = int(np.flatnonzero(fits)[int(chain.units[s].passed[fits].argmin())])
-            items.append(Single(s, option))
-            s, slack = s + 1, slack - int(shifts[option])
-    unit = chain.units[t]
-    fits = unit.last_need <= slack
-    items.append(Single(t, int(np.flatnonzero(fits)[int(unit.last[fits].argmin())])))
-    return tuple(items)
+def _first_item(chain: Chain, s: int, t: int, slack: int) -> tuple[int, int, int]:
+    """The run in the middle of those with which s..t can be rebuilt, or else the cheapest option of s."""
+    (needs, run_needs), (shifts, run_shifts) = chain.item_needs(s, t), chain.shifts(s, t)
+    left, right = chain.need[chain.kind[s, s + 1 : t]], chain.need[chain.kind[s + 2 : t + 1, t]]
+    runs = np.flatnonzero((run_needs <= slack) & (left <= slack) & (right + run_shifts <= slack))
+    if len(runs):
+        i = int(runs[len(runs) // 2])
+        return s + 1 + i, 0, slack - int(run_shifts[i])
+    fits = (needs <= slack) & (chain.need[chain.kind[s + 1, t]] + shifts <= slack)
+    option = _cheapest(chain.units[s].passed, fits)
+    return s, option, slack - int(shifts[option])
+
+
+def _cheapest(cost: Ints, fits: npt.NDArray[np.bool_]) -> int:
+    return int(np.where(fits, cost, NEVER).argmin())

@@ -76,6 +76,11 @@ class StepModel:
     backward_base_bytes: tuple[int, ...] = ()
     forward_base_bytes: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        facts = self.link_bytes, self.forward_seconds, self.forward_peak_bytes, self.backward_base_bytes
+        if any(self.linked) and not all(len(f) == len(self.units) == len(self.linked) for f in facts):
+            raise ValueError("links need the bytes, the forward's seconds and peak, and the base of every unit")
+
     def peak(self, choice: list[int]) -> int:
         """The peak of an assignment (an option index per unit) without runs."""
         held, worst = 0, self.outside_bytes[0]

@@ -64,26 +64,24 @@ def flat(choice: list[int] | tuple[int, ...]) -> Schedule:
 
 def check(model: StepModel, schedule: Schedule) -> None:
     """Raise ValueError unless `schedule` covers the model's units in order, with runs over linked units only."""
-    _check_items(model, schedule, 0, len(model.units) - 1)
-
-
-def _check_items(model: StepModel, items: Schedule, first: int, last: int) -> None:
-    at = first
-    for item in items:
-        begin, end = (item.unit, item.unit) if isinstance(item, Single) else (item.first, item.last)
-        if begin != at or end > last:
-            raise ValueError(f"unit {at} comes next, the schedule has {item}")
-        if isinstance(item, Run):
-            if end == begin or not all(model.linked[begin + 1 : end + 1]):
-                raise ValueError(f"units {begin} to {end} can't be a run")
-            if not item.items or not isinstance(item.items[-1], Single):
-                raise ValueError(f"the last of units {begin} to {end} must be a single one when they are rebuilt")
-            _check_items(model, item.items, begin, end)
-        elif not 0 <= item.option < len(model.options[item.unit]):
-            raise ValueError(f"unit {item.unit} has no option {item.option}")
-        at = end + 1
-    if at != last + 1:
-        raise ValueError(f"unit {at} is missing")
+    waiting = [(schedule, 0, len(model.units) - 1)]  # not recursive: runs may be nested as deep as there are units
+    while waiting:
+        items, at, last = waiting.pop()
+        for item in items:
+            begin, end = (item.unit, item.unit) if isinstance(item, Single) else (item.first, item.last)
+            if begin != at or end > last:
+                raise ValueError(f"unit {at} comes next, the schedule has units {begin} to {end}")
+            if isinstance(item, Run):
+                if end == begin or not all(model.linked[begin + 1 : end + 1]):
+                    raise ValueError(f"units {begin} to {end} can't be a run")
+                if not item.items or not isinstance(item.items[-1], Single):
+                    raise ValueError(f"the last of units {begin} to {end} must be a single one when they are rebuilt")
+                waiting.append((item.items, begin, end))
+            elif not 0 <= item.option < len(model.options[item.unit]):
+                raise ValueError(f"unit {item.unit} has no option {item.option}")
+            at = end + 1
+        if at != last + 1:
+            raise ValueError(f"unit {at} is missing")
 
 
 def evaluate(model: StepModel, schedule: Schedule) -> tuple[int, float]:
@@ -142,31 +140,24 @@ class _Timeline:
     def _rebuild(self, run: Run) -> None:
         """Run the units of `run` again, in forward order; its last one's backward begins then."""
         m, base = self.model, self.model.backward_base_bytes[run.last]
-        for unit, single in _steps(run):
-            missing = -self.beyond[unit] if unit > run.first else 0  # its input is there while it runs
-            recorded = single is not None and not m.options[unit][single.option].is_recompute
-            if unit == run.last and not recorded:
-                continue  # its own replay, in its backward
-            self._see(base, run.last + 1, missing + self._needs(unit, single))
-            self.cost += nanoseconds(m.forward_seconds[unit])
+        for u, single, stays in _steps(run):
+            recorded = single is not None and not m.options[u][single.option].is_recompute
+            if u == run.last and not recorded:
+                break  # its own replay, in its backward
+            missing = m.link_bytes[u] if u > run.first else 0  # its input is there while it runs
+            needs = m.forward_peak_bytes[u] if single is None else m.record_bytes(u, single.option)
+            self._see(base, run.last + 1, missing + needs)
+            self.cost += nanoseconds(m.forward_seconds[u])
+            if stays:
+                self.beyond[u] += missing
             if single is not None:
-                self.beyond[unit] += missing + m.options[unit][single.option].held_bytes
-            elif missing and _starts(run, unit):
-                self.beyond[unit] = 0
-        self.beyond[run.last] = 0
-
-    def _needs(self, unit: int, single: Single | None) -> int:
-        return self.model.forward_peak_bytes[unit] if single is None else self.model.record_bytes(unit, single.option)
+                self.beyond[u] += m.options[u][single.option].held_bytes
 
 
-def _steps(run: Run) -> Iterator[tuple[int, Single | None]]:
-    """The units of a run in order; with the item, for those that are an item of their own."""
+def _steps(run: Run) -> Iterator[tuple[int, Single | None, bool]]:
+    """The units of a run in order, each with its item if that is a single one, and whether its input stays."""
     for item in run.items:
         if isinstance(item, Single):
-            yield item.unit, item
+            yield item.unit, item, True
         else:
-            yield from ((u, None) for u in range(item.first, item.last + 1))
-
-
-def _starts(run: Run, unit: int) -> bool:
-    return any(isinstance(i, Run) and i.first == unit for i in run.items)
+            yield from ((u, None, u == item.first) for u in range(item.first, item.last + 1))

@@ -25,11 +25,13 @@ class Found:
 
     Attributes:
         cost: NEVER if there is none below the limit.
+        whole: no label was dropped for the width's sake.
         path: items as (unit, option) or (first unit, -last unit).
     """
 
     cost: int
     bound: int
+    whole: bool
     path: tuple[tuple[int, int], ...]
 
 
@@ -66,7 +68,7 @@ class Search:
         self.keys = np.repeat(np.arange(len(sizes)), sizes) * self.span + (slack - self.low)  # sorted over all kinds
         first = np.array([int(s[0][0]) if len(s[0]) else NEVER for s in frontiers.steps])
         self.room = [self._run_room(v, first) for v in range(self.chain.size)]
-        runs = sum(int((room >= low).sum()) for room, low in zip(self.room, self.chain.lowest, strict=False))
+        runs = sum(int((room >= self.chain.lowest[v]).sum()) for v, room in enumerate(self.room))
         self.items = runs + sum(len(u.held) for u in self.chain.units)
 
     def _run_room(self, v: int, first: Ints) -> Ints:
@@ -74,7 +76,8 @@ class Search:
         top, runs = self.top, len(self.top.kinds[v])
         onward = top.budget - top.need[v + 2 : v + 2 + runs] + top.freed[v]
         known = top.budget - self.chain.base[v] - first[top.kinds[v]]
-        return np.minimum(np.minimum(top.run_room[v], onward), known)
+        room: Ints = np.minimum(np.minimum(top.run_room[v], onward), known)
+        return room
 
     def run(self, limit: int, width: int) -> Found:
         """The cheapest schedule that costs less than `limit`, among `width` labels per unit."""
@@ -95,8 +98,8 @@ class Search:
                 self._runs(v, here, limit, arriving)
         best = int(labels[n].cost[-1]) if len(labels[n].cost) else NEVER
         if best >= limit:
-            return Found(NEVER, min(limit, self.bounds.at_least(missed)), ())
-        return Found(best, min(best, self.bounds.at_least(missed)), _path(labels))
+            return Found(NEVER, min(limit, self.bounds.at_least(missed)), missed == np.inf, ())
+        return Found(best, min(best, self.bounds.at_least(missed)), missed == np.inf, _path(labels))
 
     def _promising(self, v: int, labels: _Labels, limit: int, width: int) -> tuple[Ints, float]:
         total = labels.cost + self.bounds.rest(v, labels.held)
@@ -142,7 +145,7 @@ class Search:
             fits = labels.held <= self.room[v][runs[part], None]
             at, label = np.nonzero(fits & self._below(total, limit))
             if len(at):
-                after = total[at, label] - least[part][at]
+                after: Floats = total[at, label] - least[part][at]
                 self._run_pairs(v, labels, runs[part][at], label, after, limit, arriving)
 
     def _run_pairs(
@@ -154,7 +157,7 @@ class Search:
         run, label, added = run[index], label[index], added[index]
         held, cost = labels.held[label] - self.top.freed[v][run], labels.cost[label] + added
         cuts = [0, *(np.flatnonzero(np.diff(run)) + 1), len(run)] if len(run) else []
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in zip(cuts[:-1], cuts[1:], strict=True):
             w, k = v + 1 + int(run[a]), int(b - a)
             arriving[w + 1].append(_Labels(held[a:b], cost[a:b], np.full(k, v), label[a:b], np.full(k, -w)))
 
@@ -162,7 +165,8 @@ class Search:
         """`F` of runs that start at v, per pair of a kind and bytes held, which must leave the slack of its first step."""
         slack = self.top.budget - self.chain.base[v] - held
         keys = kinds * self.span + np.minimum(slack - self.low, self.span - 1)
-        return self.cost[np.searchsorted(self.keys, keys, side="right") - 1]
+        cost: Ints = self.cost[np.searchsorted(self.keys, keys, side="right") - 1]
+        return cost
 
 
 def _best(parts: list[_Labels]) -> _Labels:

@@ -8,20 +8,23 @@ costs at least `floor` when every run costs its least (`_bounds`), a schedule ch
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ullage.planner._bounds import Bounds, TopLevel
 from ullage.planner._chain import NEVER, Chain, chain_of
 from ullage.planner._feasible import any_schedule
 from ullage.planner._instance import StepModel
-from ullage.planner._runs import Frontiers, TooManyPoints
+from ullage.planner._runs import ALL, CANDIDATE, Effort, Frontiers, TooManyPoints
 from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate
-from ullage.planner._search import Search
+from ullage.planner._search import Found, Search
 
 WORK_LIMIT = 400_000_000  # steps of frontiers and pairs of labels and items: a minute or so
 QUICK = 3_000_000  # steps that are computed just to see whether that is all it takes
 NARROW, WIDEST = 64, 2**18
 GROWTH = 16
+FEWEST = 16  # steps per kind of run with which it is worth trying
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def solve(model: StepModel, budget: int, *, work_limit: int = WORK_LIMIT) -> Sol
     top = TopLevel(chain, budget)
     if max(int(top.need[0]), int(chain.outside[0])) > budget:
         return None
+    if not model.units:
+        return Solution((), 0.0, 0.0, int(chain.outside[0]))
     solver = _Solver(chain, top, work_limit)
     solver.solve()
     peak, seconds = evaluate(model, solver.schedule)
@@ -82,7 +87,7 @@ class _Solver:
     def __init__(self, chain: Chain, top: TopLevel, work: int) -> None:
         self.chain, self.top, self.left = chain, top, work
         self.schedule = any_schedule(chain, top)
-        self.best = round(evaluate(chain.model, self.schedule)[1] * 10**9)
+        self.best = self._cost()
         self.bound = 0
         dearest = max(int(u.seconds.max()) for u in chain.units)
         self.unit = max(1, dearest, int(chain.forward_cost.max()))
@@ -96,42 +101,66 @@ class _Solver:
         while self.bound < self.best:
             needed = self.best - floor
             near = needed <= GROWTH * max(excess, self.unit)
-            if self._round(needed, self.left if near else min(self.left, QUICK), final=True) or near:
+            if self._round(needed, self.left // 2 if near else min(self.left, QUICK), final=True):
                 return
             excess = max(self.unit, GROWTH * excess)
-            if not self._round(excess, self.left, final=False):
-                return
+            if near or not self._round(excess, self.left // 2, final=False):
+                break
+        if self.bound < self.best:
+            self._thinned(self.best - floor)
 
-    def _round(self, excess: int, allowed: int, final: bool) -> bool:
-        """Look for a better schedule with this excess; whether there was work left for it."""
+    def _thinned(self, excess: int) -> None:
+        """Fewer steps per run: a selection of them for a better schedule, then lower bounds of all for a bound."""
+        kinds = {k: (t - s + 1, t - s + CANDIDATE) for s, t, k in self.chain.by_length()}.values()
+        lengths, candidates = [k[0] for k in kinds], list(accumulate(k[1] for k in kinds))
+        keep = (self.left // (4 * candidates[-1]) - CANDIDATE) // 2
+        if keep >= FEWEST:
+            self._round(excess, self.left, True, Effort(keep))
+            self._round(excess, self.left, True, Effort(keep, optimistic=True))
+        else:
+            fit = bisect_right(candidates, self.left // (4 * (2 * FEWEST + CANDIDATE)))
+            self._round(excess, self.left, True, Effort(FEWEST, longest=lengths[fit - 1]))
+
+    def _round(self, excess: int, allowed: int, final: bool, effort: Effort = ALL) -> bool:
+        """Look for a better schedule with this excess, which is all it takes if `final`; whether it was allowed."""
         try:
-            frontiers = Frontiers(self.chain, self.top.budget, excess, allowed)
+            frontiers = Frontiers(self.chain, self.top.budget, excess, allowed, effort)
         except TooManyPoints:
             self.left -= allowed
             return False
         self.left -= frontiers.points
         bounds = Bounds(self.top, frontiers)
-        self.bound = max(self.bound, min(bounds.root, self.best))
+        if effort.bounds:
+            self.bound = max(self.bound, min(bounds.root, self.best))
         search = Search(self.top, frontiers, bounds)
         for step in (self.unit, GROWTH * self.unit, NEVER):  # first with guesses of what is enough
             limit = min(self.best, bounds.root + step)
-            if self._improve(search, frontiers, limit, NARROW, final) or limit == self.best:
+            found = self._search(search, frontiers, limit, NARROW, final)
+            if found.cost < limit or limit == self.best:
                 break
         width = NARROW
-        while final and self.bound < self.best and width < WIDEST and self.left > 0:
-            width = max(1, min(GROWTH * width, self.left // search.items))
-            self._improve(search, frontiers, self.best, width, final)
-        return self.left > 0
+        while final and not found.whole and self.bound < self.best:
+            wider = min(GROWTH * width, WIDEST, self.left // search.items)
+            if wider <= width:
+                break
+            width = wider
+            found = self._search(search, frontiers, self.best, width, final)
+        return True
 
-    def _improve(self, search: Search, frontiers: Frontiers, limit: int, width: int, final: bool) -> bool:
+    def _search(self, search: Search, frontiers: Frontiers, limit: int, width: int, final: bool) -> Found:
+        """Search below a limit; what is found is the best schedule if it can be one."""
         done = search.work
         found = search.run(limit, width)
         self.left -= search.work - done
-        if found.cost < self.best:
-            self.best, self.schedule = found.cost, _schedule(self.chain, frontiers, self.top.budget, found.path)
-        if final:
+        if found.cost < self.best and not frontiers.effort.optimistic:
+            self.schedule = _schedule(self.chain, frontiers, self.top.budget, found.path)
+            self.best = self._cost()
+        if final and frontiers.effort.bounds:
             self.bound = max(self.bound, min(found.bound, self.best))
-        return found.cost < NEVER
+        return found
+
+    def _cost(self) -> int:
+        return round(evaluate(self.chain.model, self.schedule)[1] * 10**9)
 
 
 def _schedule(chain: Chain, frontiers: Frontiers, budget: int, path: tuple[tuple[int, int], ...]) -> Schedule:
