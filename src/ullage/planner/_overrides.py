@@ -252,4 +252,4 @@ def _some(fqns: Sequence[str]) -> str:
 def describe(cost: PinCost) -> str:
     """A row of the plan's table."""
     nbytes = f"{'-' if cost.nbytes < 0 else '+'}{format_bytes(abs(cost.nbytes))}"
-    return f"{cost.pin}={cost.action} ({units_of(cost.units)}): step {cost.seconds * 1e3:+.2f} ms, peak {nbytes}"
+    return f"{cost.pin}={cost.action} ({units_of(cost.units)}): step {round(cost.seconds * 1e3, 2) + 0.0:+.2f} ms, peak {nbytes}"
