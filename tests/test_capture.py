@@ -97,6 +97,12 @@ def test_a_shared_remainder_between_blocks_is_no_unit() -> None:
     assert not [u.fqn for u in _studied("t5").units if "dropout" in u.fqn]
 
 
+def test_a_single_block_of_a_class_that_repeats_elsewhere_is_a_unit() -> None:
+    """The middle of a U-Net is in no list of blocks, and may be small."""
+    mid = next(u for u in _studied("unet").units if u.fqn == "mid")
+    assert mid.block and mid.class_name == "ConvBlock"
+
+
 def test_forward_without_backward_leaves_nothing_behind() -> None:
     """Factories build under fake tensors; a second build sees nothing of the first."""
     made = []

@@ -57,6 +57,36 @@ def _random_unit(
     return found, rng.randint(0, 8) / 8, rng.randint(0, 30), rng.randint(0, 12)
 
 
+def long_inputs(rng: random.Random, units: int) -> StepModel:
+    """Inputs weigh more than what units do, and forwards need odd amounts: the best schedules nest runs."""
+    steep = rng.random() < 0.7  # the base grows by more than the inputs: passing over a run is what counts
+    links = [0, *(rng.randint(2, 12) for _ in range(units - 1))]
+    bases, base = [], 5
+    for link in links:
+        base += link + rng.choice([0, 8, 8] if steep else [0, 1, 4, -2])
+        bases.append(base)
+    facts = []
+    for base in bases:
+        rows = [OptionFacts(RECOMPUTE, rng.choice([0, 0, -4]), base + rng.randint(0, 8), rng.randint(4, 8) / 8)]
+        if rng.random() < 0.3:
+            rows.append(OptionFacts(KEEP, rng.randint(-4, 9), base + rng.randint(0, 8), 0.0, rng.randint(0, 12)))
+        facts.append(tuple(rows))
+    return StepModel(
+        tuple(f"u{u}" for u in range(units)),
+        tuple(facts),
+        tuple(base + rng.choice([-9, -9, 0, 4]) for base in (*bases, bases[-1])),
+        1.0,
+        linked=(False, *(True,) * (units - 1)),
+        link_bytes=tuple(links),
+        forward_seconds=tuple(rng.randint(4, 8) / 8 for _ in links),
+        forward_peak_bytes=tuple(
+            rng.randint(8, 12) if steep else rng.choice([0, 3, rng.randint(0, 25)]) for _ in links
+        ),
+        backward_base_bytes=tuple(bases),
+        forward_base_bytes=() if steep else tuple(base - rng.choice([0, 15]) for base in bases),
+    )
+
+
 def schedules(model: StepModel, start: int = 0) -> Iterator[Schedule]:
     """Every schedule of the units from `start` on."""
     n = len(model.units)

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.planner.instances import MB, blocks, frontier, random_model
+from tests.planner.instances import MB, blocks, frontier, long_inputs, random_model, unit_chain
+from ullage.planner._bounds import TopLevel
+from ullage.planner._chain import chain_of
 from ullage.planner._instance import StepModel
 from ullage.planner._schedule import Run, check, evaluate
-from ullage.planner._solve import Solution, smallest, solve
+from ullage.planner._solve import Solution, _Solver, smallest, solve
 
 
 def _agrees(model: StepModel, rng: random.Random, budgets: int) -> None:
@@ -40,6 +42,30 @@ def test_every_schedule_of_small_models(seed: int) -> None:
     for _ in range(50):
         units = rng.randint(2, 5)
         _agrees(random_model(rng, units, 3 if units < 4 else 2), rng, budgets=3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_schedule_of_models_that_need_nested_runs(seed: int) -> None:
+    rng = random.Random(seed)
+    nested = 0
+    for _ in range(25):
+        model = long_inputs(rng, rng.choice([3, 4, 5, 6]))
+        _agrees(model, rng, budgets=100)
+        top = smallest(model).schedule
+        nested += any(isinstance(inner, Run) for item in top if isinstance(item, Run) for inner in item.items)
+    assert nested >= 2
+
+
+def test_peaks_between_the_first_forwards_of_a_run_count() -> None:
+    """Where options hold less than recompute, none of what a run's rebuilding asks for is as much."""
+    model = unit_chain(3)
+    model = replace(
+        model,
+        options=tuple((replace(o[0], held_bytes=-4),) for o in model.options),
+        link_bytes=(0, 10, 10),
+        outside_bytes=(0, 100, 0, 118),
+    )
+    assert smallest(model).peak_bytes == frontier(model)[0][0] == 100
 
 
 @pytest.mark.slow
@@ -211,20 +237,42 @@ def test_four_hundred_twins(odd_bytes: int) -> None:
         assert found.proved
 
 
-@pytest.mark.slow
-def test_where_it_is_too_much_the_gap_is_small() -> None:
-    """Three stages of fifty blocks each, all but at the least memory, with a fraction of the work it takes."""
-    model = blocks([u // 50 for u in range(150)], odd_bytes=1237)
-    every_block, low = model.peak([11] * 150), smallest(model).peak_bytes
+@pytest.fixture(scope="module")
+def stages() -> tuple[StepModel, int, float]:
+    """Three stages of 20 blocks; a budget near the least, with nested runs of many kinds; the least seconds there."""
+    model = blocks([u // 20 for u in range(60)], odd_bytes=1237)
+    every_block, low = model.peak([11] * 60), smallest(model).peak_bytes
     budget = low + (every_block - low) // 5
-    gaps = []
-    for work_limit in (0, 3_000_000, 10_000_000, 30_000_000):
+    best = solve(model, budget)
+    assert best is not None
+    assert best.proved
+    return model, budget, best.seconds
+
+
+def test_with_less_work_than_it_takes_there_are_a_schedule_and_a_bound(stages: tuple[StepModel, int, float]) -> None:
+    model, budget, best = stages
+    costs, bounds = [], []
+    for work_limit in (0, 6_000_000, 14_000_000):
         found = solve(model, budget, work_limit=work_limit)
         assert found is not None
         assert found.peak_bytes <= budget
-        gaps.append(found.gap)
-    print(gaps)
-    assert gaps[0] > gaps[-1]
+        assert found.lower_bound < best
+        costs.append(found.seconds / best)
+        bounds.append(found.lower_bound / best)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[1] < 1.01
+    assert bounds == sorted(bounds)
+    assert bounds[0] == 0.0
+    assert bounds[2] > 0.7
+
+
+def test_fewer_steps_per_run_bound_the_best_schedule_from_both_sides(stages: tuple[StepModel, int, float]) -> None:
+    model, budget, best = stages
+    solver = _Solver(chain_of(model), TopLevel(chain_of(model), budget), 16_000_000)
+    solver._round(0, 10**9, final=False)
+    solver._thinned(solver.best - solver.bound)
+    assert 0.95 * best < solver.bound / 10**9 <= best <= solver.best / 10**9 < 1.01 * best
+    assert evaluate(model, solver.schedule)[0] <= budget
 
 
 def test_many_units_without_links_are_flat() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ullage
-from tests.runtime.steps import bits
+from tests.runtime.steps import bits, frames
 from ullage.runtime import Options, Place, Site, Trail, run
-from ullage.runtime._frame import Frame
 
 Nested = Sequence[Any]  # of items: a unit's number, (number, "record"), or a run, again a sequence
 
@@ -106,6 +104,7 @@ SCHEDULES: dict[str, tuple[int, Nested, list[int]]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_gradients_state_and_forwards(name: str) -> None:
     n, items, forwards = SCHEDULES[name]
+    before = frames()
     where = with_feeds(places(items))
     model = Chain(n, where)
     plain = Chain(n, None)
@@ -113,8 +112,7 @@ def test_gradients_state_and_forwards(name: str) -> None:
     assert train(model) == wanted
     assert [_forwards[u] for u in range(n)] == forwards
     del model
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Frame]
+    assert frames() == before
 
 
 def test_inputs_of_a_run_are_not_held() -> None:
@@ -179,6 +177,7 @@ def test_several_backwards_and_a_part_of_the_graph() -> None:
 
 
 def test_an_error_on_the_way_leaves_nothing() -> None:
+    before = frames()
     model = Chain(4, with_feeds(places([[0, 1, (2, "record"), 3]])))
     train(model, 1)
     out = model(torch.randn(6, 8), torch.ones(8, requires_grad=True)).sum()
@@ -188,8 +187,7 @@ def test_an_error_on_the_way_leaves_nothing() -> None:
     hook.remove()
     del out
     model.zero_grad(set_to_none=True)
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Frame]
+    assert frames() == before
     fresh = Chain(4, None)
     fresh.load_state_dict(model.state_dict())
     assert train(model) == train(fresh)

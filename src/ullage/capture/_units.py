@@ -88,7 +88,9 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
                 descend(fqn, child)
 
     descend("", model)
-    return blocks, rest
+    kinds = {type(model.get_submodule(f)) for f in blocks}
+    single = [f for f in rest if type(model.get_submodule(f)) in kinds]  # the middle of a U-Net
+    return blocks + single, [f for f in rest if f not in single]
 
 
 def _interleaved(calls: Sequence[Call], units: Mapping[str, int]) -> set[str]:

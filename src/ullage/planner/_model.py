@@ -89,7 +89,7 @@ def build_model(s: Study) -> StepModel:
             if not n:
                 continue
             seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
-            seconds = 0.0 if option == KEEP else max(seconds, 1e-9) * 1.0
+            seconds = 0.0 if option == KEEP else max(seconds, 1e-9) + s.replay_seconds(fqn, option)
             # rebuilt with others, a unit is recomputed or keeps all it saves; the runtime has no third way
             record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
             facts[u][option.name] = OptionFacts(option, held[n][u], own_peak[u, n], seconds, record)
@@ -127,7 +127,9 @@ def _run_facts(
     return {
         "linked": tuple(b > 0 for b in freed),
         "link_bytes": tuple(freed),
-        "forward_seconds": tuple(sum(g.seconds for g in over("forward", f)) for f in order),
+        "forward_seconds": tuple(
+            sum(g.seconds for g in over("forward", f)) + s.replay_seconds(f, RECOMPUTE) for f in order
+        ),
         "forward_peak_bytes": tuple(_needed(base, f) for f in order),
         "backward_base_bytes": tuple(max((g.start for g in over("backward", f)), default=0) for f in order),
         "forward_base_bytes": tuple(max((g.start for g in over("forward", f)), default=0) for f in order),

@@ -20,11 +20,11 @@ from ullage.planner._runs import ALL, CANDIDATE, Effort, Frontiers, TooManyPoint
 from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate
 from ullage.planner._search import Found, Search
 
-WORK_LIMIT = 400_000_000  # steps of frontiers and pairs of labels and items: a minute or so
+WORK_LIMIT = 600_000_000  # steps of frontiers and pairs of labels and items: a minute or so
 QUICK = 3_000_000  # steps that are computed just to see whether that is all it takes
-NARROW, WIDEST = 64, 2**18
-GROWTH = 16
-FEWEST = 16  # steps per kind of run with which it is worth trying
+NARROW, WIDEST = 64, 2**15  # labels per unit
+GROWTH = 16  # of the excess, and of the labels per unit, from round to round
+FEWEST = 8  # steps per kind of run with which it is worth trying
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,14 @@ class _Solver:
         final = all(end == s for s, end in enumerate(self.chain.reach))
         if not self._round(0, self.left, final) or final:
             return
-        floor, excess = self.bound, 0
+        floor, excess, refused = self.bound, 0, NEVER
         while self.bound < self.best:
             needed = self.best - floor
             near = needed <= GROWTH * max(excess, self.unit)
-            if self._round(needed, self.left // 2 if near else min(self.left, QUICK), final=True):
-                return
+            if near or needed < refused:
+                if self._round(needed, self.left // 2 if near else min(self.left // 8, QUICK), final=True):
+                    return
+                refused = needed
             excess = max(self.unit, GROWTH * excess)
             if near or not self._round(excess, self.left // 2, final=False):
                 break
@@ -111,14 +113,16 @@ class _Solver:
 
     def _thinned(self, excess: int) -> None:
         """Fewer steps per run: a selection of them for a better schedule, then lower bounds of all for a bound."""
-        kinds = {k: (t - s + 1, t - s + CANDIDATE) for s, t, k in self.chain.by_length()}.values()
+        kinds = {
+            k: (t - s + 1, t - s + len(self.chain.units[s].held) // 2 + 1) for s, t, k in self.chain.by_length()
+        }.values()
         lengths, candidates = [k[0] for k in kinds], list(accumulate(k[1] for k in kinds))
-        keep = (self.left // (4 * candidates[-1]) - CANDIDATE) // 2
+        keep = (self.left // (2 * candidates[-1]) - CANDIDATE) // 2
         if keep >= FEWEST:
             self._round(excess, self.left, True, Effort(keep))
             self._round(excess, self.left, True, Effort(keep, optimistic=True))
         else:
-            fit = bisect_right(candidates, self.left // (4 * (2 * FEWEST + CANDIDATE)))
+            fit = bisect_right(candidates, self.left // (2 * (2 * FEWEST + CANDIDATE)))
             self._round(excess, self.left, True, Effort(FEWEST, longest=lengths[fit - 1]))
 
     def _round(self, excess: int, allowed: int, final: bool, effort: Effort = ALL) -> bool:

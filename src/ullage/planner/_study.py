@@ -19,7 +19,7 @@ from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
 from ullage.capture._trace import Signature
 from ullage.capture._units import UnitFacts, unit_facts
-from ullage.cost import measure_ops, roofline_ops
+from ullage.cost import ReplayCost, measure_ops, measure_replays, replay_cost_in, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
 from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
@@ -132,7 +132,51 @@ class Study:
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""
-        return float(self.timeline(capture.session).seconds[capture.ops].sum())
+        again = recomputed_in(self, capture)
+        replays = sum(
+            self.replay_seconds(fqn, option, again[fqn][0])
+            for fqn, option in capture.assignment.items()
+            if option != KEEP and fqn in again
+        )
+        return float(self.timeline(capture.session).seconds[capture.ops].sum()) + replays
+
+    @cached_property
+    def replay_cost(self) -> ReplayCost:
+        """Host time of replays: measured where op times are, on a CPU; nothing for an estimate and on CUDA."""
+        found = replay_cost_in(self.known_costs)
+        if found is None:
+            timed = self.costs_mode == "measured" and not self.times_given and not self.device.as_cuda
+            found = measure_replays() if timed else ReplayCost()
+            self.known_costs.update(found.as_costs())
+        return found
+
+    @cached_property
+    def forward_ops(self) -> dict[str, int]:
+        """Per module, the ops of its forwards in the plain step."""
+        trace, stacks, counts = self.plain_session.trace, self.plain_session.tracker.stacks, dict[str, int]()
+        for i in range(self.plain_steps[1].start, self.plain_steps[1].stop):
+            if trace.phase[i] == "forward":
+                for fqn in stacks[trace.stack[i]]:
+                    counts[fqn] = counts.get(fqn, 0) + 1
+        return counts
+
+    def replay_seconds(self, fqn: str, option: Option, ops: int | None = None) -> float:
+        """Host time of a unit's replays in one step.
+
+        Args:
+            fqn: the unit.
+            option: what is done with it.
+            ops: how many ops run again, if that is known; else those of one forward per call.
+        """
+        if option == KEEP:
+            return 0.0
+        calls = next(u.calls for u in self.units if u.fqn == fqn) * max(self.plain_session.inst.accumulate, 1)
+        forward = max(self.forward_ops.get(fqn, 0), 1)
+        if option.action == "select":
+            return self.replay_cost.seconds(True, calls, forward)
+        if ops is not None:  # several times, in runs of units
+            calls, forward = max(round(ops / forward), 1) * calls, ops
+        return self.replay_cost.seconds(False, calls, forward)
 
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
         """Run forward and backward of one later step under an assignment, once; its peak is `peak_with_update`."""

@@ -261,9 +261,11 @@ class Frame:
                 before = local.quiet
                 if nested:
                     local.quiet = True
-                # detached: a node that saves its own output must not hold itself
-                kept[i] = (x.detach(), x._version)
-                local.quiet = before
+                try:
+                    # detached: a node that saves its own output must not hold itself
+                    kept[i] = (x.detach(), x._version)
+                finally:
+                    local.quiet = before
                 if local.holding:
                     held[i] = None
             elif digests is not None:

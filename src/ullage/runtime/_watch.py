@@ -41,7 +41,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if local.quiet:
             return func(*args, **(kwargs or {}))
-        read = {storage_of(t) for t in _tensors((args, kwargs or {}))}
+        read = dict.fromkeys(storage_of(t) for t in _tensors((args, kwargs or {})))  # in the order of the arguments
         name = next((self.changed[s] for s in read if s in self.changed), None)
         if name is not None and (
             getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
@@ -52,7 +52,7 @@ class Watch(TorchDispatchMode):
         if name is not None:
             self.changed.update(dict.fromkeys(touched, name))
         else:
-            for s in touched - read:  # a new tensor where one that is gone has been
+            for s in touched - read.keys():  # a new tensor where one that is gone has been
                 self.changed.pop(s, None)
         return out
 
