@@ -22,6 +22,7 @@ from torch import Tensor
 import ullage as ul
 from ullage.measure._allocator import record_steps
 from ullage.measure._measure import keep_pages, resident_bytes
+from ullage.planner._planner import decide, prepare, smallest_bytes
 from ullage.workload import Instance, run_step
 from ullage.workload._step import compute_loss
 
@@ -124,22 +125,18 @@ def _compare(now: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_plans(model: str, budgets: list[int], folder: str) -> dict[str, Any]:
-    """One profile, and a plan per budget and for the smallest feasible one, saved in `folder`."""
+    """One study, and a plan per budget and for the smallest feasible one, saved in `folder`."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     work = workload(model)
     start = time.perf_counter()
-    profile = ul.profile(work)
-    found: dict[str, Any] = {"profile_seconds": time.perf_counter() - start, "plans": {}, "plain": profile.peak_bytes}
-    try:
-        ul.plan(work, 1, profile=profile)
-        raise AssertionError("one byte is enough?")
-    except ul.BudgetInfeasible as error:
-        found["smallest_bytes"] = smallest = error.smallest_bytes
+    study = prepare(work)  # as `ul.frontier` does: many plans on one
+    smallest = smallest_bytes(study)
+    found: dict[str, Any] = {"study_seconds": time.perf_counter() - start, "plans": {}, "smallest_bytes": smallest}
     for budget in sorted({*budgets, smallest}):
         start = time.perf_counter()
         try:
-            plan = ul.plan(work, budget, profile=profile)
+            plan = decide(study, budget)
         except ul.BudgetInfeasible as error:
             found["plans"][str(budget)] = {
                 "error": f"infeasible: ullage's smallest is {error.smallest_bytes / 2**20:.1f} MiB"

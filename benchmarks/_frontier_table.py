@@ -205,7 +205,7 @@ def _planning(m: dict[str, Any]) -> str:
     wrong = [i[:12] for i, p in m["plans"].items() if "losses_equal" in p and _results(p) != "bitwise"]
     said = f"; NOT BITWISE: {', '.join(wrong)}" if wrong else "; all bitwise equal to the plain step"
     each = "" if m["plan_seconds"] is None else f", {m['plan_seconds']:.1f} s a plan"
-    return f"{len(m['plans'])} distinct plans{said}. Profile {m['profile_seconds']:.1f} s{each}."
+    return f"{len(m['plans'])} distinct plans{said}. All options captured in {m['study_seconds']:.1f} s{each}."
 
 
 def _not_warm(m: dict[str, Any]) -> list[str]:

@@ -194,7 +194,7 @@ def _summary(
         "cells": cells,
         "smallest": smallest.get("identity"),
         "smallest_bytes": planned.get("smallest_bytes"),
-        "profile_seconds": planned.get("profile_seconds"),
+        "study_seconds": planned.get("study_seconds"),
         "plan_seconds": statistics.median(planning) if planning else None,
         "planning_error": planned.get("error"),
     }

@@ -1,0 +1,58 @@
+"""The host time of replays counts as step time where op times are measured, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ullage as ul
+from tests.small import tiny
+from ullage.cost import ReplayCost, measure_replays, replay_cost_in
+from ullage.mechanisms import KEEP, RECOMPUTE
+from ullage.planner._model import model_of
+from ullage.planner._options import find_options
+from ullage.planner._study import Study, study
+
+GIVEN = ReplayCost(full=2e-3, full_op=3e-5, selective=1e-3, selective_op=1e-5)
+
+
+def _studied(cost: ReplayCost | None) -> Study:
+    s = study(tiny(), None, "roofline", known_costs=cost.as_costs() if cost is not None else None)
+    find_options(s)
+    return s
+
+
+def test_options_cost_what_their_replays_do() -> None:
+    bare, s = _studied(None), _studied(GIVEN)
+    ops = s.forward_ops["blocks.0"]
+    assert ops == s.forward_ops["blocks.1"] > 10
+    wanted = {"keep": 0.0, "recompute": 2e-3 + 3e-5 * ops, "select": 1e-3 + 1e-5 * ops}
+    before, after = ({o.option: o.seconds for o in model_of(x).options[0]} for x in (bare, s))
+    added = {o: after[o] - before[o] for o in before.keys() & after.keys()}
+    assert {o.action for o in added} == {"keep", "recompute", "select"}
+    assert added == {o: pytest.approx(wanted[o.action], abs=1e-12) for o in added}
+
+
+def test_an_executed_step_has_them_too() -> None:
+    bare, s = _studied(None), _studied(GIVEN)
+    assignment = {u.fqn: RECOMPUTE if u.block else KEEP for u in s.units}
+    executed = s.execute(assignment)
+    added = s.seconds(executed) - bare.seconds(bare.execute(assignment))
+    blocks = sum(u.block for u in s.units)
+    again = sum(executed.session.trace.recomputed[i] for i in range(executed.ops.start, executed.ops.stop))
+    assert again > 0 and added == pytest.approx(blocks * 2e-3 + again * 3e-5, abs=1e-12)
+    assert s.seconds(s.plain_capture[1]) == bare.seconds(bare.plain_capture[1])
+
+
+def test_measured_ones_are_part_of_a_profile() -> None:
+    profile = ul.profile(tiny())
+    found = replay_cost_in(profile.op_costs)
+    assert found is not None and found.full > 0 and found.selective > 0
+    assert replay_cost_in(ul.profile(tiny(), costs="roofline").op_costs) in (None, ReplayCost())
+
+
+def test_measuring_leaves_the_generator() -> None:
+    before = torch.get_rng_state()
+    found = measure_replays()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert min(found.full, found.full_op, found.selective, found.selective_op) >= 0 < found.full + found.full_op
