@@ -22,7 +22,7 @@ from torch import Tensor
 import ullage as ul
 from ullage.measure._allocator import record_steps
 from ullage.measure._measure import keep_pages, resident_bytes
-from ullage.planner._planner import decide, prepare, smallest_bytes
+from ullage.planner import _planner as planner
 from ullage.workload import Instance, run_step
 from ullage.workload._step import compute_loss
 
@@ -130,13 +130,13 @@ def make_plans(model: str, budgets: list[int], folder: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     work = workload(model)
     start = time.perf_counter()
-    study = prepare(work)  # as `ul.frontier` does: many plans on one
-    smallest = smallest_bytes(study)
-    found: dict[str, Any] = {"study_seconds": time.perf_counter() - start, "plans": {}, "smallest_bytes": smallest}
+    study = planner.prepare(work)  # as `ul.frontier` does: many plans on one
+    smallest = planner.smallest_bytes(study)
+    found: dict[str, Any] = {"smallest_bytes": smallest, "study_seconds": time.perf_counter() - start, "plans": {}}
     for budget in sorted({*budgets, smallest}):
         start = time.perf_counter()
         try:
-            plan = decide(study, budget)
+            plan = planner.decide(study, budget)
         except ul.BudgetInfeasible as error:
             found["plans"][str(budget)] = {
                 "error": f"infeasible: ullage's smallest is {error.smallest_bytes / 2**20:.1f} MiB"
