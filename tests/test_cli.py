@@ -189,8 +189,9 @@ def test_a_short_demo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ul.Plan.load("plan.json").decisions
 
 
-def test_the_module_runs() -> None:
-    done = subprocess.run([sys.executable, "-m", "ullage.cli", "devices", "--json"], capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["ullage", "ullage.cli"])
+def test_the_module_runs(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "devices", "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and "h200" in json.loads(done.stdout) and not done.stderr
 
 
