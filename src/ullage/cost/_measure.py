@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from ullage.measure._allocator import MemoryEvent, record_allocations
 
 aten = torch.ops.aten
 MAX_BYTES = 8 * 2**30
+# What an op of backward reads has left the caches that are a core's own: between its calls this much else is written.
+EVICTED_BYTES = 4 * 2**20
 _INDEXED = {aten.embedding.default: 0, aten.nll_loss_forward.default: 0}
 _SKIP = {aten._local_scalar_dense.default, aten._pin_memory.default}
 
@@ -70,11 +72,14 @@ def _measurable(s: Signature) -> bool:
     return sum(spec_bytes(i) for i in inputs) + s.output_bytes <= MAX_BYTES
 
 
-def _time(call: Callable[[], Any], device: str) -> float:
+def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
+    other = torch.zeros(EVICTED_BYTES, dtype=torch.uint8) if cold and device == "cpu" else None
     sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     best = math.inf
     spent, rounds = 0.0, 0
     while rounds < 3 or (spent < 2e-3 and rounds < 20):
+        if other is not None:
+            other.add_(1)
         sync()
         start = time.perf_counter()
         out = call()
@@ -87,26 +92,24 @@ def _time(call: Callable[[], Any], device: str) -> float:
     return best
 
 
-def measure_ops(
-    signatures: list[Signature],
-    fallback: Device,
-    known: list[OpCost],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[OpCost]:
-    """Extend `known` (costs of the first signatures) to all. What can't be run alone takes the roofline's cost."""
-    costs = list(known)
-    todo = signatures[len(known) :]
-    for k, (s, rough) in enumerate(zip(todo, roofline_ops(todo, fallback), strict=True)):
-        if progress is not None:
-            progress(k, len(todo))
+def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback: Device) -> list[OpCost]:
+    """Costs of ops, each run alone. What can't be run alone takes the roofline's cost.
+
+    Args:
+        signatures: what is called.
+        cold: per signature, is what it reads from long before (an op of backward or of the optimizer), and so no longer in a cache?
+        fallback: the device whose roofline stands in.
+    """
+    costs = []
+    for s, is_cold, rough in zip(signatures, cold, roofline_ops(list(signatures), fallback), strict=True):
         if is_free(s):
             costs.append(OpCost(1e-6, 0))
         else:
-            costs.append(_one(s, rough) if _measurable(s) else rough)
+            costs.append(_one(s, is_cold, rough) if _measurable(s) else rough)
     return costs
 
 
-def _one(s: Signature, rough: OpCost) -> OpCost:
+def _one(s: Signature, cold: bool, rough: OpCost) -> OpCost:
     devices = {i.device for i in specs_in([s.args, s.kwargs, s.outputs])}
     device = "cuda" if "cuda" in devices else "cpu"
     try:
@@ -129,7 +132,7 @@ def _one(s: Signature, rough: OpCost) -> OpCost:
 
             call()  # what a kernel allocates once and for all is not part of a call
             peak = _peak(once, device)
-            return OpCost(max(_time(call, device), 1e-6), max(peak, s.output_bytes), tuple(outputs))
+            return OpCost(max(_time(call, device, cold), 1e-6), max(peak, s.output_bytes), tuple(outputs))
     except Exception:  # an op that can't be run on made-up values: the roofline stands in
         return rough
 

@@ -56,7 +56,7 @@ def _seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
         while k < call.last_op and session.signatures[trace.signature[k]].func is not op.func:
             k += 1
         if k < call.last_op:
-            found.append(costs[trace.signature[k]].seconds)
+            found.append(costs[trace.signature[k]].seconds + s.host_cost.forward_op)
             at = k + 1
         else:  # what the tracker sees as another op
             found.append(0.0)

@@ -13,13 +13,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
-from ullage.capture._trace import Signature
+from ullage.capture._trace import Signature, Trace
 from ullage.capture._units import UnitFacts, unit_facts
-from ullage.cost import ReplayCost, measure_ops, measure_replays, replay_cost_in, roofline_ops
+from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
 from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
@@ -72,16 +74,18 @@ class Study:
         """Costs of all of a session's signatures; each distinct signature is measured once per study."""
         have = self._costs.setdefault(session, [])
         todo = session.signatures[len(have) :]
-        unknown = [s for s in todo if signature_key(s) not in self.known_costs]
+        unknown = {k: s for k, s in enumerate(todo, len(have)) if signature_key(s) not in self.known_costs}
         if unknown:
-            found = roofline_ops(unknown, self.device.facts)
+            found = roofline_ops(list(unknown.values()), self.device.facts)
             if self.costs_mode == "measured":
                 self.progress(f"timing {len(unknown)} ops")
-                measured = measure_ops(unknown, self.device.facts, [])
+                forward = _forward_signatures(session.trace)
+                cold = [k not in forward for k in unknown]
+                measured = measure_ops(list(unknown.values()), cold, self.device.facts)
                 # a profile's times are given: what it has not seen takes the roofline's, so that the plan is the same
                 seconds = [c.seconds for c in (found if self.times_given else measured)]
                 found = [replace(c, seconds=t) for c, t in zip(measured, seconds, strict=True)]
-            self.known_costs.update({signature_key(s): c for s, c in zip(unknown, found, strict=True)})
+            self.known_costs.update({signature_key(s): c for s, c in zip(unknown.values(), found, strict=True)})
         have += [self.known_costs[signature_key(s)] for s in todo]
         return have
 
@@ -90,7 +94,7 @@ class Study:
         n = len(session.trace.signature)
         known = self._timelines.get(session)
         if known is None or known[0] != n:
-            known = (n, timeline(session.trace, self.costs(session)))
+            known = (n, self._with_host(session.trace, timeline(session.trace, self.costs(session))))
             self._timelines[session] = known
         return known[1]
 
@@ -141,14 +145,21 @@ class Study:
         return float(self.timeline(capture.session).seconds[capture.ops].sum()) + replays
 
     @cached_property
-    def replay_cost(self) -> ReplayCost:
-        """Host time of replays: measured where op times are, on a CPU; nothing for an estimate and on CUDA."""
-        found = replay_cost_in(self.known_costs)
+    def host_cost(self) -> HostCost:
+        """Host time beside the ops: measured where op times are, on a CPU; nothing for an estimate and on CUDA."""
+        found = host_cost_in(self.known_costs)
         if found is None:
             timed = self.costs_mode == "measured" and not self.times_given and not self.device.as_cuda
-            found = measure_replays() if timed else ReplayCost()
+            found = measure_host() if timed else HostCost()
             self.known_costs.update(found.as_costs())
         return found
+
+    def _with_host(self, trace: Trace, found: Timeline) -> Timeline:
+        cost = self.host_cost
+        backward = np.array(trace.phase) == "backward"
+        forward = (np.array(trace.phase) == "forward") | (backward & np.array(trace.recomputed, np.bool_))
+        host = np.where(forward, cost.forward_op, np.where(backward, cost.backward_op, 0.0))
+        return replace(found, seconds=found.seconds + host)
 
     @cached_property
     def forward_ops(self) -> dict[str, int]:
@@ -173,10 +184,10 @@ class Study:
         calls = next(u.calls for u in self.units if u.fqn == fqn) * max(self.plain_session.inst.accumulate, 1)
         forward = max(self.forward_ops.get(fqn, 0), 1)
         if option.action == "select":
-            return self.replay_cost.seconds(True, calls, forward)
+            return self.host_cost.replays(True, calls, forward)
         if ops is not None:  # several times, in runs of units
             calls, forward = max(round(ops / forward), 1) * calls, ops
-        return self.replay_cost.seconds(False, calls, forward)
+        return self.host_cost.replays(False, calls, forward)
 
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
         """Run forward and backward of one later step under an assignment, once; its peak is `peak_with_update`."""
@@ -210,6 +221,12 @@ class Study:
 def _key(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
     """What an assignment changes: unnamed units are kept."""
     return frozenset((f, o) for f, o in assignment.items() if o != KEEP)
+
+
+def _forward_signatures(trace: Trace) -> set[int]:
+    """What some forward or replay calls."""
+    flags = zip(trace.signature, trace.phase, trace.recomputed, strict=True)
+    return {k for k, phase, again in flags if phase == "forward" or again}
 
 
 def signature_key(s: Signature) -> str:
