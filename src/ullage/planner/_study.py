@@ -7,6 +7,7 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -171,6 +172,12 @@ class Study:
                     counts[fqn] = counts.get(fqn, 0) + 1
         return counts
 
+    @cached_property
+    def forward_calls(self) -> Counter[str]:
+        """Per module, its calls in the plain step."""
+        ops = self.plain_steps[1]
+        return Counter(c.fqn for c in self.plain_session.calls if ops.start <= c.first_op < ops.stop)
+
     def replay_seconds(self, fqn: str, option: Option, ops: int | None = None) -> float:
         """Host time of a unit's replays in one step.
 
@@ -181,8 +188,7 @@ class Study:
         """
         if option == KEEP:
             return 0.0
-        calls = next(u.calls for u in self.units if u.fqn == fqn) * max(self.plain_session.inst.accumulate, 1)
-        forward = max(self.forward_ops.get(fqn, 0), 1)
+        calls, forward = self.forward_calls.get(fqn, 1), max(self.forward_ops.get(fqn, 0), 1)
         if option.action == "select":
             return self.host_cost.replays(True, calls, forward)
         if ops is not None:  # several times, in runs of units
