@@ -103,6 +103,24 @@ def test_a_single_block_of_a_class_that_repeats_elsewhere_is_a_unit() -> None:
     assert mid.block and mid.class_name == "ConvBlock"
 
 
+def test_a_container_of_torchs_is_no_block_for_its_class() -> None:
+    """Blocks that are `nn.Sequential` do not make a head of that class one."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+            self.head = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x).sum()
+
+    s = study(ul.Workload(Model(), torch.ones(4, 8)), None, "roofline")
+    assert [u.fqn for u in s.units if u.block] == ["blocks.0", "blocks.1"]
+
+
 def test_forward_without_backward_leaves_nothing_behind() -> None:
     """Factories build under fake tensors; a second build sees nothing of the first."""
     made = []

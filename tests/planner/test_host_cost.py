@@ -9,7 +9,8 @@ import torch
 
 import ullage as ul
 from tests.small import tiny
-from ullage.cost import HostCost, host_cost_in, measure_host
+from ullage.capture._timeline import OpCost
+from ullage.cost import HostCost, find_device, host_cost_in, measure_host
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
@@ -49,9 +50,8 @@ def test_an_executed_step_has_them_too() -> None:
 def test_ops_of_forward_backward_and_replays() -> None:
     """What modules and autograd take: per op, not in the optimizer."""
     bare, s = _studied(None), _studied(HostCost(forward_op=1e-5, backward_op=3e-5))
-    for x in (bare, s):
-        x.executed = x.execute({u.fqn: RECOMPUTE if u.block else KEEP for u in x.units})  # type: ignore[attr-defined]
-    for capture, plain in ((s.plain_capture[1], bare.plain_capture[1]), (s.executed, bare.executed)):  # type: ignore[attr-defined]
+    planned, plain_planned = (x.execute({u.fqn: RECOMPUTE if u.block else KEEP for u in x.units}) for x in (s, bare))
+    for capture, plain in ((s.plain_capture[1], bare.plain_capture[1]), (planned, plain_planned)):
         trace, ops = capture.session.trace, range(capture.ops.start, capture.ops.stop)
         forward = sum(trace.phase[i] == "forward" or trace.recomputed[i] for i in ops)
         backward = sum(trace.phase[i] == "backward" and not trace.recomputed[i] for i in ops)
@@ -63,6 +63,15 @@ def test_measured_ones_are_part_of_a_profile() -> None:
     found = host_cost_in(profile.op_costs)
     assert found is not None and found.full > 0 and found.selective > 0
     assert host_cost_in(ul.profile(tiny(), costs="roofline").op_costs) in (None, HostCost())
+
+
+def test_none_on_a_cuda_device() -> None:
+    s = study(tiny(), None, "roofline")
+    here = dataclasses.replace(s.device, facts=find_device("h200"), estimate=False, tensors="cuda")
+    there = dataclasses.replace(s, device=here, costs_mode="measured", known_costs=dict[str, OpCost]())
+    assert there.host_cost == HostCost()
+    there = dataclasses.replace(s, costs_mode="measured", known_costs=dict[str, OpCost]())
+    assert there.host_cost != HostCost()
 
 
 def test_measuring_leaves_the_generator() -> None:

@@ -88,7 +88,7 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
                 descend(fqn, child)
 
     descend("", model)
-    kinds = {type(model.get_submodule(f)) for f in blocks}
+    kinds = {k for f in blocks if not (k := type(model.get_submodule(f))).__module__.startswith("torch.")}
     single = [f for f in rest if type(model.get_submodule(f)) in kinds]  # the middle of a U-Net
     return blocks + single, [f for f in rest if f not in single]
 

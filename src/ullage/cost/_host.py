@@ -93,7 +93,7 @@ class _Counts(TorchDispatchMode):
 
 
 def measure_host() -> HostCost:
-    """Time tiny blocks on this CPU: plain, run twice, checkpointed in full and selectively, in turns; a fifth of a second."""
+    """Time tiny blocks on this CPU: plain, run twice, checkpointed in full and selectively, in turns; a quarter of a second."""
     full, selective, ops = [], [], []
     floor = _floor()
     with torch.random.fork_rng(devices=[]):

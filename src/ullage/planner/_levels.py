@@ -48,7 +48,7 @@ def _seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
 
     The trace also has what the runtime does on its own (`detach`), which the log leaves out.
     """
-    costs, trace = s.costs(session), session.trace
+    seconds, trace = s.timeline(session).seconds, session.trace
     call = next(c for c in reversed(session.calls) if c.fqn == learnt.name)
     at, found = call.first_op, []
     for op in learnt.log.ops:
@@ -56,7 +56,7 @@ def _seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
         while k < call.last_op and session.signatures[trace.signature[k]].func is not op.func:
             k += 1
         if k < call.last_op:
-            found.append(costs[trace.signature[k]].seconds + s.host_cost.forward_op)
+            found.append(float(seconds[k]))
             at = k + 1
         else:  # what the tracker sees as another op
             found.append(0.0)

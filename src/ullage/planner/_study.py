@@ -137,7 +137,7 @@ class Study:
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""
-        again = recomputed_in(self, capture)
+        again = recomputed_in(self, capture) if _key(capture.assignment) else {}
         replays = sum(
             self.replay_seconds(fqn, option, again[fqn][0])
             for fqn, option in capture.assignment.items()
@@ -150,7 +150,7 @@ class Study:
         """Host time beside the ops: measured where op times are, on a CPU; nothing for an estimate and on CUDA."""
         found = host_cost_in(self.known_costs)
         if found is None:
-            timed = self.costs_mode == "measured" and not self.times_given and not self.device.as_cuda
+            timed = self.costs_mode == "measured" and not self.times_given and self.device.facts.kind == "cpu"
             found = measure_host() if timed else HostCost()
             self.known_costs.update(found.as_costs())
         return found
