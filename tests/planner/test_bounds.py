@@ -18,7 +18,7 @@ from tests.planner.models import LOGITS, ROWS, VOCABULARY, WIDTH, ChunkedHead, H
 from tests.small import tiny
 from tests.zoo import FAMILIES, workload
 from ullage.mechanisms import RECOMPUTE
-from ullage.planner._live import Ledger, category_at
+from ullage.planner._live import Ledger, categories
 from ullage.planner._names import glob_of, matching
 from ullage.planner._options import find_options
 from ullage.planner._study import study
@@ -194,7 +194,8 @@ def test_what_a_step_of_one_s_own_leaves_behind_has_a_name() -> None:
     trace = s.plain_session.trace
     last = len(trace.phase) - 1
     assert trace.phase[last] == "optimizer"
-    alive = [category_at(t, trace, last) for t in s.plain_session.trace.storages if t.birth <= last <= t.death]
+    pairs = zip(trace.storages, categories(trace), strict=True)
+    alive = [category for t, category in pairs if t.birth <= last <= t.death]
     assert alive.count("gradient") == 12 and alive.count("parameter") == 12
 
 

@@ -189,7 +189,7 @@ class Tracker(TorchDispatchMode):
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
             if replaying:
-                stack = (*replaying, *stack)  # the unit's own forward runs below its hooks
+                stack, source = (*replaying, *stack), source_line()  # the unit's own forward runs below its hooks
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]

@@ -82,31 +82,37 @@ def lasting_category(storage: Storage, trace: Trace) -> str:
     return left.get(born, "") if stays else ""
 
 
-def category_at(storage: Storage, trace: Trace, at: int) -> str:
-    """What a storage that is alive during op `at` is there for."""
-    if lasting := lasting_category(storage, trace):
-        return lasting
-    if not 0 <= storage.birth < len(trace.phase):
-        return "other"
-    if trace.recomputed[storage.birth]:
-        return "recomputed"
-    born, dies = trace.phase[storage.birth], trace.phase[min(storage.death, len(trace.phase) - 1)]
-    if born == "forward" and (dies == "backward" or trace.phase[at] == "backward"):
-        return "activation"
-    return "optimizer temporary" if born == "optimizer" else "temporary"
+def categories(trace: Trace) -> list[str]:
+    """What each storage of a trace is there for. It is the same for all its life."""
+    n = len(trace.phase)
+    backward = np.cumsum([0, *(phase == "backward" for phase in trace.phase)])  # how many ops of backward come before
+
+    def category(t: Storage) -> str:
+        if lasting := lasting_category(t, trace):
+            return lasting
+        if not 0 <= t.birth < n:
+            return "other"
+        if trace.recomputed[t.birth]:
+            return "recomputed"
+        born = trace.phase[t.birth]
+        if born == "forward" and backward[min(t.death, n - 1) + 1] > backward[t.birth]:
+            return "activation"
+        return "optimizer temporary" if born == "optimizer" else "temporary"
+
+    return [category(t) for t in trace.storages]
 
 
 def live_tensors(session: Session, costs: Sequence[OpCost], at: int) -> list[LiveTensor]:
     """The storages alive during op `at`, in order of their birth."""
     trace, found = session.trace, []
-    for t in trace.storages:
+    for t, category in zip(trace.storages, categories(trace), strict=True):
         if not (t.birth <= at <= t.death):
             continue
         module, op, source = "", "", ""
         if 0 <= t.birth < len(trace.signature):
             module = innermost(session, t.birth)
             op, source = str(session.signatures[trace.signature[t.birth]].func), trace.source[t.birth]
-        nbytes, category = effective_bytes(t, trace, costs), category_at(t, trace, at)
+        nbytes = effective_bytes(t, trace, costs)
         found.append(LiveTensor(nbytes=nbytes, category=category, module=module, op=op, source=source))
     return found
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
-from ullage._errors import ArgumentError
-from ullage.capture._units import unit_facts
 from ullage.measure._state import leaves_rng
-from ullage.mechanisms import KEEP, Option
+from ullage.mechanisms import Option
 from ullage.planner._levers import MOST_RUNS, levers
 from ullage.planner._live import Ledger, LiveTensor, by_category, live_tensors, moment, peak_op
-from ullage.planner._options import find_options
 from ullage.planner._peak_facts import Lever, PeakFacts
-from ullage.planner._study import StepCapture, Study, saved_bytes, study
+from ullage.planner._planned import study_plan
+from ullage.planner._study import StepCapture, Study
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -197,28 +195,6 @@ def bounds(
         PlanMismatch: the plan is for another model.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
-    if plan is not None:
-        device, costs = _of_plan(plan, device, costs)
-    s = study(work, device, costs, None, profile.op_costs if profile is not None else None, progress)
-    if plan is not None:
-        plan.check_model(s.session.inst.model)
-        names = [d.unit for d in plan.decisions]
-        if names != [u.fqn for u in s.units]:  # it was made with units= of its own
-            s.units = unit_facts(s.session, saved_bytes(s), names)
-    find_options(s)
-    assignment = {u.fqn: KEEP for u in s.units}
-    assignment |= {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
+    s, assignment = study_plan(work, plan, device, costs, profile, progress)
     s.progress("running the step")
     return bounds_of(s, assignment, s.execute_fresh(assignment), runs=MOST_RUNS)
-
-
-def _of_plan(plan: Plan, device: str | None, costs: str) -> tuple[str | None, str]:
-    from ullage.planner._plan import Plan
-
-    if not isinstance(plan, Plan):
-        raise ArgumentError(
-            f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
-        )
-    if device is not None and device != plan.device:
-        raise ArgumentError(f"device={device!r}: the plan is for {plan.device}; leave it out, or plan for {device}")
-    return plan.device if plan.estimate else None, "roofline" if plan.costs == "roofline" else costs
