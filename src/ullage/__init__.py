@@ -48,6 +48,7 @@ from ullage.planner import (
     plan,
     profile,
 )
+from ullage.report import Timeline, timeline
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -56,8 +57,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check", "Decision",
-    "DeviceError", "Fit", "Forecast", "Frontier", "FrontierPoint", "Handle", "Holding", "Lever", "Measurement", "PinCost", "Plan", "PlanError",
-    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Tried", "UllageError", "UllageWarning", "VerifyError", "Workload",
-    "WorkloadError", "bounds", "checkpoint", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan",
-    "profile", "verify",
+    "DeviceError", "Fit", "Forecast", "Frontier", "FrontierPoint", "Handle", "Holding", "Lever", "Measurement", "PinCost", "Plan",
+    "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning",
+    "VerifyError", "Workload", "WorkloadError", "bounds", "checkpoint", "devices", "fit", "frontier", "is_recomputing", "load_target",
+    "measure", "parse_budget", "plan", "profile", "timeline", "verify",
 ]  # fmt: skip
