@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
-from rich.console import Console
 
 import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._options import cost_options, json_option, load, output_file, show, show_plot, target_options
 from ullage.cli._progress import progress
 
 
@@ -40,6 +38,8 @@ def frontier(
 
     The plot, and --picture, need the extra `plot`.
     """
+    from ullage.planner._draw import terminal
+
     with progress() as report:
         result = ul.frontier(load(options), points, device, costs=costs, progress=report)
     if output is not None:
@@ -48,15 +48,7 @@ def frontier(
         result.plot(picture)
     show(result, as_json)
     if not as_json:
-        _plot(result)
+        show_plot(lambda width, color: terminal(result, width, color=color))
         for path in (output, picture):
             if path is not None:
                 click.echo(f"written to {path}")
-
-
-def _plot(result: ul.Frontier) -> None:
-    from ullage.planner._draw import HOW_TO_GET_IT, terminal
-
-    color = sys.stdout.isatty()
-    text = terminal(result, min(Console().width, 100) if color else 80, color=color)
-    click.echo(f"\n{text}" if text is not None else f"a plot of it in the terminal needs plotext; {HOW_TO_GET_IT}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
 
 from ullage._files import check_writable
+from ullage._plot import HOW_TO_GET_IT
 from ullage.workload import Workload, load_target
 
 Command = Callable[..., Any]
@@ -86,3 +89,10 @@ def output_file(context: click.Context, parameter: click.Parameter, value: str |
 def show(value: Any, as_json: bool) -> None:
     """Print a result on stdout."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))
+
+
+def show_plot(draw: Callable[[int, bool], str | None]) -> None:
+    """Print a plot: as wide as the terminal (100 at most) and in colour, or 80 columns and without where it is piped."""
+    color = sys.stdout.isatty()
+    text = draw(min(Console().width, 100) if color else 80, color)
+    click.echo(f"\n{text}" if text is not None else f"a plot of it in the terminal needs plotext; {HOW_TO_GET_IT}")

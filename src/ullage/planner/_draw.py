@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ullage._errors import ArgumentError
 from ullage._files import check_writable, write_whole
+from ullage._plot import HOW_TO_GET_IT, plotted, size_unit, time_unit
 
 if TYPE_CHECKING:
     from ullage.planner._frontier import Frontier
 
 KINDS = (".svg", ".png", ".pdf")
-HOW_TO_GET_IT = "pip install 'ullage[plot]'"
-_SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 @dataclass(frozen=True)
@@ -70,40 +69,32 @@ def picture(f: Frontier, path: str | Path) -> None:
 
 def terminal(f: Frontier, width: int = 80, height: int = 20, color: bool = False) -> str | None:
     """The same as text, policies as letters; None if plotext is not installed."""
-    if importlib.util.find_spec("plotext") is None:
-        return None
-    import plotext
-
-    d, figure = _drawn(f), plotext.figure
-    figure.clear()
-    figure.plot_size(width, height)
-    if not color:
-        figure.theme("colorless")
-    corners = [(x, y) for i, x in enumerate(d.xs) for y in (d.ys[max(i - 1, 0)], d.ys[i])]
-    steps = figure.signal([x for x, _ in corners], [y for _, y in corners], marker="·")
-    steps.lines()
-    figure.draw(steps)
-    figure.draw(figure.signal(d.xs, d.ys, marker="o"))
+    d = _drawn(f)
     letters = list(zip("abcdefghij", d.policies, strict=False))
-    for letter, (_, x, y) in letters:
-        figure.draw(figure.signal([x], [y], marker=letter))
-    figure.label(d.x_label, "x")
-    figure.label(d.y_label, "y")
-    figure.title(d.title)
-    text = str(figure.build())
-    figure.clear()  # there is one for the whole process
-    if not color:
-        text = str(plotext.uncolorize(text))
+
+    def draw(figure: Any) -> None:
+        corners = [(x, y) for i, x in enumerate(d.xs) for y in (d.ys[max(i - 1, 0)], d.ys[i])]
+        steps = figure.signal([x for x, _ in corners], [y for _, y in corners], marker="·")
+        steps.lines()
+        figure.draw(steps)
+        figure.draw(figure.signal(d.xs, d.ys, marker="o"))
+        for letter, (_, x, y) in letters:
+            figure.draw(figure.signal([x], [y], marker=letter))
+        figure.label(d.x_label, "x")
+        figure.label(d.y_label, "y")
+        figure.title(d.title)
+
+    lines = plotted(draw, width, height, color)
     names = "  ".join(f"{letter} {name}" for letter, (name, _, _) in letters)
-    return "\n".join(line.rstrip() for line in [*text.splitlines(), f"  o plans  {names}"])
+    return "\n".join([*lines, f"  o plans  {names}"]) if lines is not None else None
 
 
 def _drawn(f: Frontier) -> _Drawn:
     ran = [(p.policy, p.peak_bytes, p.step_seconds) for p in f.policies]
     known = [(n, b, s) for n, b, s in ran if b is not None and s is not None]
     low, high = f.points[0].peak_bytes, f.points[-1].peak_bytes
-    x_unit, x = next(((n, size) for n, size in _SIZES if high >= size), ("B", 1))
-    y_unit, y = ("s", 1.0) if f.points[0].step_seconds >= 1 else ("ms", 1e-3)
+    x_unit, x = size_unit(high)
+    y_unit, y = time_unit(f.points[0].step_seconds)
     return _Drawn(
         xs=[p.peak_bytes / x for p in f.points],
         ys=[p.step_seconds / y for p in f.points],

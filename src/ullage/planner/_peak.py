@@ -73,7 +73,7 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for category, nbytes in self.by_category.items():
             lines.append(f"    {category:<22} {format_bytes(nbytes):>11}  {nbytes / max(self.peak_bytes, 1):6.1%}")
         lines.append("  by unit")
-        lines += [f"    {row}" for row in _rows(self.holdings)[:_ROWS]]
+        lines += [f"    {row}" for row in holding_rows(self.holdings)[:_ROWS]]
         lines.append("  largest tensors")
         for t in self.tensors[:_ROWS]:
             lines.append(
@@ -117,7 +117,7 @@ def _where(phase: str, module: str, op: str) -> str:
     return f"{phase}, {module or '(root)'}, {op}"
 
 
-def _rows(holdings: list[Holding]) -> list[str]:
+def holding_rows(holdings: list[Holding]) -> list[str]:
     """One row per run of neighbours that hold the same."""
     rows: list[list[Holding]] = []
     for h in holdings:

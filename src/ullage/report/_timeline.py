@@ -14,6 +14,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage.planner import Holding
+from ullage.planner._peak import holding_rows
 from ullage.report._columns import Column
 
 VERSION = 1
@@ -227,21 +228,39 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         some = np.flatnonzero((a.birth.values <= at) & (at <= a.death.values))
         return sorted((self.allocation(int(k)) for k in some), key=lambda x: -x.nbytes)
 
-    def holdings(self, event: int | None = None) -> list[Holding]:
-        """What is alive during an event (None: the peak) by category and module, the largest first; adds up to its live bytes."""
+    def holdings(self, event: int | None = None, units: bool = False) -> list[Holding]:
+        """What is alive during an event (None: the peak), the largest first; adds up to its live bytes.
+
+        Args:
+            event: which.
+            units: by category and unit (or module outside units), as `ullage.Bounds` has it, instead of innermost module.
+        """
         at = self.peak_event if event is None else range(len(self))[event]
         found: dict[tuple[str, str], list[int]] = {}
         for x in self.alive(at):
-            found.setdefault((x.category, x.module), []).append(x.nbytes)
+            found.setdefault((x.category, self.unit(x.module) if units else x.module), []).append(x.nbytes)
         rows = [Holding(category=c, module=m, nbytes=sum(n), tensors=len(n)) for (c, m), n in found.items()]
-        inside = int(self.events.inside_bytes.values[at])
-        for category, module, nbytes in (
-            (WORKSPACE, "", self.workspace_bytes),
-            (INSIDE, self.event(at).module, inside),
-        ):
-            if nbytes:
-                rows.append(Holding(category=category, module=module, nbytes=nbytes, tensors=0))
+        inside, module = int(self.events.inside_bytes.values[at]), self.event(at).module
+        more = ((WORKSPACE, "", self.workspace_bytes), (INSIDE, self.unit(module) if units else module, inside))
+        rows += [Holding(category=c, module=m, nbytes=n, tensors=0) for c, m, n in more if n]
         return sorted(rows, key=lambda h: -h.nbytes)
+
+    def unit(self, module: str) -> str:
+        """The unit that a module is or lies in; the module itself outside units."""
+        name = module
+        while name and name not in self.actions:
+            name = name.rpartition(".")[0]
+        return name or module
+
+    def export(self, path: str | Path) -> None:
+        """Write the timeline for another tool; the file's ending says which: see `ullage.report.ENDINGS`.
+
+        Raises:
+            ArgumentError: another ending, a folder that is not there, or a package that is not installed.
+        """
+        from ullage.report._export import export
+
+        export(self, path)
 
     def save(self, path: str | Path) -> None:
         """Write the timeline as JSON."""
@@ -269,15 +288,15 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             f"timeline of the {what} on {self.device}{label}",
             f"  peak {format_bytes(self.peak_bytes)} in the {at.step} step, event {at.index} of {len(self)}",
             f"    {where(at)}",
+            *([f"    {at.source}"] if at.source else []),
             f"  first step {format_bytes(self.first_step_peak_bytes)}, later {format_bytes(self.later_step_peak_bytes)}; "
             f"step about {format_seconds(self.step_seconds)} (costs: {self.costs})",
             "  alive at the peak",
         ]
         by_size = sorted(at.by_category.items(), key=lambda row: -row[1])
         lines += [f"    {c:<22} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}" for c, n in by_size]
-        lines.append("  by module")
-        for h in self.holdings()[:_ROWS]:
-            lines.append(f"    {format_bytes(h.nbytes):>12}  {h.category:<22} {h.module or '(root)'}")
+        lines.append("  by unit")
+        lines += [f"    {row}" for row in holding_rows(self.holdings(units=True))[:_ROWS]]
         lines.append("  of the later step")
         lines += [f"    {row}" for row in _phase_rows(self)]
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
@@ -290,7 +309,7 @@ class _Version(msgspec.Struct):
 def where(e: Event) -> str:
     """The moment, in words."""
     again = ", recomputed" if e.recomputed else ""
-    return f"{e.phase}, {e.module or '(root)'}, {e.op}{again}{f' ({e.source})' if e.source else ''}"
+    return f"{e.phase}, {e.module or '(root)'}, {e.op}{again}"
 
 
 def _phase_rows(t: Timeline) -> list[str]:

@@ -1,0 +1,39 @@
+"""Plots in the terminal, with plotext from the extra `plot`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+HOW_TO_GET_IT = "pip install 'ullage[plot]'"
+SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def size_unit(nbytes: int) -> tuple[str, int]:
+    """The unit that suits a size, and its bytes."""
+    return next(((name, size) for name, size in SIZES if nbytes >= size), ("B", 1))
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit that suits a time, and its seconds."""
+    return ("s", 1.0) if seconds >= 1 else ("ms", 1e-3)
+
+
+def plotted(draw: Callable[[Any], None], width: int, height: int, color: bool) -> list[str] | None:
+    """The lines of what `draw` draws on a plotext figure; None if plotext is not installed."""
+    if importlib.util.find_spec("plotext") is None:
+        return None
+    import plotext
+
+    figure = plotext.figure  # there is one for the whole process
+    figure.clear()
+    figure.plot_size(width, height)
+    if not color:
+        figure.theme("colorless")
+    draw(figure)
+    text = str(figure.build())
+    figure.clear()
+    if not color:
+        text = str(plotext.uncolorize(text))
+    return [line.rstrip() for line in text.splitlines()]
