@@ -54,10 +54,37 @@ def test_without_the_extras(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert capsys.readouterr().err == "error: x.parquet: Parquet needs pyarrow; pip install 'ullage[parquet]'\n"
 
 
+def test_check(capsys: Any) -> None:
+    against = ["--against", "base.json", *FAST]
+    assert run(["check", FACTORY, *against, "--update", "--max-peak", "1MiB"]) == 0
+    assert capsys.readouterr().out.endswith("written to base.json\n")
+    base = ul.Baseline.load("base.json")
+    assert run(["check", FACTORY, *against, "--max-peak", "1MiB"]) == 0
+    assert "check ok: " in capsys.readouterr().out
+    Path("grown.py").write_text("from tests.small import blocks\n\ndef f():\n    return blocks(layers=4)\n")
+    assert run(["check", "grown.py:f", *against]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("check FAILED: ") and "blocks.3: new, Sequential, saves 33.00 KiB" in said
+    assert run(["check", "grown.py:f", *against, "--allow-growth", "1MiB"]) == 0
+    assert run(["check", "grown.py:f", *against, "--update", "--max-peak", "1000"]) == 1
+    assert ul.Baseline.load("base.json") == base  # what fails is not accepted
+    capsys.readouterr()
+    assert run(["check", "grown.py:f", *against, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"] and sum(r["values"][1] - r["values"][0] for r in found["by_module"]) > 0
+    assert run(["check", FACTORY, *FAST, "--budget", "80% of plain", "--max-slowdown", "9"]) == 0
+    assert run(["check", FACTORY, *FAST, "--budget", "1KiB"]) == 1
+    assert "FAILED: budget 1.00 KiB: the smallest peak" in capsys.readouterr().out
+
+
 BAD: dict[str, tuple[list[str], str, str]] = {
     "ending": (["timeline", FACTORY, "--export", "x.html"], "ArgumentError", "an export is one of .json, .json.gz"),
     "folder": (["timeline", FACTORY, "-o", "no/x.json"], "ArgumentError", "there is no folder no"),
     "export's folder": (["timeline", FACTORY, "--export", "no/x.csv"], "ArgumentError", "there is no folder no"),
+    "nothing to check": (["check", FACTORY], "UsageError", "nothing to check: give --max-peak"),
+    "no baseline": (["check", FACTORY, "--against", "none.json"], "PlanError", "write it with `ullage check --update`"),
+    "no name": (["check", FACTORY, "--update", "--max-peak", "1MiB"], "UsageError", "name the file with --against"),
+    "baseline's folder": (["check", FACTORY, "--update", "--against", "no/x.json"], "ArgumentError", "no folder no"),
     "no plan": (["timeline", FACTORY, "--plan", "none.json"], "PlanError", "none.json: can't be read"),
 }
 

@@ -23,8 +23,8 @@ from tests.small import tiny
 from ullage.report import ENDINGS, Timeline
 from ullage.report._arena import Arena
 from ullage.report._chrome import _us
+from ullage.report._records import CATEGORIES
 from ullage.report._terminal import LETTERS, terminal
-from ullage.report._timeline import CATEGORIES
 
 ROOFLINE: Any = {"costs": "roofline"}
 

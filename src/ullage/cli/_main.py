@@ -1,6 +1,6 @@
-"""`ullage profile | plan | bounds | timeline | frontier | fit | verify | measure | devices | demo`.
+"""`ullage profile | plan | bounds | timeline | frontier | fit | verify | measure | check | devices | demo`.
 
-Exit codes: 0 done, 1 a check failed (verify, demo), 2 bad usage or input, 3 no plan fits the budget.
+Exit codes: 0 done, 1 a check failed (verify, check, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import click
 
 import ullage as ul
 from ullage.cli._bounds import bounds
+from ullage.cli._check import check
 from ullage.cli._demo import demo
 from ullage.cli._devices import devices
 from ullage.cli._errors import BAD_INPUT, finish
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, bounds, timeline, frontier, fit, verify, measure, devices, demo):
+for verb in (profile, plan, bounds, timeline, frontier, fit, verify, measure, check, devices, demo):
     cli.add_command(verb)
 
 

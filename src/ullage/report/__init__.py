@@ -1,7 +1,26 @@
 """Shows what the planner knows: the timeline of a step, its exports, comparisons, and a gate for CI."""
 
+from ullage.report._baseline import Baseline, StepFacts, UnitState
+from ullage.report._check import Gate, check
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
-from ullage.report._timeline import Allocation, Allocations, Event, Events, Timeline
+from ullage.report._records import Allocation, Allocations, Event, Events
+from ullage.report._rows import Row
+from ullage.report._timeline import Timeline
 
-__all__ = ["ENDINGS", "Allocation", "Allocations", "Event", "Events", "Timeline", "check_export", "timeline"]
+__all__ = [
+    "ENDINGS",
+    "Allocation",
+    "Allocations",
+    "Baseline",
+    "Event",
+    "Events",
+    "Gate",
+    "Row",
+    "StepFacts",
+    "Timeline",
+    "UnitState",
+    "check",
+    "check_export",
+    "timeline",
+]

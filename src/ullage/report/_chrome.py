@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 
 from ullage._bytes import format_bytes
-from ullage.report._timeline import PHASES, Array, Timeline, where
+from ullage.report._records import PHASES, Array, where
+from ullage.report._timeline import Timeline
 
 PID = 1
 LANES = {1: "phases", 2: "modules", 3: "recomputed"}

@@ -19,7 +19,8 @@ from ullage.planner._live import Ledger, categories, peak_op
 from ullage.planner._planned import study_plan
 from ullage.planner._study import StepCapture, Study, recomputed_in
 from ullage.report._columns import Column
-from ullage.report._timeline import PHASES, VERSION, Allocations, Events, Timeline
+from ullage.report._records import PHASES, Allocations, Events
+from ullage.report._timeline import VERSION, Timeline
 from ullage.workload import Workload
 
 

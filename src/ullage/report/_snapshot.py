@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ullage.report._arena import Arena
-from ullage.report._timeline import INSIDE, PHASES, WORKSPACE, Timeline
+from ullage.report._records import INSIDE, PHASES, WORKSPACE
+from ullage.report._timeline import Timeline
 
 BEGIN = 0x7F0000000000  # an address as CUDA gives them
 PROTOCOL = 4  # the newest that the viewer's own unpickler knows

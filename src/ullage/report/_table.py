@@ -6,7 +6,8 @@ import csv
 import io
 from typing import Any
 
-from ullage.report._timeline import PHASES, Timeline
+from ullage.report._records import PHASES
+from ullage.report._timeline import Timeline
 
 
 def columns(t: Timeline) -> dict[str, list[Any]]:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ullage._bytes import format_bytes
 from ullage._plot import plotted, size_unit, time_unit
-from ullage.report._timeline import PHASES, Timeline
+from ullage.report._records import PHASES
+from ullage.report._timeline import Timeline
 
 LETTERS = {
     "parameter": "p", "buffer": "b", "library workspace": "w", "input": "i", "other": "o", "optimizer state": "s", "gradient": "g",

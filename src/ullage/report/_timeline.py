@@ -15,90 +15,21 @@ from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage.planner import Holding
 from ullage.planner._peak import holding_rows
-from ullage.report._columns import Column
+from ullage.report._records import (
+    CATEGORIES,
+    INSIDE,
+    PHASES,
+    WORKSPACE,
+    Allocation,
+    Allocations,
+    Array,
+    Event,
+    Events,
+    where,
+)
 
 VERSION = 1
-PHASES = ("forward", "backward", "optimizer")
-WORKSPACE, INSIDE = "library workspace", "inside the op"
-# in the order in which they are stacked: what is there all the time lies below
-CATEGORIES = (
-    "parameter", "buffer", WORKSPACE, "input", "other", "optimizer state", "gradient", "activation", "recomputed", "temporary",
-    "optimizer temporary", INSIDE,
-)  # fmt: skip
 _ROWS = 12
-
-Array = npt.NDArray[np.int64]
-
-
-class Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Ops in order, the first step's before the later one's. Names are indices into the timeline's lists.
-
-    Attributes:
-        phase: into `PHASES`.
-        stack: into `stacks`: the modules that the op runs in; of an op of backward, those whose op made its node.
-        op, source: into `ops` and `sources`.
-        seconds: predicted, host time of replays included.
-        recomputed: 1 in a replay.
-        micro_batch: counted from 0 in each step.
-        inside_bytes: what is alive at the op's peak that no storage accounts for: what its kernel takes for itself.
-    """
-
-    phase: Column
-    stack: Column
-    op: Column
-    source: Column
-    seconds: Column
-    recomputed: Column
-    micro_batch: Column
-    inside_bytes: Column
-
-
-class Allocations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Storages in order of their birth.
-
-    Attributes:
-        birth: the event that makes it, -1: it was there before.
-        death: the last event during which it is alive; the number of events: it stays.
-        nbytes: its size.
-        category, module, name: into `categories`, `modules` and `names`; the name is that of a parameter or buffer.
-    """
-
-    birth: Column
-    death: Column
-    nbytes: Column
-    category: Column
-    module: Column
-    name: Column
-
-
-class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One op. `live_bytes` is its peak, and `by_category` adds up to it."""
-
-    index: int
-    step: str
-    micro_batch: int
-    phase: str
-    module: str
-    op: str
-    source: str
-    recomputed: bool
-    start_seconds: float
-    seconds: float
-    live_bytes: int
-    by_category: dict[str, int]
-
-
-class Allocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One storage: its size, what it is, and the events between which it is alive (see `Allocations`)."""
-
-    nbytes: int
-    category: str
-    module: str
-    name: str
-    op: str
-    source: str
-    birth: int
-    death: int
 
 
 class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
@@ -304,12 +235,6 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 class _Version(msgspec.Struct):
     version: int
-
-
-def where(e: Event) -> str:
-    """The moment, in words."""
-    again = ", recomputed" if e.recomputed else ""
-    return f"{e.phase}, {e.module or '(root)'}, {e.op}{again}"
 
 
 def _phase_rows(t: Timeline) -> list[str]:
