@@ -77,6 +77,17 @@ def test_check(capsys: Any) -> None:
     assert "FAILED: budget 1.00 KiB: the smallest peak" in capsys.readouterr().out
 
 
+def test_compare(capsys: Any) -> None:
+    for policy in ("none", "every_block"):
+        assert run(["plan", FACTORY, "--policy", policy, "-o", f"{policy}.json", *FAST]) == 0
+    capsys.readouterr()
+    assert run(["compare", "none.json", "every_block.json"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{ul.compare('none.json', 'every_block.json')}\n" and "A keep; B recompute" in said
+    assert run(["compare", "none.json", "every_block.json", "none.json", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["sides"]) == 3
+
+
 BAD: dict[str, tuple[list[str], str, str]] = {
     "ending": (["timeline", FACTORY, "--export", "x.html"], "ArgumentError", "an export is one of .json, .json.gz"),
     "folder": (["timeline", FACTORY, "-o", "no/x.json"], "ArgumentError", "there is no folder no"),
@@ -85,6 +96,8 @@ BAD: dict[str, tuple[list[str], str, str]] = {
     "no baseline": (["check", FACTORY, "--against", "none.json"], "PlanError", "write it with `ullage check --update`"),
     "no name": (["check", FACTORY, "--update", "--max-peak", "1MiB"], "UsageError", "name the file with --against"),
     "baseline's folder": (["check", FACTORY, "--update", "--against", "no/x.json"], "ArgumentError", "no folder no"),
+    "nothing to compare": (["compare"], "UsageError", "Missing argument 'A B [C ...]'"),
+    "not a file": (["compare", "none.json", "none.json"], "PlanError", "none.json: can't be read"),
     "no plan": (["timeline", FACTORY, "--plan", "none.json"], "PlanError", "none.json: can't be read"),
 }
 

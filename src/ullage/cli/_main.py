@@ -1,4 +1,4 @@
-"""`ullage profile | plan | bounds | timeline | frontier | fit | verify | measure | check | devices | demo`.
+"""`ullage profile | plan | bounds | timeline | frontier | fit | verify | measure | check | compare | devices | demo`.
 
 Exit codes: 0 done, 1 a check failed (verify, check, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
@@ -14,6 +14,7 @@ import click
 import ullage as ul
 from ullage.cli._bounds import bounds
 from ullage.cli._check import check
+from ullage.cli._compare import compare
 from ullage.cli._demo import demo
 from ullage.cli._devices import devices
 from ullage.cli._errors import BAD_INPUT, finish
@@ -36,7 +37,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, bounds, timeline, frontier, fit, verify, measure, check, devices, demo):
+for verb in (profile, plan, bounds, timeline, frontier, fit, verify, measure, check, compare, devices, demo):
     cli.add_command(verb)
 
 

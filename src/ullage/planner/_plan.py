@@ -56,10 +56,20 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     input_elements: int
     place: Place | None = None
 
+    @property
+    def label(self) -> str:
+        """What is done with the unit, in a word or two."""
+        return action_label(self.action, self.place)
+
     def settings(self) -> UnitSettings:
         """What the runtime needs to know."""
         option = replace(option_from_name(self.action), place=self.place)
         return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
+
+
+def action_label(action: str, place: Place | None) -> str:
+    """An action, and whether its unit is rebuilt together with others."""
+    return action if place is None else f"{action} together"
 
 
 class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,10 +2,12 @@
 
 from ullage.report._baseline import Baseline, StepFacts, UnitState
 from ullage.report._check import Gate, check
+from ullage.report._compare import Comparison, UnitRow, compare
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
 from ullage.report._records import Allocation, Allocations, Event, Events
 from ullage.report._rows import Row
+from ullage.report._sides import Side
 from ullage.report._timeline import Timeline
 
 __all__ = [
@@ -13,14 +15,18 @@ __all__ = [
     "Allocation",
     "Allocations",
     "Baseline",
+    "Comparison",
     "Event",
     "Events",
     "Gate",
     "Row",
+    "Side",
     "StepFacts",
     "Timeline",
+    "UnitRow",
     "UnitState",
     "check",
     "check_export",
+    "compare",
     "timeline",
 ]

@@ -10,15 +10,16 @@ import msgspec
 
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetInfeasible, PlanError
+from ullage.capture import UnitFacts
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
-from ullage.planner._plan import environment
+from ullage.planner._plan import action_label, environment
 from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide, prepare
 from ullage.planner._study import Study
 from ullage.report._baseline import VERSION, Baseline, StepFacts, UnitState
-from ullage.report._make import action_name, timeline_of
+from ullage.report._make import timeline_of
 from ullage.report._rows import Row, by_module, grouped, rows, signed
 from ullage.workload import Workload
 
@@ -215,15 +216,15 @@ def _facts(
         costs=s.costs_mode,
         plain=StepFacts.of(plain),
         planned=planned,
-        units={
-            u.fqn: UnitState(
-                class_name=u.class_name, saved_bytes=u.saved_bytes, action=action_name(assignment.get(u.fqn, KEEP))
-            )
-            for u in s.units
-        },
+        units={u.fqn: _unit_state(u, assignment.get(u.fqn, KEEP)) for u in s.units},
         environment=environment(),
     )
     return s, now, infeasible
+
+
+def _unit_state(u: UnitFacts, option: Option) -> UnitState:
+    action = action_label(option.name, option.place)
+    return UnitState(class_name=u.class_name, saved_bytes=u.saved_bytes, action=action)
 
 
 def _check_baseline(before: Baseline, now: Baseline, plans: bool) -> None:

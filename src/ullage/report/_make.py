@@ -16,6 +16,7 @@ from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._live import Ledger, categories, peak_op
+from ullage.planner._plan import action_label
 from ullage.planner._planned import study_plan
 from ullage.planner._study import StepCapture, Study, recomputed_in
 from ullage.report._columns import Column
@@ -78,7 +79,7 @@ def timeline_of(
         plan_digest=plan.digest if plan is not None else "",
         policy=plan.policy if plan is not None else "",
         budget_bytes=plan.budget_bytes if plan is not None else None,
-        actions={f: action_name(o) for f, o in assignment.items()},
+        actions={f: action_label(o.name, o.place) for f, o in assignment.items()},
         peak_bytes=max(peaks),
         first_step_peak_bytes=peaks[0],
         later_step_peak_bytes=peaks[1],
@@ -105,11 +106,6 @@ def timeline_of(
         names=storages.names.all,
         notes=list(session.values.assumptions),
     )
-
-
-def action_name(option: Option) -> str:
-    """What is done with a unit, in a word or two."""
-    return option.name if option.place is None else f"{option.name} together"
 
 
 class _Names:

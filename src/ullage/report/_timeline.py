@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -169,19 +170,15 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         at = self.peak_event if event is None else range(len(self))[event]
         found: dict[tuple[str, str], list[int]] = {}
         for x in self.alive(at):
-            found.setdefault((x.category, self.unit(x.module) if units else x.module), []).append(x.nbytes)
+            found.setdefault((x.category, unit_of(x.module, self.actions) if units else x.module), []).append(x.nbytes)
         rows = [Holding(category=c, module=m, nbytes=sum(n), tensors=len(n)) for (c, m), n in found.items()]
         inside, module = int(self.events.inside_bytes.values[at]), self.event(at).module
-        more = ((WORKSPACE, "", self.workspace_bytes), (INSIDE, self.unit(module) if units else module, inside))
+        more = (
+            (WORKSPACE, "", self.workspace_bytes),
+            (INSIDE, unit_of(module, self.actions) if units else module, inside),
+        )
         rows += [Holding(category=c, module=m, nbytes=n, tensors=0) for c, m, n in more if n]
         return sorted(rows, key=lambda h: -h.nbytes)
-
-    def unit(self, module: str) -> str:
-        """The unit that a module is or lies in; the module itself outside units."""
-        name = module
-        while name and name not in self.actions:
-            name = name.rpartition(".")[0]
-        return name or module
 
     def export(self, path: str | Path) -> None:
         """Write the timeline for another tool; the file's ending says which: see `ullage.report.ENDINGS`.
@@ -235,6 +232,14 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 class _Version(msgspec.Struct):
     version: int
+
+
+def unit_of(module: str, units: Collection[str]) -> str:
+    """The unit that a module is or lies in; the module itself outside units."""
+    name = module
+    while name and name not in units:
+        name = name.rpartition(".")[0]
+    return name or module
 
 
 def _phase_rows(t: Timeline) -> list[str]:
