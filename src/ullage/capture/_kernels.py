@@ -21,9 +21,9 @@ aten = torch.ops.aten
 class FakeKernels:
     """Runs ops; values of small tensors are carried along."""
 
-    def __init__(self, fake_mode: FakeTensorMode, values: Values) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, values: Values, like: FakeKernels | None = None) -> None:
         self.fake_mode, self.values = fake_mode, values
-        self.known = KnownOutputs(fake_mode)
+        self.known = KnownOutputs(fake_mode, None if like is None else like.known)
 
     def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """The op's outputs, and whether they may have storages that were not seen before."""

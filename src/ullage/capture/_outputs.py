@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 aten = torch.ops.aten
 _NEVER_TAGS = (
@@ -25,6 +25,8 @@ _NEVER_TAGS = (
 )
 # They make or change what a fake tensor knows beyond its metadata (constants, storages).
 _NEVER = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.set_.source_Storage, aten.resize_.default}
+# A view that its schema does not declare, for autograd's sake.
+_VIEWS = {aten._unsafe_view.default}
 _PLAIN_TYPES = (str, type(None))
 
 
@@ -57,12 +59,12 @@ class _Entry:
 
 
 class KnownOutputs:
-    """Remembers, per signature, how to make an op's outputs."""
+    """Remembers, per signature, how to make an op's outputs. What `like` knows is shared with it, both ways."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, like: KnownOutputs | None = None) -> None:
         self.mode = mode
-        self._entries: dict[Any, _Entry | None] = {}
-        self._views: dict[Any, bool | None] = {}
+        self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
+        self._views: dict[Any, bool | None] = {} if like is None else like._views
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
         """The key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
@@ -83,7 +85,7 @@ class KnownOutputs:
             return False, None
         if entry.kind == "first" or entry.kind == "nothing":
             return True, args[0] if entry.kind == "first" else None
-        with in_kernel_invocation_manager(self.mode):
+        with torch._C._DisableTorchDispatch():  # below every mode: these are plain meta tensors
             if entry.kind == "view":
                 storage = args[0].untyped_storage()
                 elements = []
@@ -137,7 +139,7 @@ def _is_view(func: Any) -> bool | None:
     if func._schema.is_mutable:  # in place, and returns its first argument or nothing; all else is not remembered
         first = func._schema.arguments[0].alias_info
         return False if first is not None and first.is_write and len(func._schema.returns) <= 1 else None
-    return bool(aliases)
+    return bool(aliases) or func in _VIEWS
 
 
 def _flat(values: Any) -> list[Any]:

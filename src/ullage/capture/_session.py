@@ -101,15 +101,23 @@ class Session:
         round_bytes: allocation granularity (512 for CUDA, 1 for CPU).
         as_cuda: estimate a CUDA device from tensors on the CPU (see `ullage.capture._substitutions`).
         explores: many assignments will be run; what the runtime learns of a unit under one serves the others.
+        like: a session of the same workload, with which it shares what is known of fake kernels.
     """
 
-    def __init__(self, work: Workload, round_bytes: int = 1, as_cuda: bool = False, explores: bool = False) -> None:
+    def __init__(
+        self,
+        work: Workload,
+        round_bytes: int = 1,
+        as_cuda: bool = False,
+        explores: bool = False,
+        like: Session | None = None,
+    ) -> None:
         self._as_cuda = as_cuda
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
         self.values = Values()
-        self.tracker = Tracker(self.fake_mode, self.values, round_bytes)
+        self.tracker = Tracker(self.fake_mode, self.values, round_bytes, None if like is None else like.tracker)
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class

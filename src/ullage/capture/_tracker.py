@@ -33,12 +33,14 @@ _DEVICE_QUERY = torch.ops.prim.device.default
 
 
 class Tracker(TorchDispatchMode):
-    """Records a `Trace`; see the module's docstring."""
+    """Records a `Trace`; see the module's docstring. What `like` knows of fake kernels is shared with it."""
 
-    def __init__(self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1) -> None:
+    def __init__(
+        self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1, like: Tracker | None = None
+    ) -> None:
         super().__init__()
         self.round_bytes = round_bytes
-        self.kernels = FakeKernels(fake_mode, values)
+        self.kernels = FakeKernels(fake_mode, values, None if like is None else like.kernels)
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
@@ -57,6 +59,11 @@ class Tracker(TorchDispatchMode):
         self._source_of_sequence: dict[int, tuple[str, int]] = {}
         self._saved_scalars: list[tuple[int, Storage]] = []  # (sequence of the node that saved it, its storage)
         self._unique = (0, 0, 0)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch's guard against being compiled costs more per op than the tracker does, and a capture is eager."""
+        return False
 
     @property
     def clock(self) -> int:

@@ -24,6 +24,9 @@ MAX_NUMEL = 1 << 18
 MAX_FLOAT_NUMEL = 1 << 12
 
 _INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
+_INDEX_OUTPUTS |= {aten.argmax.default}
+_COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.isnan.default}
+_ASSUMED = _INDEX_OUTPUTS | _COMPARISONS
 _KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
 
 
@@ -73,7 +76,7 @@ class Values:
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry values through one op that already ran on fakes."""
-        outs = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        outs = [out] if isinstance(out, Tensor) else [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
         mutates = func._schema.is_mutable
         if not outs and not mutates:
             return
@@ -86,7 +89,7 @@ class Values:
         if given is None:
             if mutates:
                 self._poison(func, args, kwargs)
-            else:
+            elif func in _ASSUMED:
                 self._assume(func, args, outs)
             return
         with _disable_current_modes(), torch.no_grad():
@@ -111,7 +114,7 @@ class Values:
 
     def _assume(self, func: Any, args: Any, outs: list[Tensor]) -> None:
         """Balanced routing for index outputs; no infinities and no NaN."""
-        if func in _INDEX_OUTPUTS or func is aten.argmax.default:
+        if func in _INDEX_OUTPUTS:
             index = outs[-1]
             if _limit(index) and index.dim() > 0 and not index.is_floating_point():
                 position = 2 if func is aten.topk.default else 1

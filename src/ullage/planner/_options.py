@@ -108,7 +108,7 @@ def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
             s.captures[label] = s.execute(assignment)
         except OptionFailed as failed:
             _take_away(s, failed, assignment[failed.fqn])
-            s.session = Session(s.work, s.device.round_bytes, s.device.as_cuda, explores=True)
+            s.session = s.another_session(explores=True)
             s.session.run(steps=2)  # as the one before: what it noted of the first step is asked for
 
 

@@ -207,13 +207,17 @@ class Study:
             self._executed[wanted] = StepCapture(session, ops, dict(assignment))
         return replace(self._executed[wanted], assignment=dict(assignment))
 
+    def another_session(self, explores: bool = False) -> Session:
+        """A session from the workload's own state."""
+        return Session(self.work, self.device.round_bytes, self.device.as_cuda, explores, like=self.session)
+
     def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
         """Run a first and a later step under an assignment, from the workload's own state. The last runs are kept."""
         wanted = _key(assignment)
         if not wanted:
             return self.plain_capture
         if wanted not in self._fresh:
-            session = Session(self.work, self.device.round_bytes, self.device.as_cuda)
+            session = self.another_session()
             session.run(self.settings(assignment), steps=2)
             a, b = session.trace.marks
             first, later = slice(a, b), slice(b, session.tracker.clock)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ullage.capture import OptionFailed, Session
+from ullage.capture import OptionFailed
 from ullage.capture._units import unit_facts
 from ullage.measure._reach import optimizers_of
 from ullage.mechanisms import KEEP, RECOMPUTE
@@ -46,7 +46,7 @@ def set_to_none(p: PeakFacts) -> tuple[StepCapture, StepCapture]:
 def _changed(p: PeakFacts, change: Callable[[Instance], None]) -> tuple[StepCapture, StepCapture]:
     """The steps on a fresh instance that is changed before."""
     s = p.s
-    session = Session(s.work, s.device.round_bytes, s.device.as_cuda)
+    session = s.another_session()
     change(session.inst)
     session.run(s.settings(p.assignment), steps=2)
     a, b = session.trace.marks
