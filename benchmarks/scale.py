@@ -1,4 +1,4 @@
-"""Planning models far larger than this machine: seconds and real memory of the command.
+"""Planning models far larger than this machine, and a whole frontier: seconds and real memory of the command.
 
 `python benchmarks/scale.py` writes results/scale.json and the table results/scale.md. Each command runs alone, in a
 process of its own; memory is its largest resident set. Exits with 1 if one is over its limit.
@@ -27,66 +27,75 @@ CASES = [  # (config, batch, budget, limit in seconds); a budget under the plain
     ("llama-3-70b", 1, "900GiB", 60),
     ("llama-3-70b", 2, "700GiB", 60),
 ]
-MEMORY_LIMIT = 2 * 2**30
+FRONTIER = ("llama-3-70b", 4, 12, 180)  # (config, batch, points, limit in seconds)
+MEMORY_LIMITS = {"plan": 2 * 2**30, "frontier": 3 * 2**30}
 
 
-def timed(config: str, batch: int, budget: str) -> dict[str, Any]:
+def timed(verb: str, config: str, batch: int, *options: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the command as the only child of a fresh process, whose children's largest resident set is its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "ullage.cli",
-        "plan",
-        f"configs/{config}.json",
-        *COMMON,
-        "--batch",
-        str(batch),
-        "--budget",
-        budget,
-        "--json",
-    ]
+    target = [f"configs/{config}.json", *COMMON, "--batch", str(batch), *options]
     begin = time.perf_counter()
-    run = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin
-    plan = json.loads(run.stdout)
-    actions = [d["action"] for d in plan["decisions"]]
-    return {
+    run = subprocess.run(
+        [sys.executable, "-m", "ullage.cli", verb, *target, "--json"],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cost = {
+        "command": verb,
         "config": config,
         "batch": batch,
-        "budget": budget,
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - begin, 1),
         "max_resident_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "plain_bytes": plan["baseline"]["peak_bytes"],
-        "predicted_bytes": plan["predicted"]["peak_bytes"],
-        "actions": {a: actions.count(a) for a in sorted(set(actions))},
     }
+    return cost, json.loads(run.stdout)
+
+
+def alone(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`timed` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(timed, arguments)
+
+
+def plan(config: str, batch: int, budget: str, limit: int) -> dict[str, Any]:
+    cost, made = alone("plan", config, batch, "--budget", budget)
+    actions = [d["action"].partition(":")[0] for d in made["decisions"]]
+    counts = ", ".join(f"{actions.count(a)} x {a}" for a in sorted(set(actions)))
+    sizes = {"plain_bytes": made["baseline"]["peak_bytes"], "planned_bytes": made["predicted"]["peak_bytes"]}
+    return {**cost, "limit_seconds": limit, "asked": budget, "made": counts, **sizes}
+
+
+def frontier(config: str, batch: int, points: int, limit: int) -> dict[str, Any]:
+    cost, made = alone("frontier", config, batch, "--points", str(points))
+    found = made["points"]
+    sizes = {"plain_bytes": found[-1]["peak_bytes"], "planned_bytes": found[0]["peak_bytes"]}
+    return {**cost, "limit_seconds": limit, "asked": f"{points} points", "made": f"{len(found)} plans", **sizes}
+
+
+def line(r: dict[str, Any]) -> str:
+    sizes = " | ".join(f"{r[k] / 2**30:.1f} GiB" for k in ("plain_bytes", "planned_bytes"))
+    memory = f"{r['max_resident_bytes'] / 2**20:.0f} MiB"
+    cells = f"{r['command']} | {r['config']} | {r['batch']} | {r['asked']} | {r['made']} | {sizes}"
+    return f"| {cells} | {r['seconds']} ({r['limit_seconds']}) | {memory} |"
 
 
 def main() -> int:
-    rows, late = [], False
-    for config, batch, budget, limit in CASES:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(timed, (config, batch, budget))
-        row["limit_seconds"] = limit
-        late |= row["seconds"] > limit or row["max_resident_bytes"] > MEMORY_LIMIT
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)
+    rows = []
+    for make, case in [*((plan, c) for c in CASES), (frontier, FRONTIER)]:
+        rows.append(make(*case))
+        print(rows[-1], file=sys.stderr, flush=True)
     lines = [
-        "| config | batch | budget | plan | plain peak | planned peak | seconds (limit) | real memory |",
-        "|---|---:|---|---|---:|---:|---:|---:|",
+        "| command | config | batch | asked | made | plain peak | smallest planned peak | seconds (limit) | real memory |",
+        "|---|---|---:|---|---|---:|---:|---:|---:|",
+        *map(line, rows),
     ]
-    for r in rows:
-        plan = ", ".join(f"{n} x {a}" for a, n in r["actions"].items())
-        sizes = " | ".join(f"{r[k] / 2**30:.1f} GiB" for k in ("plain_bytes", "predicted_bytes"))
-        memory = f"{r['max_resident_bytes'] / 2**20:.0f} MiB"
-        lines.append(
-            f"| {r['config']} | {r['batch']} | {r['budget']} | {plan} | {sizes} | {r['seconds']} ({r['limit_seconds']}) | {memory} |"
-        )
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     (results / "scale.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     (results / "scale.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    late = any(r["seconds"] > r["limit_seconds"] or r["max_resident_bytes"] > MEMORY_LIMITS[r["command"]] for r in rows)
     return int(late)
 
 

@@ -23,7 +23,7 @@ class FakeKernels:
 
     def __init__(self, fake_mode: FakeTensorMode, values: Values, like: FakeKernels | None = None) -> None:
         self.fake_mode, self.values = fake_mode, values
-        self.known = KnownOutputs(fake_mode, None if like is None else like.known)
+        self.known: KnownOutputs = KnownOutputs(fake_mode, None if like is None else like.known)
 
     def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """The op's outputs, and whether they may have storages that were not seen before."""

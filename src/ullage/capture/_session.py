@@ -117,7 +117,9 @@ class Session:
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
         self.values = Values()
-        self.tracker = Tracker(self.fake_mode, self.values, round_bytes, None if like is None else like.tracker)
+        self.tracker: Tracker = Tracker(
+            self.fake_mode, self.values, round_bytes, None if like is None else like.tracker
+        )
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class

@@ -40,7 +40,7 @@ class Tracker(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.round_bytes = round_bytes
-        self.kernels = FakeKernels(fake_mode, values, None if like is None else like.kernels)
+        self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels)
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
