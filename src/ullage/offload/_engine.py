@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ullage._bytes import format_bytes
 from ullage._errors import OffloadError
 from ullage.offload._books import Books, Limits
-from ullage.offload._extents import whole_blocks
 from ullage.offload._file import cause_of, hint_for
 from ullage.offload._queues import URGENT
 from ullage.offload._record import Charge, Failure, Mover, Phase, Record
 from ullage.offload._staging import Staging
+from ullage.offload._words import failed, full, refused
 
 
 class Engine:
@@ -60,7 +59,7 @@ class Engine:
             self._check_usable()
             while not (books.has_room(record) and books.place(record)):
                 if books.has_room(record) and not books.dying:
-                    raise self._full(record)
+                    raise full(self.mover.file.directory, record.nbytes, books.extents)
                 self._wait_for_writes()
             self._changed.notify_all()
             if books.goes_through(record) and record.parts:
@@ -119,7 +118,9 @@ class Engine:
         with self._entered():
             self._check_open(record)
             if record.phase is not Phase.FAILED or record.held is None:
-                raise OffloadError(f"{self._name}: nothing to recover, as no write of this tensor failed; call get()")
+                raise refused(
+                    self.mover.file.directory, "nothing to recover: no write of this tensor failed; call get()"
+                )
             return record.held
 
     def drop(self, record: Record) -> None:
@@ -177,9 +178,7 @@ class Engine:
     def _entered(self, spared: Record | None = None) -> Iterator[None]:
         """Hold the lock; what is overdue is done first."""
         if self._forked:
-            raise OffloadError(
-                f"{self._name}: made in process {self._pid}, and can't be used in a fork of it; make another"
-            )
+            raise refused(self.mover.file.directory, f"was made in process {self._pid}, this is a fork; make another")
         with self._changed:
             self.books.reap(spared)
             if self.books.start_wanted():
@@ -205,17 +204,11 @@ class Engine:
     def _forked(self) -> bool:
         return os.getpid() != self._pid
 
-    @property
-    def _name(self) -> str:
-        return f"offload store in {self.mover.file.directory}"
-
     def _check_open(self, record: Record | None = None) -> None:
         if self.closing:
-            raise OffloadError(f"{self._name}: is closed; make another", self.mover.file.directory)
+            raise refused(self.mover.file.directory, "is closed; make another")
         if record and record.dropped:
-            raise OffloadError(
-                f"{self._name}: this tensor was dropped; get it before", self.mover.file.directory, record.nbytes
-            )
+            raise refused(self.mover.file.directory, "this tensor was dropped; get it before")
 
     def _check_usable(self) -> None:
         self._check_open()
@@ -223,17 +216,8 @@ class Engine:
             raise self._error(self.books.failure)
 
     def _error(self, failure: Failure) -> OffloadError:
-        text = f"{self._name}: could not {failure.action} a tensor of {failure.nbytes} bytes: {failure.cause}; {failure.hint}"
-        if failure.action == "write":
-            self.failure_said = True
-            text += ". The tensor is still in memory (Ticket.recover), and nothing more is put into this store"
-        return OffloadError(text, self.mover.file.directory, failure.nbytes)
-
-    def _full(self, record: Record) -> OffloadError:
-        extents, needed = self.books.extents, whole_blocks(record.nbytes)
-        text = f"{self._name}: a tensor of {record.nbytes} bytes needs {needed} bytes (blocks of 4 KiB), {extents.free_bytes} are available"
-        text += f" of capacity={extents.capacity} ({format_bytes(extents.capacity)}); raise it, or drop tensors earlier"
-        return OffloadError(text, self.mover.file.directory, record.nbytes)
+        self.failure_said |= failure.action == "write"
+        return failed(self.mover.file.directory, failure)
 
     # the threads
 
