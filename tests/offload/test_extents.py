@@ -57,7 +57,11 @@ def test_laid_out_over_several_runs() -> None:
     pieces = [extents.allocate(n * BLOCK) for n in (2, 1, 3, 1, 1)]
     for i in (0, 2, 4):
         extents.free(pieces[i] or ())
-    assert extents.allocate(5 * BLOCK + 1) == (Extent(3 * BLOCK, 3 * BLOCK), Extent(0, 2 * BLOCK), Extent(7 * BLOCK, BLOCK))
+    assert extents.allocate(5 * BLOCK + 1) == (
+        Extent(3 * BLOCK, 3 * BLOCK),
+        Extent(0, 2 * BLOCK),
+        Extent(7 * BLOCK, BLOCK),
+    )
     assert extents.free_bytes == 0 and extents.allocate(1) is None and extents.allocate(0) == ()
 
 

@@ -118,6 +118,7 @@ class Books:
 
     def read(self, record: Record, level: int) -> None:
         """Queue the read of a tensor that is on disk only."""
+        assert record.held is None
         target = torch.empty(record.nbytes, dtype=torch.uint8, device="cpu")
         record.hold(target, original=False)
         if self.poison and record.array is not None:
@@ -125,6 +126,15 @@ class Books:
         record.phase = Phase.IN
         self._charge(record, Charge.AHEAD)
         self.queues.push(record, level)
+
+    def take_failure(self, record: Record) -> Failure:
+        """What went wrong with a tensor. Of a read only once, and with what was read: the next `get` tries again."""
+        failure = record.failure
+        assert failure is not None
+        if record.phase is Phase.DISK:
+            record.failure = None
+            self._release(record)
+        return failure
 
     def hand_out(self, record: Record) -> Tensor:
         """Return what is held. It is the caller's from now on, but for a source that is still being written."""

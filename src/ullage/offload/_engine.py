@@ -90,11 +90,14 @@ class Engine:
             while True:
                 self._check_open(record)
                 if record.failure and record.phase in (Phase.FAILED, Phase.DISK):
-                    raise self._error(self._take_failure(record))
+                    raise self._error(self.books.take_failure(record))
                 if not record.parts:
                     return torch.empty(0, dtype=torch.uint8, device="cpu")
-                if record.held is not None and record.phase is not Phase.IN:
-                    return self.books.hand_out(record)
+                if record.is_here:
+                    tensor = self.books.hand_out(record)
+                    if self.books.start_wanted():
+                        self._changed.notify_all()
+                    return tensor
                 if not waited and record.asked:
                     self.books.count(late_prefetches=1)
                 if record.phase is Phase.DISK:
@@ -105,13 +108,6 @@ class Engine:
                     self.books.queues.promote(record)
                 waited = True
                 self._wait("stalled_read_seconds", record)
-
-    def _take_failure(self, record: Record) -> Failure:
-        failure = record.failure
-        assert failure is not None
-        if record.phase is not Phase.FAILED:
-            record.failure = None  # of a read: the next get tries again
-        return failure
 
     def recover(self, record: Record) -> Tensor:
         """Return the source of a failed write."""

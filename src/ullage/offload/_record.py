@@ -85,6 +85,13 @@ class Record:
         self.dropped = False
         self.hold(source, original=True)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether `held` is the tensor, whole. After a failed read there is a target, which is not."""
+        return self.phase in (Phase.OUT, Phase.READY) or (
+            self.phase is Phase.DISK and self.held is not None and self.original
+        )
+
     def hold(self, tensor: Tensor, original: bool) -> None:
         """Keep a tensor alive."""
         self.held, self.array, self.original = tensor, np.asarray(_Bytes(tensor)), original
