@@ -12,6 +12,7 @@ UllageError
 ├── ApplyError           the plan can't be applied now
 ├── ReplayError          a replay differs from its forward, or can't be made equal to it
 ├── DeviceError          unknown device name
+├── OffloadError         a store of offloaded tensors can't be opened, or could not write or read one
 └── VerifyError          the planned step differs from the plain one
 """
 
@@ -95,6 +96,20 @@ class ReplayError(UllageError, CheckpointError):
 
 class DeviceError(UllageError):
     """The device name is not in the table."""
+
+
+class OffloadError(UllageError):
+    """A store of offloaded tensors can't be opened or used, or could not write a tensor or read it back as it was.
+
+    Attributes:
+        path: the directory of the store.
+        nbytes: bytes of the tensor, or of the file, that it is about; None where it is about neither.
+    """
+
+    def __init__(self, message: str, path: str | None = None, nbytes: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.nbytes = nbytes
 
 
 class VerifyError(UllageError):

@@ -1,0 +1,11 @@
+"""A place on disk for tensors that memory has no room for: `DiskStore`, and how fast a directory is.
+
+Knows nothing of plans, units or autograd: bytes go out by `DiskStore.put` and come back by `Ticket.get`. See docs/offload.md.
+"""
+
+from ullage.offload._bandwidth import measure_bandwidth
+from ullage.offload._facts import Bandwidth, Stats, endurance_note
+from ullage.offload._protocol import Store, Ticket
+from ullage.offload._store import DiskStore, DiskTicket
+
+__all__ = ["Bandwidth", "DiskStore", "DiskTicket", "Stats", "Store", "Ticket", "endurance_note", "measure_bandwidth"]

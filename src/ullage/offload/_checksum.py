@@ -1,0 +1,41 @@
+"""Checksums of what is written: xxHash (XXH3, 64 bits) where the package `xxhash` is there, else zlib's CRC-32.
+
+They find what a drive, a cable or memory changed; they are no protection against a person. XXH3 takes about a sixth of
+the time of CRC-32 (23 against 4 GB/s on one core here), and both leave the GIL while they run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Checksum(Protocol):
+    """A checksum in the making."""
+
+    def update(self, data: Any, /) -> None:
+        """Add bytes, given as anything with a buffer."""
+
+    def intdigest(self) -> int:
+        """The checksum of all that was added."""
+
+
+class _Crc32:
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: Any, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def intdigest(self) -> int:
+        return self._value
+
+
+def checksum_maker() -> Callable[[], Checksum]:
+    """What makes checksums, the fastest that is installed."""
+    try:
+        import xxhash
+    except ImportError:  # it comes with the extra `offload`
+        return _Crc32
+    return xxhash.xxh3_64

@@ -1,0 +1,301 @@
+"""The threads of a store, and its one lock.
+
+The lock guards the books; transfers run outside of it. Threads decide over no tensor's life: targets are allocated by the
+caller, in `prefetch` and `get`, and sources are let go of by the caller too (with `release_in_caller`), so that a record
+of the allocations of the caller's thread is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ullage._errors import OffloadError
+from ullage.offload._books import Books, Limits
+from ullage.offload._file import cause_of, hint_for
+from ullage.offload._queues import URGENT
+from ullage.offload._record import Charge, Failure, Mover, Phase, Record
+from ullage.offload._staging import Staging
+from ullage.offload._words import failed, full, refused
+
+
+class Engine:
+    """What a `DiskStore` and its tickets call; the store adds arguments and words. Owns the file."""
+
+    def __init__(self, mover: Mover, staging: Staging, limits: Limits) -> None:
+        self.mover, self.staging = mover, staging
+        self.books = Books(limits, mover.poison)
+        self.failure_said = False
+        self.closing = False
+        self._abandoned = False
+        self._closed = False
+        self._pid = os.getpid()
+        self._changed = threading.Condition(threading.Lock())
+        self._threads = [
+            threading.Thread(target=_work, args=(self, buffer), name=f"ullage-offload-{i}", daemon=True)
+            for i, buffer in enumerate(staging.buffers)
+        ]
+        self._working = len(self._threads)
+        _ENGINES.add(self)
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no more threads to be had
+            self.closing = True
+            raise
+
+    def put(self, source: Tensor) -> Record:
+        """Start a write; waits for room in the backlog."""
+        record, books = Record(source), self.books
+        with self._entered():
+            self._check_usable()
+            while not (books.has_room(record) and books.place(record)):
+                if books.has_room(record) and not books.dying:
+                    raise full(self.mover.file.directory, record.nbytes, books.extents)
+                self._wait_for_writes()
+            self._changed.notify_all()
+            if books.goes_through(record) and record.parts:
+                self._write_through(record)
+        return record
+
+    def _write_through(self, record: Record) -> None:
+        try:
+            while record.phase is Phase.OUT:
+                self._wait_for_writes(usable=False)  # another tensor's failed write is no reason to stop
+            if record.failure:
+                raise self._error(record.failure)
+        except BaseException:
+            self.books.drop(record)
+            raise
+
+    def prefetch(self, record: Record) -> None:
+        """Start a read, now or when there is room."""
+        with self._entered(record):
+            self._check_open(record)
+            self.books.want(record)
+            self._changed.notify_all()
+
+    def get(self, record: Record) -> Tensor:
+        """Return the bytes; waits for them."""
+        waited = False
+        with self._entered(record):
+            while True:
+                self._check_open(record)
+                if record.failure and record.phase in (Phase.FAILED, Phase.DISK):
+                    raise self._error(self.books.take_failure(record))
+                if not record.parts:
+                    return torch.empty(0, dtype=torch.uint8, device="cpu")
+                if record.is_here:
+                    tensor = self.books.hand_out(record)
+                    if self.books.start_wanted():
+                        self._changed.notify_all()
+                    return tensor
+                if not waited and record.asked:
+                    self.books.count(late_prefetches=1)
+                if record.phase is Phase.DISK:
+                    record.wanted = False
+                    self.books.read(record, URGENT)
+                    self._changed.notify_all()
+                elif not waited:
+                    self.books.queues.promote(record)
+                waited = True
+                self._wait("stalled_read_seconds", record)
+
+    def recover(self, record: Record) -> Tensor:
+        """Return the source of a failed write."""
+        with self._entered():
+            self._check_open(record)
+            if record.phase is not Phase.FAILED or record.held is None:
+                raise refused(
+                    self.mover.file.directory, "nothing to recover: no write of this tensor failed; call get()"
+                )
+            return record.held
+
+    def drop(self, record: Record) -> None:
+        """Free a place; does nothing after `close` or in another process."""
+        if self._forked or self.closing:
+            return
+        with self._entered():
+            if not record.dropped:
+                self.books.drop(record)
+                self.books.start_wanted()
+                self._changed.notify_all()
+
+    def orphan(self, record: Record) -> None:
+        """Drop the record of a ticket that nobody holds: now, or soon if the lock is taken. Never waits.
+
+        The garbage collector calls this anywhere, also in a thread that holds the lock.
+        """
+        if self._forked or self.closing:
+            return
+        self.books.orphans.append(record)
+        if self._changed.acquire(blocking=False):
+            try:
+                self.books.reap()
+            finally:
+                self._changed.release()
+
+    def poll(self) -> None:
+        """Let go of what can be let go of."""
+        with self._entered():
+            self._check_open()
+
+    def wait_at_most(self, nbytes: int) -> bool:
+        """Wait until no more than `nbytes` are resident; False if the writes that are left can't bring that."""
+        with self._entered():
+            self._check_usable()
+            while self.resident_bytes > nbytes:
+                if not (self.books.outgoing or self.books.dying):
+                    return False
+                self._wait_for_writes()
+        return True
+
+    def flush(self) -> None:
+        """Wait until nothing is on its way out."""
+        with self._entered():
+            self._check_usable()
+            while self.books.outgoing or self.books.dying:
+                self._wait_for_writes()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Staging, backlog and read-ahead."""
+        return self.staging.nbytes + self.books.held[Charge.BACKLOG] + self.books.held[Charge.AHEAD]
+
+    @contextlib.contextmanager
+    def _entered(self, spared: Record | None = None) -> Iterator[None]:
+        """Hold the lock; what is overdue is done first."""
+        if self._forked:
+            raise refused(self.mover.file.directory, f"was made in process {self._pid}, this is a fork; make another")
+        with self._changed:
+            self.books.reap(spared)
+            if self.books.start_wanted():
+                self._changed.notify_all()
+            yield
+
+    def _wait(self, counter: str, spared: Record | None = None) -> None:
+        began = time.perf_counter()
+        try:
+            self._changed.wait()
+        finally:
+            self.books.count(**{counter: time.perf_counter() - began})
+        self.books.reap(spared)
+
+    def _wait_for_writes(self, usable: bool = True) -> None:
+        self._wait("stalled_write_seconds")
+        if usable:
+            self._check_usable()
+        else:
+            self._check_open()
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._pid
+
+    def _check_open(self, record: Record | None = None) -> None:
+        if self.closing:
+            raise refused(self.mover.file.directory, "is closed; make another")
+        if record and record.dropped:
+            raise refused(self.mover.file.directory, "this tensor was dropped; get it before")
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self.books.failure:
+            raise self._error(self.books.failure)
+
+    def _error(self, failure: Failure) -> OffloadError:
+        self.failure_said |= failure.action == "write"
+        return failed(self.mover.file.directory, failure)
+
+    # the threads
+
+    def take(self) -> tuple[Record, int] | None:
+        """Wait for a part to move; None when it is time to go."""
+        with self._changed:
+            while not self.closing:
+                job = self.books.queues.pop()
+                if job:
+                    return job
+                self._changed.wait()
+        return None
+
+    def move(self, record: Record, number: int, staging: np.ndarray) -> None:
+        """Move a part and book it."""
+        out, part, moved, failure = record.phase is Phase.OUT, record.parts[number], 0, None
+        try:
+            if record.array is not None and not (record.failure or record.dropped):
+                if out:
+                    record.sums[number] = self.mover.write(record.array, part, staging)
+                else:
+                    self.mover.read(record.array, part, staging, record.sums[number])
+                moved = part.length
+        except BaseException as error:  # whatever it is, the caller must hear of it, and the thread must live
+            failure = Failure("write" if out else "read", record.nbytes, cause_of(error), hint_for(error))
+        with self._changed:
+            self.books.finish(record, moved, failure)
+            self._changed.notify_all()
+
+    def leave(self) -> None:
+        """A thread ends. The last one closes up if `close` could not."""
+        with self._changed:
+            self._working -= 1
+            self._changed.notify_all()
+            if self._abandoned and not self._working:
+                self._let_go()
+
+    def close(self) -> None:
+        """Stop the threads, let go of everything, close the file."""
+        if self._forked:
+            return
+        self.closing = True
+        if threading.current_thread() in self._threads:
+            # the collector runs here, maybe under the lock; the other threads are told by `leave`
+            self._abandoned = True
+            return
+        with self._changed:
+            self.books.queues.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.books.clear()
+            os.close(self.mover.file.fd)
+
+    def close_in_child(self) -> None:
+        """After a fork: the child's descriptor would keep the space of the file taken."""
+        if not self._closed:
+            self._closed = True
+            os.close(self.mover.file.fd)
+
+
+def _work(engine: Engine, staging: np.ndarray) -> None:
+    try:
+        while job := engine.take():
+            engine.move(*job, staging)
+            del job  # so that it keeps nothing while the thread waits
+    finally:
+        engine.leave()
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(_ENGINES):
+        engine.close_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork)

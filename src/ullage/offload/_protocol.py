@@ -1,0 +1,75 @@
+"""What a tier of offloaded tensors looks like to the one who uses it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, UntypedStorage
+
+from ullage.offload._facts import Stats
+
+
+class Ticket(Protocol):
+    """One tensor that a store holds, from `put` to `drop`. A ticket that nobody holds any more is dropped."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+
+    def prefetch(self) -> None:
+        """Have the tensor brought back before it is asked for; returns at once.
+
+        Read-ahead is bounded: what does not fit starts, in order, when tensors that are back have been taken by `get`
+        or dropped. An error of the read comes out of `get`.
+        """
+
+    def get(self) -> Tensor:
+        """Return the bytes, flat uint8; waits until they are there.
+
+        While the original has not left memory it is handed back itself, else a new tensor that is the caller's. May
+        be called again until `drop`; each call without a prefetch reads anew.
+
+        Raises:
+            OffloadError: the bytes could not be written or read back as they were, or the ticket was dropped.
+        """
+
+    def recover(self) -> Tensor:
+        """Return the original after a failed write, which is kept until `drop`.
+
+        Raises:
+            OffloadError: no write of this ticket failed.
+        """
+
+    def drop(self) -> None:
+        """Give back its place. What is still to be written of it is not written. May be called twice."""
+
+
+class Store(Protocol):
+    """Holds tensors outside of memory. Safe for threads."""
+
+    def put(self, source: Tensor | UntypedStorage) -> Ticket:
+        """Take a tensor: flat contiguous uint8 on the CPU, or a storage; it must not be written to until `drop`."""
+
+    def poll(self) -> None:
+        """Let go of tensors that have been written. Cheap."""
+
+    def flush(self) -> None:
+        """Wait until all that was put is written, and let go of it."""
+
+    def wait_until_resident_at_most(self, nbytes: int) -> bool:
+        """Wait for writes until `resident_bytes` is at most `nbytes`; False if no write that is left can do it."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of memory that are there because of the store."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """The part of `resident_bytes` that is there all the time: the staging buffers."""
+
+    @property
+    def stats(self) -> Stats:
+        """Counts since the store was opened."""
+
+    def close(self) -> None:
+        """Wait for transfers under way and give everything back. May be called twice."""

@@ -1,0 +1,154 @@
+"""What an engine knows of one tensor, and the moving of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from torch import Tensor
+
+from ullage.offload._checksum import Checksum
+from ullage.offload._extents import Extent, whole_blocks
+from ullage.offload._file import StoreFile, TransferError, read_all, write_all
+from ullage.offload._staging import POISON
+
+PART_BYTES = 8 * 2**20  # parts of one tensor go to different threads; small enough to break off between two
+
+
+class Phase(Enum):
+    """Where a tensor is."""
+
+    OUT = "on its way out"  # its source is held
+    DISK = "on disk"  # nothing is held, but for a source that the caller has yet to let go of
+    IN = "on its way in"  # its target is held
+    READY = "in memory"  # held and whole, and on disk too
+    FAILED = "not written"  # its source is held
+
+
+class Charge(Enum):
+    """What a held tensor counts as."""
+
+    NONE = "nothing"
+    BACKLOG = "waiting to be written"
+    AHEAD = "read ahead"
+
+
+@dataclass(frozen=True)
+class Part:
+    """`length` bytes at `start` of a tensor, at `offset` of the file."""
+
+    offset: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of a transfer, without the exception: that would hold frames, and so tensors."""
+
+    action: str
+    nbytes: int
+    cause: str
+    hint: str
+
+
+class _Bytes:
+    """A flat uint8 tensor for numpy. Not `Tensor.numpy`: that forbids the storage to be resized ever after."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor  # the array holds this object, and so the memory
+        shape, data = (tensor.numel(),), (tensor.data_ptr(), False)
+        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "version": 3}
+
+
+class Record:
+    """The state of one ticket; only the engine touches it, under its lock."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.nbytes = source.numel()
+        self.phase = Phase.OUT
+        self.extents: tuple[Extent, ...] = ()
+        self.parts: tuple[Part, ...] = ()
+        self.sums: list[int] = []
+        self.left = 0  # parts that are queued or under way
+        self.failure: Failure | None = None
+        self.held: Tensor | None = None
+        self.array: np.ndarray | None = None  # the same memory as `held`
+        self.original = True  # `held` is what was put
+        self.weight = 0  # bytes of the storage of `held`
+        self.charge = Charge.NONE
+        self.keep = False  # prefetched while on its way out: stays in memory once written
+        self.asked = False  # prefetched since the last get
+        self.wanted = False  # prefetched, and waits for room
+        self.dropped = False
+        self.hold(source, original=True)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `held` is the tensor, whole. After a failed read there is a target, which is not."""
+        return self.phase in (Phase.OUT, Phase.READY) or (
+            self.phase is Phase.DISK and self.held is not None and self.original
+        )
+
+    def hold(self, tensor: Tensor, original: bool) -> None:
+        """Keep a tensor alive."""
+        self.held, self.array, self.original = tensor, np.asarray(_Bytes(tensor)), original
+        self.weight = tensor.untyped_storage().nbytes()
+
+    def lay_out(self, extents: tuple[Extent, ...]) -> None:
+        """Cut the tensor into parts, each in one extent."""
+        parts, start = [], 0
+        for extent in extents:
+            for offset in range(extent.offset, extent.end, PART_BYTES):
+                length = min(PART_BYTES, extent.end - offset, self.nbytes - start)
+                parts.append(Part(offset, start, length))
+                start += length
+        self.extents, self.parts, self.sums = extents, tuple(parts), [0] * len(parts)
+
+
+@dataclass(frozen=True)
+class Mover:
+    """Moves parts between memory and file, through a staging buffer.
+
+    Attributes:
+        file: the file.
+        checksum: makes checksums; None for none.
+        poison: overwrite the staging buffer once it has been used.
+    """
+
+    file: StoreFile
+    checksum: Callable[[], Checksum] | None
+    poison: bool
+
+    def write(self, array: np.ndarray, part: Part, staging: np.ndarray) -> int:
+        """Write a part of `array` (uint8); return its checksum, 0 without."""
+        found = self.checksum() if self.checksum else None
+        for at in range(0, part.length, len(staging)):
+            n = min(len(staging), part.length - at)
+            padded = staging[: whole_blocks(n)]
+            np.copyto(padded[:n], array[part.start + at : part.start + at + n])
+            padded[n:] = 0
+            if found:
+                found.update(padded[:n])
+            write_all(self.file, padded, part.offset + at)
+            if self.poison:
+                padded.fill(POISON)
+        return found.intdigest() if found else 0
+
+    def read(self, array: np.ndarray, part: Part, staging: np.ndarray, expected: int) -> None:
+        """Read a part into `array` (uint8) and compare its checksum, if there is one."""
+        found = self.checksum() if self.checksum else None
+        for at in range(0, part.length, len(staging)):
+            n = min(len(staging), part.length - at)
+            padded = staging[: whole_blocks(n)]
+            read_all(self.file, padded, part.offset + at)
+            if found:
+                found.update(padded[:n])
+            np.copyto(array[part.start + at : part.start + at + n], padded[:n])
+            if self.poison:
+                padded.fill(POISON)
+        if found and found.intdigest() != expected:
+            cause = f"checksum mismatch in {part.length} bytes at offset {part.offset}: they are not what was written"
+            raise TransferError(cause, "test the drive and the memory of this machine, use another drive")

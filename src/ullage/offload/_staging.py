@@ -1,0 +1,24 @@
+"""Staging buffers: the pages that direct I/O reads and writes, one fixed pool per store."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+POISON = 0xA5  # as float32, float16 and bfloat16 a small negative number, as an index far out of range
+
+
+class Staging:
+    """A page-aligned buffer per thread, resident from the start.
+
+    The pages are shared with child processes, which never touch them. Private ones would be copied on the first write
+    after a fork, and on Linux before 6.5 a direct read under way then lands in the copy that the child has.
+    """
+
+    def __init__(self, threads: int, nbytes: int) -> None:
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # Python 3.10 has it on Linux
+        pages = mmap.mmap(-1, threads * nbytes, flags=flags)
+        whole = np.frombuffer(pages, dtype=np.uint8)  # keeps the pages; the last array unmaps them
+        self.buffers = [whole[i * nbytes : (i + 1) * nbytes] for i in range(threads)]
+        self.nbytes = threads * nbytes

@@ -1,0 +1,259 @@
+"""`DiskStore`: the arguments, checks and words around an `Engine`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from ullage._bytes import format_bytes, parse_budget
+from ullage._errors import ArgumentError, UllageWarning
+from ullage.offload._books import Limits
+from ullage.offload._checksum import checksum_maker
+from ullage.offload._engine import Engine
+from ullage.offload._extents import BLOCK
+from ullage.offload._facts import Stats
+from ullage.offload._file import open_file
+from ullage.offload._record import Charge, Mover, Record
+from ullage.offload._staging import Staging
+
+MIB = 2**20
+
+
+class DiskTicket:
+    """A `Ticket` of a `DiskStore`."""
+
+    __slots__ = ("__weakref__", "_record", "_store")
+
+    def __init__(self, store: DiskStore, record: Record) -> None:
+        self._store, self._record = store, record
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self._record.nbytes
+
+    def prefetch(self) -> None:
+        """See `Ticket.prefetch`. A tensor that is still on its way out stays in memory instead, if it fits."""
+        self._store._engine.prefetch(self._record)
+
+    def get(self) -> Tensor:
+        """See `Ticket.get`."""
+        return self._store._engine.get(self._record)
+
+    def recover(self) -> Tensor:
+        """See `Ticket.recover`."""
+        return self._store._engine.recover(self._record)
+
+    def drop(self) -> None:
+        """See `Ticket.drop`."""
+        self._store._engine.drop(self._record)
+
+    def __repr__(self) -> str:
+        return f"<DiskTicket of {self.nbytes} bytes>"
+
+    def __del__(self) -> None:
+        self._store._engine.orphan(self._record)
+
+
+class DiskStore:
+    """Holds tensors in one file of fixed size, which has no name and is gone when the process is.
+
+    ```
+    with DiskStore("/scratch", "64GiB") as store:
+        ticket = store.put(activation.untyped_storage())  # returns at once, unless the backlog is full
+        del activation
+        ...
+        ticket.prefetch()
+        ...
+        data = ticket.get()  # flat uint8: data.view(dtype).as_strided(shape, strides, offset)
+        ticket.drop()
+    ```
+
+    Args:
+        directory: where the file is made; it must be there.
+        capacity: bytes of the file, a number or a text such as "64GiB"; taken from the filesystem at once. Each tensor
+            takes whole blocks of 4 KiB; it fits if their sum does.
+        checksums: compare what is read with what was written; XXH3 if `xxhash` is installed, else CRC-32.
+        threads: how many transfer.
+        poison: for tests: buffers that are free, and new ones before they are filled, hold 0xA5, so that a race shows.
+        backlog_bytes: bytes of tensors that are held because they are not written yet; `put` waits while there is no
+            room. A larger tensor is written before `put` returns; with 0, every one.
+        ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
+        release_in_caller: let go of a written tensor at the next call by the caller (`put`, `get`, `poll`, ...), in its
+            thread, so that allocation records of that thread are whole; else at once, in a thread of the store.
+        buffer_bytes: bytes of the staging buffer of each thread, and so of the largest transfer.
+
+    Attributes:
+        directory, capacity: as given, the capacity in whole blocks.
+        direct: whether transfers bypass the page cache.
+        notes: what a person should know about the file, in sentences.
+
+    Raises:
+        ArgumentError: a size or number that means nothing.
+        OffloadError: the directory is missing, not a directory, not writable, or has too little space.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        capacity: int | str,
+        *,
+        checksums: bool = False,
+        threads: int = 2,
+        poison: bool = False,
+        backlog_bytes: int | str = 256 * MIB,
+        ahead_bytes: int | str = 256 * MIB,
+        release_in_caller: bool = True,
+        buffer_bytes: int | str = 2 * MIB,
+    ) -> None:
+        limits = Limits(
+            _whole("capacity", capacity),
+            _size("backlog_bytes", backlog_bytes),
+            _size("ahead_bytes", ahead_bytes),
+            release_in_caller,
+        )
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ArgumentError(f"threads={threads!r}: must be a whole number above zero")
+        staging = Staging(threads, _whole("buffer_bytes", buffer_bytes))
+        file = open_file(os.fspath(directory), limits.capacity, staging.buffers[0])
+        try:
+            self._engine = Engine(Mover(file, checksum_maker() if checksums else None, poison), staging, limits)
+        except BaseException:
+            os.close(file.fd)
+            raise
+        self.directory, self.capacity = file.directory, file.capacity
+        self.direct, self.notes = file.direct, file.notes
+        self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
+
+    def put(self, source: Tensor | UntypedStorage) -> DiskTicket:
+        """Start to write a tensor; waits while the backlog is full.
+
+        Args:
+            source: flat contiguous uint8 tensor on the CPU, or a storage on the CPU. The whole storage counts as held
+                until it is written. It must not be written to before the ticket is dropped.
+
+        Raises:
+            ArgumentError: not such a tensor.
+            OffloadError: no place in the file; a write failed before; closed; or this is a fork.
+        """
+        return DiskTicket(self, self._engine.put(_flat(source)))
+
+    def poll(self) -> None:
+        """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
+        self._engine.poll()
+
+    def flush(self) -> None:
+        """See `Store.flush`.
+
+        Raises:
+            OffloadError: a write failed.
+        """
+        self._engine.flush()
+
+    def wait_until_resident_at_most(self, nbytes: int) -> bool:
+        """See `Store.wait_until_resident_at_most`; `nbytes` includes `staging_bytes`.
+
+        Raises:
+            OffloadError: a write failed.
+        """
+        return self._engine.wait_at_most(nbytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of memory that are there because of the store: staging, not yet let go of, and read ahead."""
+        return self._engine.resident_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """The part of `resident_bytes` that is there all the time; mapped pages, not from torch's allocator."""
+        return self._engine.staging.nbytes
+
+    @property
+    def backlog_bytes(self) -> int:
+        """The part of `resident_bytes` that is there because it is not written, or written and not let go of yet."""
+        return self._engine.books.held[Charge.BACKLOG]
+
+    @property
+    def ahead_bytes(self) -> int:
+        """The part of `resident_bytes` that was or is being read, or that a prefetch kept from leaving."""
+        return self._engine.books.held[Charge.AHEAD]
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the file that are not taken."""
+        return self._engine.books.extents.free_bytes
+
+    @property
+    def tickets(self) -> int:
+        """How many tensors the store has: put, and not dropped. 0 after a step, or something leaks."""
+        return len(self._engine.books.live)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts since the store was opened."""
+        return self._engine.books.stats
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._engine.closing
+
+    def close(self) -> None:
+        """Wait for the transfers under way, let go of everything, free the file. Tickets can't be used after it."""
+        self._finalizer()
+        failure = self._engine.books.failure
+        if failure and not self._engine.failure_said:
+            self._engine.failure_said = True
+            text = f"offload store in {self.directory}: a tensor of {failure.nbytes} bytes could not be written: {failure.cause}"
+            warnings.warn(f"{text}; it was not asked for, so no result is wrong", UllageWarning, stacklevel=2)
+
+    def __enter__(self) -> DiskStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
+        return f"<DiskStore in {self.directory}, {format_bytes(self.capacity)}: {state}>"
+
+
+def _size(name: str, value: int | str) -> int:
+    """Bytes, 0 included."""
+    if value == 0 and not isinstance(value, bool):
+        return 0
+    found = parse_budget(value, name).bytes
+    if found is None:
+        raise ArgumentError(f"{name}={value!r}: give bytes, or a size with its unit such as '6GiB'")
+    return found
+
+
+def _whole(name: str, value: int | str) -> int:
+    """Bytes, rounded down to whole blocks, of which there must be one."""
+    found = _size(name, value) // BLOCK * BLOCK
+    if not found:
+        raise ArgumentError(f"{name}={value!r}: must be at least {BLOCK} bytes")
+    return found
+
+
+def _flat(source: Tensor | UntypedStorage) -> Tensor:
+    if isinstance(source, UntypedStorage):
+        if source.device.type != "cpu":
+            raise ArgumentError(f"source: a storage on {source.device}; copy it to the CPU first")
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(source)
+    if not isinstance(source, Tensor):
+        raise ArgumentError(f"source: a {type(source).__name__}; give a tensor or its untyped_storage()")
+    if source.dtype is not torch.uint8 or source.dim() != 1 or not source.is_contiguous():
+        what = f"{source.dtype} of shape {tuple(source.shape)} and strides {source.stride()}"
+        raise ArgumentError(f"source: {what}, not flat contiguous uint8; give its untyped_storage()")
+    if source.device.type != "cpu":
+        raise ArgumentError(f"source: a tensor on {source.device}; copy it to the CPU first")
+    return source.detach()

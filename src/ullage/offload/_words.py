@@ -1,0 +1,29 @@
+"""The errors of a store in use, in words: which store, what happened, what to do."""
+
+from __future__ import annotations
+
+from ullage._bytes import format_bytes
+from ullage._errors import OffloadError
+from ullage.offload._extents import Extents, whole_blocks
+from ullage.offload._record import Failure
+
+
+def refused(directory: str, why: str) -> OffloadError:
+    """A call that the store can't take."""
+    return OffloadError(f"offload store in {directory}: {why}", directory)
+
+
+def failed(directory: str, failure: Failure) -> OffloadError:
+    """A failed transfer."""
+    text = f"could not {failure.action} a tensor of {failure.nbytes} bytes: {failure.cause}; {failure.hint}"
+    if failure.action == "write":
+        text += ". The tensor is still in memory (Ticket.recover), and nothing more is put into this store"
+    return OffloadError(f"offload store in {directory}: {text}", directory, failure.nbytes)
+
+
+def full(directory: str, nbytes: int, extents: Extents) -> OffloadError:
+    """No place for a tensor."""
+    needed = f"a tensor of {nbytes} bytes needs {whole_blocks(nbytes)} bytes (blocks of 4 KiB)"
+    there = f"{extents.free_bytes} are available of capacity={extents.capacity} ({format_bytes(extents.capacity)})"
+    text = f"offload store in {directory}: {needed}, {there}; raise it, or drop tensors earlier"
+    return OffloadError(text, directory, nbytes)

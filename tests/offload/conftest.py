@@ -1,0 +1,72 @@
+"""Transfers that a test holds, breaks or counts: `os.pwritev` and `os.preadv` are what the store calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Transfer = Callable[[int, Any, int], int]
+
+
+class Gate:
+    """Holds transfers until it is opened."""
+
+    def __init__(self, real: Transfer) -> None:
+        self.real, self.opened, self.entered = real, threading.Event(), threading.Semaphore(0)
+
+    def __call__(self, fd: int, buffers: Any, offset: int) -> int:
+        self.entered.release()
+        assert self.opened.wait(20)
+        return self.real(fd, buffers, offset)
+
+    def wait_entered(self) -> None:
+        assert self.entered.acquire(timeout=20)
+
+
+@pytest.fixture
+def hold_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Gate]]:
+    yield from _holder(monkeypatch, "pwritev")
+
+
+@pytest.fixture
+def hold_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Gate]]:
+    yield from _holder(monkeypatch, "preadv")
+
+
+def _holder(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Callable[[], Gate]]:
+    gates: list[Gate] = []
+
+    def hold() -> Gate:
+        gates.append(Gate(getattr(os, name)))
+        monkeypatch.setattr(os, name, gates[-1])
+        return gates[-1]
+
+    yield hold
+    for gate in gates:
+        gate.opened.set()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(tmp_path: Path) -> Iterator[None]:
+    """No test leaves a file in its directory, or a thread of a store."""
+    yield
+    assert [p for p in tmp_path.rglob("*") if "ullage" in p.name] == []
+    assert [t.name for t in threading.enumerate() if t.name.startswith("ullage-offload")] == []
+
+
+def data(nbytes: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "never happened"
+        time.sleep(0.001)
