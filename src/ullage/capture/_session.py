@@ -17,13 +17,14 @@ from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._arguments import contents
 from ullage.capture._environment import unnoticed
+from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of, reach
 from ullage.mechanisms import Sites, UnitSettings
-from ullage.runtime import Site, host_rng, host_rng_moved, is_recomputing
+from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing
 from ullage.workload import Instance, Workload, run_step
 
 
@@ -126,7 +127,8 @@ class Session:
         self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
-        self.family = Sites(explores)
+        self.store = CapturedStore(lambda: self.tracker.clock)
+        self.family = Sites(explores, Tier(self.store))
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.tracker.calibrate()

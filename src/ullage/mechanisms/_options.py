@@ -1,4 +1,4 @@
-"""Options of a unit: keep everything, recompute everything, or keep selected ops' outputs and recompute the rest."""
+"""Options of a unit: keep everything, have it on disk, recompute everything, or keep selected ops' outputs and recompute the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Option:
     """One thing that can be done with a unit.
 
     Attributes:
-        action: keep, recompute or select.
-        level: for select, what is kept: a level or single calls of ops.
+        action: keep, recompute, select or offload.
+        level: for select, what is kept: a level or single calls of ops, some of them on disk; for offload, the tier.
         place: where the unit is among units that are rebuilt together; None where each is rebuilt alone.
     """
 
@@ -24,11 +24,16 @@ class Option:
 
     @property
     def name(self) -> str:
-        """`keep`, `recompute`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]`."""
+        """`keep`, `recompute`, `offload:disk`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]@disk`."""
         return f"{self.action}:{self.level}" if self.level else self.action
 
+    @property
+    def offloads(self) -> bool:
+        """Does anything leave memory?"""
+        return self.action == "offload" or "@" in self.level
 
-KEEP, RECOMPUTE = Option("keep"), Option("recompute")
+
+KEEP, RECOMPUTE, OFFLOAD = Option("keep"), Option("recompute"), Option("offload", "disk")
 
 
 def option_from_name(name: str) -> Option:
@@ -36,6 +41,8 @@ def option_from_name(name: str) -> Option:
     action, _, level = name.partition(":")
     if not level and action in ("keep", "recompute"):
         return Option(action)
+    if name == OFFLOAD.name:
+        return OFFLOAD
     if not level or action != "select":
         raise ValueError(name)
     try:

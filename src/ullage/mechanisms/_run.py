@@ -10,7 +10,7 @@ from weakref import ref
 from torch import nn
 
 from ullage.mechanisms._options import Option
-from ullage.runtime import Learnt, Options, Shared, Site, Trail, run, select
+from ullage.runtime import Learnt, Options, Shared, Site, Tier, Trail, run, run_offloaded, select
 from ullage.runtime._keep import named_rule
 
 
@@ -30,7 +30,7 @@ class UnitSettings:
 
     def runtime_options(self) -> Options:
         """What the runtime is told."""
-        level = self.option.level
+        level = self.option.level if self.option.action == "select" else ""
         rule = named_rule(level, self.keeps_routing) if level or self.keeps_routing else None
         return Options(rule=rule, place=self.option.place)
 
@@ -40,10 +40,11 @@ class Sites:
 
     Args:
         explores: many settings are tried on the same units: what one call has taught serves all of them, unproven.
+        tier: where what leaves memory goes.
     """
 
-    def __init__(self, explores: bool = False) -> None:
-        self._explores = explores
+    def __init__(self, explores: bool = False, tier: Tier | None = None) -> None:
+        self._explores, self.tier = explores, tier
         self._shared: dict[Hashable, Shared] = {}
         self._logs: dict[Hashable, dict[Hashable, Learnt]] = {}
         self._twins: dict[str, Site] = {}
@@ -58,7 +59,7 @@ class Sites:
             return {id(module.get_buffer(b)) for b in settings.buffers} if module is not None else set()
 
         shared = self._shared_by(structure_of(module), replace(settings, option=replace(settings.option, place=None)))
-        site = Site(name, shared, changing if settings.buffers else None, self._trail)
+        site = Site(name, shared, changing if settings.buffers else None, self._trail, self.tier)
         if self._explores:
             twin = self._twins.setdefault(name, site)
             site.facts, site.noted = twin.facts, twin.noted
@@ -108,4 +109,6 @@ def run_unit(
     """
     if settings.option.action == "keep":
         return call(*args, **kwargs)
+    if settings.option.action == "offload":
+        return run_offloaded(site, call, args, kwargs)
     return run(site, settings.runtime_options(), call, args, kwargs, on_recompute)

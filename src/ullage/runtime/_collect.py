@@ -15,6 +15,7 @@ from ullage.runtime._debug import first_difference
 from ullage.runtime._notes import Check
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
+from ullage.runtime._tier import brought_back, tensor_of
 from ullage.runtime._watch import Watch
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Collector:
                 store[i] = x
                 version(x._version)
             elif i in checked:
-                self._check_kept(i, x, kept[i][0])
+                self._check_kept(i, x, brought_back(kept, i))
             else:
                 return i
             self.left -= 1
@@ -188,7 +189,7 @@ class Collector:
         """For a backward inside the unit's own forward."""
         found = self.store.get(i)
         if found is None and self.frame is not None and i in self.frame.kept:
-            found = self.frame.kept[i][0]
+            found = tensor_of(self.frame.kept[i][0])
         if found is None:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         return found  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ from ullage.runtime._reads import SMALL, Around, Reads, changed_error
 from ullage.runtime._replay import rebuild
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
+from ullage.runtime._tier import Away, tensor_of
 
 _NONE: Any = MappingProxyType({})
 _modes = torch._C._len_torch_dispatch_stack
@@ -79,7 +80,7 @@ class Frame:
     signature: Hashable = None
     unseen = ""
     # autograd holds the pack hook, so what that fills is emptied in place
-    kept: dict[int, tuple[Tensor, int]] = _NONE
+    kept: dict[int, tuple[Tensor | Away, int]] = _NONE
     # of these, arguments of units in this one; copies where there is no replay
     held: dict[int, Tensor | None] = _NONE
     restored: Mapping[int, str] = _NONE
@@ -161,7 +162,11 @@ class Frame:
             self.digests = {}
         expected = self.site.noted.get(kinds) if known is None else known.notes
         out = self.run(
-            args, kwargs, self.packer(expected or Notes(), known.selection.kept if known is not None else ())
+            args,
+            kwargs,
+            self.packer(
+                expected or Notes(), *((known.selection.kept, known.selection.away) if known is not None else ())
+            ),
         )
         self.finish()
         if known is None and self.notes is not expected:
@@ -224,8 +229,11 @@ class Frame:
 
     # Of what is saved, a forward that saves what the expected notes say leaves nothing behind but their count.
 
-    def packer(self, expected: Notes, keep: Any = ()) -> Pack:
-        """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to."""
+    def packer(self, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
+        """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
+
+        Of those that are kept, the ones in `away` leave memory.
+        """
         checks, i = expected.checks_in("forward"), -1
         self._expected, digests = expected, self.digests
 
@@ -250,10 +258,10 @@ class Frame:
         self._count = lambda: i + 1
         if not keep and digests is None:
             return pack
-        kept: dict[int, tuple[Tensor, int]] = {}
+        kept: dict[int, tuple[Tensor | Away, int]] = {}
         held: dict[int, Tensor | None] = {}
         self.kept, self.held = kept, held
-        nested = _modes() > 0
+        nested, site = _modes() > 0, self.site
 
         def pack_some(x: Tensor) -> int:
             i = pack(x)
@@ -262,8 +270,9 @@ class Frame:
                 if nested:
                     local.quiet = True
                 try:
+                    left = site.send(x) if i in away else None
                     # detached: a node that saves its own output must not hold itself
-                    kept[i] = (x.detach(), x._version)
+                    kept[i] = (left or x.detach(), x._version)
                 finally:
                     local.quiet = before
                 if local.holding:
@@ -278,7 +287,7 @@ class Frame:
     def packer_of_all(self, saved: Callable[[Tensor], None] | None = None) -> Pack:
         """A pack hook that keeps everything; `saved` is called with each tensor."""
         pack = self.packer(Notes())
-        kept: dict[int, tuple[Tensor, int]] = {}
+        kept: dict[int, tuple[Tensor | Away, int]] = {}
         held: dict[int, Tensor | None] = {}
         self.kept, self.held = kept, held
 
@@ -369,7 +378,7 @@ class Frame:
                     f"{self.site.name}: saved tensor {i} of shape {tuple(tensor.shape)} was modified by an inplace operation "
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
-            return tensor
+            return tensor_of(tensor)
         if self.previous is not None:
             from ullage.runtime._sweep import make_inputs
 

@@ -83,15 +83,17 @@ class CallableRule:
 
 @dataclass(frozen=True)
 class OpsRule:
-    """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]`: the first gelu, and of the calls of mm these five.
+    """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]@disk`: the first gelu, and of the calls of mm these five.
 
     Attributes:
         calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
         routing: routing outputs are kept too, as at a level.
+        leaving: of the calls, those whose outputs are kept on disk (`@disk`).
     """
 
     calls: frozenset[tuple[str, int]]
     routing: bool = False
+    leaving: frozenset[tuple[str, int]] = frozenset()
 
     @classmethod
     def from_text(cls, text: str, routing: bool = False) -> OpsRule:
@@ -101,11 +103,14 @@ class OpsRule:
             ValueError: it is no such text, or names an op that torch does not have. Ops of other libraries are not looked up:
                 they may come later.
         """
-        calls: set[tuple[str, int]] = set()
+        staying: set[tuple[str, int]] = set()
+        leaving: set[tuple[str, int]] = set()
         for part in text.split("+"):
             found = _CALLS.fullmatch(part)
             if found is None:
-                raise ValueError(f"{part!r} in {text!r}: expected an op and which of its calls, such as mm[0,2]")
+                raise ValueError(
+                    f"{part!r} in {text!r}: expected an op and which of its calls, such as mm[0,2] or mm[0,2]@disk"
+                )
             name = found["op"].removeprefix("aten::").removesuffix(".default")
             if _find_op(name) is None and (found["ns"] or "aten") in _TORCHS:
                 raise ValueError(f"{name!r} in {text!r}: torch has no such op")
@@ -113,16 +118,28 @@ class OpsRule:
                 first, _, last = run.partition("-")
                 if int(last or first) < int(first):
                     raise ValueError(f"{part!r} in {text!r}: {run} is no range")
-                calls |= {(name, n) for n in range(int(first), int(last or first) + 1)}
-        return cls(frozenset(calls), routing)
+                named = {(name, n) for n in range(int(first), int(last or first) + 1)}
+                (leaving if found["tier"] else staying).update(named)
+        for name, n in sorted(staying & leaving):
+            raise ValueError(f"{text!r}: {name}[{n}] is to be kept in memory and on disk")
+        return cls(frozenset(staying | leaving), routing, frozenset(leaving))
+
+    def sent(self) -> OpsRule:
+        """The same calls, all of them on disk."""
+        return OpsRule(self.calls, self.routing, self.calls)
+
+    @property
+    def moves(self) -> OpsRule | None:
+        """The rule of what is kept on disk; None if nothing is."""
+        return OpsRule(self.leaving) if self.leaving else None
 
     @property
     def text(self) -> str:
         """The calls by op, sorted: equal for equal calls. "" if there are none."""
-        by_op: dict[str, list[int]] = {}
+        by_op: dict[tuple[str, str], list[int]] = {}
         for name, n in sorted(self.calls):
-            by_op.setdefault(name, []).append(n)
-        return "+".join(f"{name}[{_runs(ns)}]" for name, ns in by_op.items())
+            by_op.setdefault((name, "@disk" if (name, n) in self.leaving else ""), []).append(n)
+        return "+".join(f"{name}[{_runs(ns)}]{tier}" for (name, tier), ns in by_op.items())
 
     @property
     def ops(self) -> list[Any]:
@@ -140,7 +157,7 @@ class OpsRule:
 
 
 _RUN = r"\d{1,6}(-\d{1,6})?"
-_CALLS = re.compile(rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\]", re.ASCII)
+_CALLS = re.compile(rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\](?P<tier>@disk)?", re.ASCII)
 _TORCHS = ("aten", "prims")
 
 

@@ -22,6 +22,7 @@ from ullage.runtime._reach import forget
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
+from ullage.runtime._tier import tensor_of
 
 
 def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
@@ -55,7 +56,9 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
             shared.logs[frame.signature] = Learnt(recorder.log, notes, frame.site.name)
         if frame.known.selection.refusal:
             frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
-    _drop(frame, frame.known.selection.kept if frame.known is not None else frozenset())
+    selection = frame.known.selection if frame.known is not None else None
+    _drop(frame, selection.kept if selection is not None else frozenset())
+    _send(frame, selection.away if selection is not None else frozenset())
     frame.finish()
     if frame.known is not None and frame.notes == frame.known.notes:
         frame.notes = frame.known.notes
@@ -101,13 +104,20 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
     proof = frame.known.proof if frame.known is not None else frame.site.shared.proof
     if proof.claim(frame) and frame.digests is None:
         with quiet():
-            intact = [i for i in dropped if _comparable(*frame.kept[i])]
-            frame.digests = {i: digest(frame.kept[i][0]) for i in intact}
+            kept = {i: (tensor_of(frame.kept[i][0]), frame.kept[i][1]) for i in dropped}
+            frame.digests = {i: digest(x) for i, (x, version) in kept.items() if _comparable(x, version)}
     for i in dropped:
         del frame.kept[i]
         frame.held.pop(i, None)
     for i in frame.held:
         frame.held[i] = None
+
+
+def _send(frame: Frame, away: frozenset[int]) -> None:
+    for i in sorted(away):
+        tensor, version = frame.kept[i]
+        if isinstance(tensor, Tensor) and tensor._version == version:
+            frame.kept[i] = (frame.site.send(tensor) or tensor, version)
 
 
 def _comparable(t: Tensor, version: int) -> bool:

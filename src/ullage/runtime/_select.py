@@ -50,6 +50,7 @@ class Selection:
         steps: per op of the log.
         skipped: how many ops the replay does not run, up to the last it needs.
         refusal: why the replay skips nothing, or "".
+        away: of those that forward keeps, the ones that leave memory until backward asks for them.
     """
 
     kept: frozenset[int]
@@ -57,6 +58,7 @@ class Selection:
     steps: tuple[Step, ...]
     skipped: int
     refusal: str = ""
+    away: frozenset[int] = frozenset()
 
 
 def select(log: Log, rule: Rule) -> Selection:
@@ -103,8 +105,11 @@ class Flow:
 class _Chooser:
     def __init__(self, log: Log, rule: Rule) -> None:
         self.log, self.flow = log, Flow(log)
-        self.chosen = self._chosen(rule)
-        self.kept = self._kept()
+        moves = getattr(rule, "moves", None)
+        self.chosen, self.leaving = self._chosen(rule), self._chosen(moves) if moves is not None else set()
+        self.kept = self._kept(self.chosen)
+        # what one op makes to stay and another to leave stays
+        self.away = self.kept - self._kept(self.chosen - self.leaving) if self.leaving else frozenset[int]()
 
     def _chosen(self, rule: Rule) -> set[int]:
         seen: dict[Any, int] = {}
@@ -116,13 +121,13 @@ class _Chooser:
                 chosen.add(k)
         return chosen
 
-    def _kept(self) -> frozenset[int]:
+    def _kept(self, chosen: set[int]) -> frozenset[int]:
         consumers: dict[int, list[int]] = {}
         for k, op in enumerate(self.log.ops):
             for value in op.inputs:
                 consumers.setdefault(value[0], []).append(k)
         kept: set[int] = set()
-        for k in self.chosen:
+        for k in chosen:
             fresh = {v[0] for v, _ in self.log.ops[k].outputs if v is not None}
             saved = {s for s in fresh if self.flow.can_hand(s)}
             todo = list(fresh) if not saved else []
@@ -160,7 +165,7 @@ class _Chooser:
         # an op that runs anyway hands nothing out
         used = frozenset(i for i in self.used if self.flow.born[log.saved[i][0]] not in self.run)
         steps = tuple(self._step(k, used) for k in range(len(log.ops)))
-        return Selection(self.kept, used, steps, sum(s.action == SKIP for s in steps[:last]))
+        return Selection(self.kept, used, steps, sum(s.action == SKIP for s in steps[:last]), away=self.away)
 
     def _always_runs(self, k: int, op: Op) -> bool:
         if op.must_run or any(s in self.log.outside for s in op.writes):

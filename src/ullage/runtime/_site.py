@@ -17,7 +17,10 @@ from ullage.runtime._select import Selection
 from ullage.runtime._state import Changes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ullage.runtime._frame import Options
+    from ullage.runtime._tier import Away, Tier
 
 MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
 MOST_STALE = 3
@@ -125,12 +128,15 @@ class Site:
         shared: what it shares with units of its structure.
         changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
         trail: what units of its model that are rebuilt together know of each other.
+        tier: where saved tensors go that leave memory, if there is such a place.
         facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
         links: how often its input was not held, but left to the unit before.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
+        sent_bytes: what left memory, in all.
+        late: how often backward waited for what was on its way back.
         notes: what a user should know, each once.
     """
 
@@ -138,17 +144,24 @@ class Site:
     shared: Shared = field(default_factory=Shared)
     changing: Callable[[], set[int]] | None = None
     trail: Trail | None = None
+    tier: Tier | None = None
     facts: dict[Hashable, Facts] = field(default_factory=dict)
     noted: dict[Hashable, Notes] = field(default_factory=dict)
     links: int = 0
     replays: int = 0
     skipped: int = 0
     stale: int = 0
+    sent_bytes: int = 0
+    late: int = 0
     notes: dict[str, None] = field(default_factory=dict)
 
     def learns(self, options: Options) -> bool:
         """Will its next call be one that learns?"""
         return not self.facts or (options.rule is not None and not self.shared.known)
+
+    def send(self, x: Tensor) -> Away | None:
+        """Have a saved tensor leave memory; None if it stays."""
+        return self.tier.pack(x, self) if self.tier is not None else None
 
     def say(self, note: str, warn: bool = True) -> None:
         """Note something; the first time as a warning too."""

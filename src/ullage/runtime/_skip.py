@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +14,7 @@ from ullage._source import source_line
 from ullage.runtime._local import local
 from ullage.runtime._log import QUERIES, SHAPE_ONLY
 from ullage.runtime._select import RUN, Selection, Step
+from ullage.runtime._tier import brought_back
 
 _TO_COPY = torch.ops.aten._to_copy.default
 _make = Tensor._make_wrapper_subclass
@@ -69,7 +69,7 @@ class SkipMode(TorchDispatchMode):
 
     Args:
         selection: what to do op by op.
-        kept: forward's kept tensors by index.
+        kept: forward's kept tensors by index; what left memory and is handed out here is put back into it.
     """
 
     supports_higher_order_operators = True
@@ -79,7 +79,7 @@ class SkipMode(TorchDispatchMode):
         """No wrapper around every op (2 us each): nothing that Dynamo compiles runs in a selective replay."""
         return False
 
-    def __init__(self, selection: Selection, kept: Mapping[int, Any]) -> None:
+    def __init__(self, selection: Selection, kept: dict[int, Any]) -> None:
         super().__init__()
         self.steps, self.kept, self.at = selection.steps, kept, 0
 
@@ -110,7 +110,7 @@ class SkipMode(TorchDispatchMode):
             if same_as >= 0:
                 leaves.append([a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)][same_as])
             elif index >= 0:
-                kept = self.kept[index][0]
+                kept = brought_back(self.kept, index)
                 shape, stride = meta[0], meta[1]
                 same = kept.shape == shape and kept.stride() == stride and kept.storage_offset() == offset
                 leaves.append(kept.detach() if same else kept.as_strided(shape, stride, offset))

@@ -1,0 +1,92 @@
+"""The store of a captured step: what leaves is gone at once and comes back when it is asked for.
+
+What a real store holds beside that, while tensors are on their way, is bounded by its backlog and read-ahead; the planner adds
+those bounds. When what leaves and comes back is recorded, so that the time it takes can be simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from ullage.offload import Stats
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One storage leaves or comes back.
+
+    Attributes:
+        op: index of the op that comes next.
+        ticket: which storage; the same number when it comes back.
+        nbytes: its bytes.
+        out: it leaves.
+    """
+
+    op: int
+    ticket: int
+    nbytes: int
+    out: bool
+
+
+class _CapturedTicket:
+    """A ticket of a `CapturedStore`."""
+
+    def __init__(self, store: CapturedStore, number: int, source: Tensor) -> None:
+        self._store, self._number = store, number
+        self.nbytes = source.numel()
+        self._device = source.device
+
+    def prefetch(self) -> None:
+        """Nothing: when it starts is the simulation's to say."""
+
+    def get(self) -> Tensor:
+        """A new tensor, as a read would make."""
+        self._store.note(self._number, self.nbytes, out=False)
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
+
+    def recover(self) -> Tensor:
+        """Writes do not fail here."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Nothing is held."""
+
+
+class CapturedStore:
+    """See the module's docstring. `clock` gives the index of the op that comes next."""
+
+    resident_bytes = staging_bytes = 0
+    stats = Stats()
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self.transfers: list[Transfer] = []
+        self._clock, self._tickets = clock, 0
+
+    def note(self, ticket: int, nbytes: int, out: bool) -> None:
+        """Record a transfer."""
+        self.transfers.append(Transfer(self._clock(), ticket, nbytes, out))
+
+    def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
+        """Let go of a tensor."""
+        assert isinstance(source, Tensor)
+        self._tickets += 1
+        ticket = _CapturedTicket(self, self._tickets, source)
+        self.note(self._tickets, ticket.nbytes, out=True)
+        return ticket
+
+    def poll(self) -> None:
+        """Nothing is held."""
+
+    def flush(self) -> None:
+        """Nothing is held."""
+
+    def wait_until_resident_at_most(self, nbytes: int) -> bool:
+        """Nothing is held."""
+        return True
+
+    def close(self) -> None:
+        """Nothing is held."""

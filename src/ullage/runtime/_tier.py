@@ -1,0 +1,222 @@
+"""Where saved tensors go that leave memory between forward and backward, and how they come back.
+
+What is moved is a storage, once, however many saved tensors are views of it; each of them comes back as the same view of
+one buffer. Which tensors of a unit may go:
+
+- not leaves that require grad (parameters) nor views of them, nor what the unit's module or its other arguments hold;
+- not what is smaller than a block of the store, nor anything but plain strided tensors.
+
+Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order;
+the store bounds how many bytes come ahead of their use.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+from ullage._errors import OffloadError, ReplayError
+from ullage.offload import Store, Ticket
+from ullage.runtime._local import pop_hooks, push_hooks, quiet
+from ullage.runtime._reach import roots_of
+
+if TYPE_CHECKING:
+    from ullage.runtime._site import Site
+
+LEAST_BYTES = 4096  # a block of the disk store
+_MOST_PREFETCHES = 64  # asked for ahead, so that a step of thousands of tensors has no long queue
+
+
+class Parcel:
+    """One storage that has left. Its place is given back when nobody holds it any more."""
+
+    __slots__ = ("__weakref__", "_back", "_left", "number", "site", "ticket", "users")
+
+    def __init__(self, ticket: Ticket, number: int, site: Site) -> None:
+        self.ticket, self.number, self.site = ticket, number, site
+        self.users = 0  # saved tensors in this storage
+        self._left = 0  # of these, how many have not asked for it since it came back
+        self._back: Tensor | None = None
+
+    def fetch(self) -> Tensor:
+        """The bytes, flat uint8. They come back once for all saved tensors in them and are held until the last has asked.
+
+        Raises:
+            OffloadError: they can't be had.
+        """
+        if self._back is None:
+            self._back, self._left = self.ticket.get(), self.users
+        flat = self._back
+        self._left -= 1
+        if self._left <= 0:
+            self._back = None
+        return flat
+
+
+class Away:
+    """In the place of a saved tensor: which view of which parcel."""
+
+    __slots__ = ("_layout", "_tier", "_version", "parcel", "shape")
+
+    def __init__(self, tier: Tier, parcel: Parcel, x: Tensor) -> None:
+        self._tier, self.parcel, self.shape = tier, parcel, x.shape
+        self._layout = x.dtype, x.stride(), int(x.storage_offset())
+        parcel.users += 1
+        self._version = x._version  # of what left; that it was not written to on its way is the store's to see
+
+    def tensor(self) -> Tensor:
+        """The saved tensor.
+
+        Raises:
+            OffloadError: it can't be had.
+        """
+        with quiet(), torch.no_grad():
+            self._tier.foresee(self.parcel)
+            late = self._tier.store.stats.late_prefetches
+            flat = self.parcel.fetch()
+            self.parcel.site.late += self._tier.store.stats.late_prefetches - late
+            dtype, stride, offset = self._layout
+            return flat.view(dtype).as_strided(self.shape, stride, offset)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A tensor's whole storage, as flat uint8. It has x's version counter."""
+    return x.detach().as_strided((x.untyped_storage().nbytes() // x.dtype.itemsize,), (1,), 0).view(torch.uint8)
+
+
+class Tier:
+    """A store as units see it.
+
+    Args:
+        store: where storages go.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._parcels: dict[int, tuple[ReferenceType[UntypedStorage], ReferenceType[Parcel], int]] = {}
+        self._order: list[ReferenceType[Parcel]] = []
+        self._front = 0  # from this number on all have been prefetched or asked for
+        self._lock = threading.Lock()
+
+    def pack(self, x: Tensor, site: Site) -> Away | None:
+        """Have a saved tensor of a unit's, and its storage, leave; None if it is not one that can.
+
+        Raises:
+            OffloadError: the store can't take it.
+        """
+        if x.layout is not torch.strided or x.is_conj() or x.is_neg() or x.is_quantized:
+            return None
+        storage = x.untyped_storage()
+        size = storage.nbytes()
+        if size < LEAST_BYTES or size % x.dtype.itemsize:
+            return None
+        key = storage._cdata
+        with quiet(), torch.no_grad():
+            known = self._parcels.get(key)
+            if known is not None and known[0]() is storage and known[2] == x._version:
+                parcel = known[1]()
+                if parcel is not None:
+                    return Away(self, parcel, x)
+            ticket = self.store.put(_flat(x))  # which sees by the version whether somebody writes to it meanwhile
+        site.sent_bytes += size
+        with self._lock:
+            parcel = Parcel(ticket, self._append(), site)
+            self._order.append(ref(parcel))
+            self._parcels[key] = ref(storage, lambda _: self._parcels.pop(key, None)), ref(parcel), x._version
+        return Away(self, parcel, x)
+
+    def _append(self) -> int:
+        """The next parcel's number: those at the end that are gone are forgotten."""
+        while self._order and self._order[-1]() is None:
+            self._order.pop()
+        self._front = len(self._order) + 1
+        return len(self._order)
+
+    def foresee(self, parcel: Parcel) -> None:
+        """A parcel is about to be asked for: prefetch those that will be asked for after it."""
+        todo = []
+        with self._lock:
+            if parcel.number >= self._front:  # another backward has begun
+                self._front = parcel.number
+            least = max(parcel.number - _MOST_PREFETCHES, 0)
+            while self._front > least:
+                self._front -= 1
+                before = self._order[self._front]() if self._front < parcel.number else None
+                if before is not None:
+                    todo.append(before)
+        for before in todo:
+            before.ticket.prefetch()
+
+
+def tensor_of(kept: Any) -> Any:
+    """What is kept in memory, or what left and comes back now."""
+    return kept.tensor() if type(kept) is Away else kept
+
+
+def brought_back(kept: dict[int, tuple[Any, int]], index: int) -> Any:
+    """One of a frame's kept tensors, which stays in memory from now on: a replay needs it, and backward soon after."""
+    tensor = kept[index][0]
+    if type(tensor) is Away:
+        tensor = tensor.tensor()
+        kept[index] = tensor, tensor._version
+    return tensor
+
+
+def movable(x: Tensor, resident: Iterable[int]) -> bool:
+    """May a saved tensor leave? `resident`: keys of storages that stay anyway."""
+    if x.is_leaf and x.requires_grad:
+        return False
+    base = x._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        return False
+    return x.untyped_storage()._cdata not in resident
+
+
+def resident_keys(roots: Iterable[Any], args: Iterable[Any]) -> set[int]:
+    """Keys of storages that a unit's modules hold, and of arguments that were not computed with gradients."""
+    found = set()
+    for root in roots:
+        if isinstance(root, nn.Module):
+            found |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
+    for a in args:
+        if isinstance(a, Tensor) and a.layout is torch.strided and not (a.requires_grad and not a.is_leaf):
+            found.add(a.untyped_storage()._cdata)
+    return found
+
+
+def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a unit's forward; what it saves leaves memory, and nothing is computed again.
+
+    Raises:
+        OffloadError: there is no store, or it can't take it; in backward, if it can't give it back.
+    """
+    if site.tier is None:
+        raise OffloadError(f"{site.name}: its saved tensors are to be kept on disk, but no store was given")
+    resident = resident_keys(roots_of(call), (*args, *kwargs.values()))
+
+    def pack(x: Tensor) -> Any:
+        away = site.send(x) if movable(x, resident) else None
+        # detached: a node that saves its own output must not hold itself
+        return away if away is not None else (x.detach() if x.grad_fn is not None else x, x._version)
+
+    def unpack(saved: Any) -> Tensor:
+        if type(saved) is Away:
+            return saved.tensor()
+        tensor, version = saved
+        if tensor._version != version:
+            raise ReplayError(
+                f"{site.name}: a saved tensor of shape {tuple(tensor.shape)} was modified by an inplace operation after the "
+                f"forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
+            )
+        return tensor  # type: ignore[no-any-return]
+
+    push_hooks(pack, unpack)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        pop_hooks()
