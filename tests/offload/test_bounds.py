@@ -128,7 +128,7 @@ def test_forwarding(tmp_path: Path, hold_writes: Hold) -> None:
         sources = [data(10_000, i) for i in range(4)]
         tickets = [store.put(s) for s in sources]
         gate.wait_entered()
-        for ticket, source in zip(tickets, sources):
+        for ticket, source in zip(tickets, sources, strict=True):
             assert all(ticket.get().data_ptr() == source.data_ptr() for _ in range(2))
         assert store.stats.forwarded_bytes == 80_000 and store.stats.stalled_read_seconds == 0
         tickets[1].prefetch()  # its charge moves
