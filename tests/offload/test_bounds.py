@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_forwarding(tmp_path: Path, hold_writes: Hold) -> None:
         sources = [data(10_000, i) for i in range(4)]
         tickets = [store.put(s) for s in sources]
         gate.wait_entered()
-        for ticket, source in zip(tickets, sources):
+        for ticket, source in zip(tickets, sources, strict=True):
             assert all(ticket.get().data_ptr() == source.data_ptr() for _ in range(2))
         assert store.stats.forwarded_bytes == 80_000 and store.stats.stalled_read_seconds == 0
         tickets[1].prefetch()  # its charge moves
@@ -302,3 +303,22 @@ def test_store_that_nobody_holds(tmp_path: Path) -> None:
     del ticket
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_closed_by_a_thread_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run there, find a store that nobody holds, and close it: no thread waits for itself."""
+    store = ul.DiskStore(tmp_path, "1MiB", threads=3)
+    engine, real = store._engine, os.pwritev
+
+    def transfer(*arguments: Any) -> int:
+        engine.close()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", transfer)
+    ticket = store.put(data(10_000))
+    until(lambda: not any(thread.is_alive() for thread in engine._threads))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(engine.mover.file.fd)
+    with pytest.raises(ul.OffloadError, match="is closed"):
+        ticket.get()
+    store.close()

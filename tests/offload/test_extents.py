@@ -39,7 +39,7 @@ def check(extents: Extents, taken: list[Extent]) -> None:
     assert (runs[-1].end if runs else 0) == extents.capacity
     assert all(r.length > 0 and r.offset % BLOCK == 0 and r.length % BLOCK == 0 for r in runs)
     free = extents.free_runs
-    assert all(a.end < b.offset for a, b in zip(free, free[1:]))
+    assert all(a.end < b.offset for a, b in zip(free, free[1:], strict=False))
     assert sum(r.length for r in free) == extents.free_bytes
 
 

@@ -132,9 +132,10 @@ class Engine:
     def orphan(self, record: Record) -> None:
         """Drop the record of a ticket that nobody holds: now, or soon if the lock is taken. Never waits.
 
-        The garbage collector calls this anywhere, also in a thread that holds the lock.
+        The garbage collector calls this anywhere, also in a thread that holds the lock, and after the interpreter's end
+        has begun: `closing` is looked at first, as it needs no module.
         """
-        if self._forked or self.closing:
+        if self.closing or self._forked:
             return
         self.books.orphans.append(record)
         if self._changed.acquire(blocking=False):

@@ -19,6 +19,7 @@ from ullage.offload._engine import Engine
 from ullage.offload._extents import BLOCK
 from ullage.offload._facts import Stats
 from ullage.offload._file import open_file
+from ullage.offload._protocol import Store, Ticket
 from ullage.offload._record import Charge, Mover, Record
 from ullage.offload._staging import Staging
 
@@ -224,6 +225,11 @@ class DiskStore:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
         return f"<DiskStore in {self.directory}, {format_bytes(self.capacity)}: {state}>"
+
+
+def _as_protocols(store: DiskStore, ticket: DiskTicket) -> tuple[Store, Ticket]:
+    """For the type checker: they are what the protocols say."""
+    return store, ticket
 
 
 def _size(name: str, value: int | str) -> int:
