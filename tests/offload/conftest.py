@@ -20,8 +20,10 @@ class Gate:
 
     def __init__(self, real: Transfer) -> None:
         self.real, self.opened, self.entered = real, threading.Event(), threading.Semaphore(0)
+        self.offsets: list[int] = []
 
     def __call__(self, fd: int, buffers: Any, offset: int) -> int:
+        self.offsets.append(offset)
         self.entered.release()
         assert self.opened.wait(20)
         return self.real(fd, buffers, offset)
@@ -63,6 +65,19 @@ def _nothing_left(tmp_path: Path) -> Iterator[None]:
 
 def data(nbytes: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def when(condition: Callable[[], bool], gate: Gate, seconds: float = 0.0) -> threading.Thread:
+    """Open a gate once something is so, and some time after."""
+
+    def wait() -> None:
+        until(condition)
+        time.sleep(seconds)
+        gate.opened.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
 def until(condition: Callable[[], bool]) -> None:

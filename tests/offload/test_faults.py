@@ -195,6 +195,7 @@ def test_prefetch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         store.poll()
         assert store.ahead_bytes == 0
         ticket.prefetch()  # is for `get` to tell
+        assert store.ahead_bytes == 0
         with pytest.raises(
             ul.OffloadError, match="could not read a tensor of 10000 bytes: Input/output error .*dmesg"
         ) as caught:

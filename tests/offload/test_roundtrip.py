@@ -161,11 +161,12 @@ def test_tickets_that_nobody_holds(tmp_path: Path) -> None:
         kept = store.put(data(6000))
         store.flush()
         kept.prefetch()
+        until(lambda: store.stats.reads == 1)
+        until(lambda: len(store._engine._changed._waiters) == 2)  # no thread has the lock: tickets go at once
         assert (store.tickets, store.free_bytes) == (2, 2**20 - 4 * 4096)
         del loop
         gc.collect()
         assert (store.tickets, store.free_bytes) == (1, 2**20 - 2 * 4096)
-        until(lambda: store.stats.reads == 1)
         del kept
         assert (store.tickets, store.free_bytes, store.resident_bytes) == (0, 2**20, store.staging_bytes)
 
