@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ullage._bytes import format_bytes
+from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, PlanMismatch, UllageWarning
 from ullage.apply._existing import refuse_existing
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
 from ullage.mechanisms import Sites, UnitSettings
+from ullage.offload import DiskStore, Stats
+from ullage.runtime import Tier
 
 if TYPE_CHECKING:
     from ullage.planner._plan import Plan
@@ -27,7 +29,8 @@ class UnitReport:
     """One unit: its action, how often its planned forward ran and was replayed, bytes the plan frees there.
 
     `skipped_ops`: ops that its selective replays did not run; `stale_logs`: how often one had to be rebuilt in full
-    because the op log was of another call. `note` says what else happened, e.g. why nothing is skipped.
+    because the op log was of another call. `sent_bytes` left memory, in all; for `late_prefetches` of what came back,
+    backward had to wait although it was asked for ahead. `note` says what else happened, e.g. why nothing is skipped.
     """
 
     fqn: str
@@ -38,13 +41,15 @@ class UnitReport:
     skipped_ops: int = 0
     stale_logs: int = 0
     note: str = ""
+    sent_bytes: int = 0
+    late_prefetches: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
     """Planned beside observed.
 
-    `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
+    `store`: what the store did so far, None if the plan sends nothing to disk. `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
     statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
     """
 
@@ -53,6 +58,7 @@ class Report:
     observed_peak_bytes: int | None
     budget_bytes: int | None
     larger_batches: int
+    store: Stats | None = None
 
     def __str__(self) -> str:
         seen = self.observed_peak_bytes
@@ -60,6 +66,8 @@ class Report:
         lines = [
             f"planned peak {format_bytes(self.planned_peak_bytes)}{observed}; batches larger than planned: {self.larger_batches}"
         ]
+        if self.store is not None:
+            lines.append(f"disk: {_said(self.store)}")
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
@@ -68,12 +76,20 @@ class Report:
         return "\n".join(lines)
 
 
+def _said(s: Stats) -> str:
+    moved = f"{format_bytes(s.bytes_written)} written, {format_bytes(s.bytes_read)} read, {format_bytes(s.forwarded_bytes)} taken on its way out"
+    waits = f"{format_seconds(s.stalled_write_seconds)} waited for writes, {format_seconds(s.stalled_read_seconds)} for reads"
+    return f"{moved}; {waits}; late {s.late_prefetches} of {s.reads} reads"
+
+
 class Handle:
     """A plan in force. `remove()` undoes it; also a context manager."""
 
-    def __init__(self, plan: Plan, units: list[Unit]) -> None:
+    def __init__(self, plan: Plan, units: list[Unit], store: DiskStore | None = None) -> None:
         self.plan = plan
         self._units = units
+        self._store = store
+        self._stats = Stats() if store is not None else None  # once the store is gone
         self._planned = {d.unit: d.input_elements for d in plan.decisions}
         self._warned = False
         self.active = True
@@ -86,6 +102,14 @@ class Handle:
             if module is not None:
                 uninstall(module)
         self.active = False
+        if self._store is not None:
+            self._stats = self._store.stats
+            self._store.poll()
+            if not self._store.tickets:
+                self._store.close()  # else backward is still to come: it closes when the last tensor is gone
+            self._store = None
+            for unit in self._units:
+                unit.site.tier = None
 
     def __enter__(self) -> Handle:
         return self
@@ -103,10 +127,16 @@ class Handle:
             skipped, stale = (unit.site.skipped, unit.site.stale) if unit else (0, 0)
             note = "; ".join(unit.site.notes) if unit else ""
             note = "never ran under the plan" if unit and not fired else note
-            rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, skipped, stale, note))
+            sent, late = (unit.site.sent_bytes, unit.site.late) if unit else (0, 0)
+            rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, skipped, stale, note, sent, late))
         larger = max((u.larger for u in self._units), default=0)
         return Report(
-            tuple(rows), self.plan.predicted.peak_bytes, self._observed_peak(), self.plan.budget_bytes, larger
+            tuple(rows),
+            self.plan.predicted.peak_bytes,
+            self._observed_peak(),
+            self.plan.budget_bytes,
+            larger,
+            self._store.stats if self._store is not None else self._stats,
         )
 
     def _observed_peak(self) -> int | None:
@@ -144,6 +174,7 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         PlanMismatch: the model is not the one that was planned.
         ApplyError: a plan is applied already.
         AlreadyCheckpointed: the model recomputes by itself.
+        OffloadError: the plan sends tensors to a directory in which its file can't be made.
     """
     if not isinstance(model, nn.Module):
         raise ApplyError(f"model: expected the torch.nn.Module that was planned, got {type(model).__name__}")
@@ -156,15 +187,31 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     plan.check_model(model)
     modules = _modules(plan, model)
     units: list[Unit] = []
-    handle = _in_force[model] = Handle(plan, units)
+    sends = not disabled() and any(settings.option.offloads for _, settings, _ in modules)
+    store = _open(plan) if sends else None
+    handle = _in_force[model] = Handle(plan, units, store)
     if disabled():
         return handle
-    sites = Sites()
+    sites = Sites(tier=Tier(store) if store is not None else None)
     for fqn, settings, module in modules:
         unit = Unit(fqn, module, settings, sites.site(fqn, module, settings), handle.observe)
         install(unit, module)
         units.append(unit)
     return handle
+
+
+def _open(plan: Plan) -> DiskStore:
+    disk = plan.disk
+    if disk is None:
+        raise ApplyError("the plan keeps saved tensors on disk but has no `disk`, which says where; plan again")
+    return DiskStore(
+        disk.directory,
+        disk.capacity_bytes,
+        threads=disk.threads,
+        buffer_bytes=disk.buffer_bytes,
+        backlog_bytes=disk.window_bytes,
+        ahead_bytes=disk.window_bytes,
+    )
 
 
 def _modules(plan: Plan, model: nn.Module) -> list[tuple[str, UnitSettings, nn.Module]]:

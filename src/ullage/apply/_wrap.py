@@ -20,7 +20,7 @@ from torch import nn
 
 from ullage._errors import ApplyError
 from ullage.mechanisms import UnitSettings, run_unit
-from ullage.runtime import Site, checkpoint
+from ullage.runtime import Apart, Site, checkpoint
 
 _MISSING = object()
 _FORWARD, _REDUCE = "forward", "__reduce_ex__"
@@ -31,7 +31,7 @@ def disabled() -> bool:
     return os.environ.get("ULLAGE_DISABLE", "") not in ("", "0")
 
 
-class Unit:
+class Unit(Apart):
     """One wrapped module and what happened to it: forwards run under the plan, and replays.
 
     Args:
@@ -67,7 +67,7 @@ class Unit:
         return run_unit(plain, self.settings, self.site, args, kwargs, self.count_replay)
 
 
-class PlannedForward:
+class PlannedForward(Apart):
     """What `module.forward` is under a plan."""
 
     def __init__(self, unit: Unit, module: nn.Module) -> None:
@@ -119,7 +119,7 @@ class PlannedForward:
         return types.MethodType(type(twin).forward, twin)
 
 
-class _Reduce:
+class _Reduce(Apart):
     """What `module.__reduce_ex__` is under a plan: the module's own, without our entries."""
 
     def __init__(self, planned: PlannedForward) -> None:

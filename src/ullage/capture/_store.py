@@ -24,12 +24,14 @@ class Transfer:
         ticket: which storage; the same number when it comes back.
         nbytes: its bytes.
         out: it leaves.
+        modules: those that run, outermost first.
     """
 
     op: int
     ticket: int
     nbytes: int
     out: bool
+    modules: tuple[str, ...]
 
 
 class _CapturedTicket:
@@ -57,18 +59,19 @@ class _CapturedTicket:
 
 
 class CapturedStore:
-    """See the module's docstring. `clock` gives the index of the op that comes next."""
+    """See the module's docstring. `now` gives the index of the op that comes next, and the modules that run."""
 
     resident_bytes = staging_bytes = 0
     stats = Stats()
 
-    def __init__(self, clock: Callable[[], int]) -> None:
+    def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]]) -> None:
         self.transfers: list[Transfer] = []
-        self._clock, self._tickets = clock, 0
+        self._now, self._tickets = now, 0
 
     def note(self, ticket: int, nbytes: int, out: bool) -> None:
         """Record a transfer."""
-        self.transfers.append(Transfer(self._clock(), ticket, nbytes, out))
+        op, modules = self._now()
+        self.transfers.append(Transfer(op, ticket, nbytes, out, modules))
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
         """Let go of a tensor."""

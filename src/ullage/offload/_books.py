@@ -154,6 +154,8 @@ class Books:
     def finish(self, record: Record, moved: int, failure: Failure | None) -> None:
         """A thread is done with a part, of which it moved so many bytes."""
         record.left -= 1
+        if record.phase is Phase.OUT:
+            record.note_modified()
         record.failure = record.failure or failure
         if record.phase is Phase.OUT:
             self.count(bytes_written=moved)

@@ -24,7 +24,7 @@ from ullage.offload._file import cause_of, hint_for
 from ullage.offload._queues import URGENT
 from ullage.offload._record import Charge, Failure, Mover, Phase, Record
 from ullage.offload._staging import Staging
-from ullage.offload._words import failed, full, refused
+from ullage.offload._words import failed, full, modified, refused
 
 
 class Engine:
@@ -93,6 +93,10 @@ class Engine:
                     raise self._error(self.books.take_failure(record))
                 if not record.parts:
                     return torch.empty(0, dtype=torch.uint8, device="cpu")
+                if record.phase is Phase.OUT:
+                    record.note_modified()
+                if record.modified:
+                    raise modified(self.mover.file.directory, record.nbytes)
                 if record.is_here:
                     tensor = self.books.hand_out(record)
                     if self.books.start_wanted():

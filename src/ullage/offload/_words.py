@@ -21,6 +21,14 @@ def failed(directory: str, failure: Failure) -> OffloadError:
     return OffloadError(f"offload store in {directory}: {text}", directory, failure.nbytes)
 
 
+def modified(directory: str, nbytes: int) -> OffloadError:
+    """A source that was written to too early."""
+    text = f"a tensor of {nbytes} bytes was modified by an inplace operation before it was written; the plain step fails too"
+    return OffloadError(
+        f"offload store in {directory}: {text}, or put() was given a tensor that is still in use", directory, nbytes
+    )
+
+
 def full(directory: str, nbytes: int, extents: Extents) -> OffloadError:
     """No place for a tensor."""
     needed = f"a tensor of {nbytes} bytes needs {whole_blocks(nbytes)} bytes (blocks of 4 KiB)"

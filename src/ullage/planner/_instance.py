@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ullage.mechanisms import Option
 
 
+NEVER_FITS = 2**50
+
+
 def nanoseconds(seconds: float) -> int:
     """The solver's unit of cost: an integer, so that sums are exact and twins, timed alike, stay twins."""
     return round(seconds * 10**9)
@@ -34,6 +37,7 @@ class OptionFacts:
         seconds: added by a replay in the unit's backward; 0 for keep.
         record_bytes: bytes above those alive at its start that a forward which records for this option needs, its output
             included; None for the most that any option's backward needs.
+        sent_bytes: leave memory in the unit's forward and come back for its backward, in all passes of a step.
     """
 
     option: Option
@@ -41,6 +45,7 @@ class OptionFacts:
     own_peak_bytes: int
     seconds: float
     record_bytes: int | None = None
+    sent_bytes: int = 0
 
     @property
     def is_recompute(self) -> bool:

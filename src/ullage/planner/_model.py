@@ -17,11 +17,10 @@ from typing import Any
 
 from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
-from ullage.planner._instance import OptionFacts, StepModel
+from ullage.planner._disk import Pace
+from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
 from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
-
-NEVER_FITS = 2**50
 
 
 @dataclass
@@ -73,6 +72,7 @@ def build_model(s: Study) -> StepModel:
     facts: list[dict[str, OptionFacts]] = [{} for _ in order]
     outside = [0] * (len(order) + 1)
     own_peak: dict[tuple[int, str], int] = {}
+    sent = {n: _sent(s, s.captures[n], order) for n in names}
     for i, key in enumerate(keys):
         unit = rank.get(key[1])
         for n in names:
@@ -92,9 +92,12 @@ def build_model(s: Study) -> StepModel:
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) + s.replay_seconds(fqn, option)
             # rebuilt with others, a unit is recomputed or keeps all it saves; the runtime has no third way
             record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
-            facts[u][option.name] = OptionFacts(option, held[n][u], own_peak[u, n], seconds, record)
+            facts[u][option.name] = OptionFacts(
+                option, held[n][u], own_peak[u, n], seconds, record, sent[n].get(fqn, 0)
+            )
     nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
+    s.pace = _pace(s, order, table["keep"])
     return StepModel(
         order,
         pruned,
@@ -102,6 +105,34 @@ def build_model(s: Study) -> StepModel:
         s.seconds(s.captures["keep"]),
         **_run_facts(s, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")}),
     )
+
+
+def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
+    """Bytes that leave memory, per unit."""
+    units, sent = frozenset(order), dict[str, int]()
+    for t in s.transfers(capture):
+        fqn = next((m for m in t.modules if m in units), "")
+        if t.out:
+            sent[fqn] = sent.get(fqn, 0) + t.nbytes
+    return sent
+
+
+def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
+    """When the plain step computes what, from its segments in their order."""
+    seconds = {(phase, f): 0.0 for phase in ("forward", "backward") for f in order}
+    middle = rest = 0.0
+    inside = False  # after a unit's forward, and before the backward of any
+    for key, segment in plain.items():
+        if key[:2] in seconds:
+            seconds[key[:2]] += segment.seconds
+            inside = key[0] == "forward"
+        elif inside:
+            middle += segment.seconds
+        else:
+            rest += segment.seconds
+    forward, backward = (tuple(seconds[phase, f] for f in order) for phase in ("forward", "backward"))
+    largest = max((t.nbytes for c in s.captures.values() for t in s.transfers(c)), default=0)
+    return Pace(forward, backward, middle, rest, s.plain_session.inst.accumulate, largest)
 
 
 def _needed(table: dict[Any, _Segment], fqn: str) -> int:
@@ -194,10 +225,13 @@ def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
 
 
 def _prune(options: list[OptionFacts]) -> list[OptionFacts]:
-    """Drop options that another one beats in time, held bytes and own peak; cheapest first, ties by name."""
-    options.sort(key=lambda o: (o.seconds, o.held_bytes, o.own_peak_bytes, o.option.name))
+    """Drop options that another one beats in time, held, own peak and sent bytes; cheapest first, ties by name."""
+    options.sort(key=lambda o: (o.seconds, o.sent_bytes, o.held_bytes, o.own_peak_bytes, o.option.name))
     kept: list[OptionFacts] = []
     for o in options:
-        if not any(k.held_bytes <= o.held_bytes and k.own_peak_bytes <= o.own_peak_bytes for k in kept):
+        if not any(
+            k.held_bytes <= o.held_bytes and k.own_peak_bytes <= o.own_peak_bytes and k.sent_bytes <= o.sent_bytes
+            for k in kept
+        ):
             kept.append(o)
     return kept

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
-from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
 from ullage.planner._levels import find_levels
 from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
 from ullage.runtime import ATTENTION, MATMUL, ROUTING
-from ullage.runtime._keep import kind_of, named_rule
+from ullage.runtime._keep import OpsRule, kind_of, named_rule
 
 MATMULS = Option("select", "matmul_attention")
 
@@ -24,6 +24,9 @@ def find_options(s: Study) -> None:
     """Note which units have routing outputs or must be kept, and the options of each."""
     s.units = [_with_routing(s.session, u) for u in s.units]
     s.options = {u.fqn: _possible(s, u) for u in s.units}
+    if s.disk is not None:  # nothing is run again, so every unit can do that
+        for options in s.options.values():
+            options.append(OFFLOAD)
 
 
 def _ops_of(session: Session, fqn: str) -> list[Signature]:
@@ -63,6 +66,8 @@ def capture_options(s: Study) -> None:
         return
     s.options_captured = True
     _capture(s, RECOMPUTE.name, lambda fqn: _like(s.options[fqn], RECOMPUTE))
+    if s.disk is not None:
+        _capture(s, OFFLOAD.name, lambda fqn: _like(s.options[fqn], OFFLOAD))
     able = [u.fqn for u in s.units if RECOMPUTE in s.options[u.fqn]]
     if not able:
         return
@@ -74,8 +79,25 @@ def capture_options(s: Study) -> None:
             s.levels[fqn] = found
     for k in range(max(map(len, s.levels.values()), default=0)):
         _capture(s, f"level {k}", functools.partial(_level, s, k))
+    if s.disk is not None:
+        _capture_sent(s)
     for parity in {k % 2 for k in linkable(s)}:
         _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
+
+
+def _capture_sent(s: Study) -> None:
+    """Levels of which everything that is kept leaves memory."""
+    sent = {f: [_sent(o) for o in found] for f, found in s.levels.items()}
+    for fqn, options in sent.items():
+        s.options[fqn] += [o for o in options if o not in s.options[fqn]]
+    for k in range(max(map(len, sent.values()), default=0)):
+        _capture(s, f"level {k} on disk", functools.partial(_level_of, s, sent, k))
+
+
+def _sent(option: Option) -> Option:
+    rule = named_rule(option.level, False)
+    assert isinstance(rule, OpsRule)
+    return Option("select", rule.sent().text)
 
 
 def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
@@ -113,7 +135,11 @@ def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
 
 
 def _level(s: Study, k: int, fqn: str) -> Option:
-    found = [o for o in s.levels.get(fqn, ()) if o in s.options[fqn]]
+    return _level_of(s, s.levels, k, fqn)
+
+
+def _level_of(s: Study, levels: Mapping[str, list[Option]], k: int, fqn: str) -> Option:
+    found = [o for o in levels.get(fqn, ()) if o in s.options[fqn]]
     return found[min(k, len(found) - 1)] if found else _like(s.options[fqn], RECOMPUTE)
 
 

@@ -17,6 +17,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
+from ullage.planner._disk import Disk, Traffic
 from ullage.planner._overrides import PinCost, describe
 from ullage.planner._peak import Bounds
 from ullage.runtime import Place
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A step's peak in bytes and time in seconds; peaks of the first step and of a later one apart."""
+class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A step's peak in bytes and time in seconds; peaks of the first step and of a later one apart.
+
+    `traffic`: what is moved between memory and disk, None if nothing is.
+    """
 
     peak_bytes: int
     step_seconds: float
@@ -37,6 +41,7 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     phase: str
     module: str
     op: str
+    traffic: Traffic | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,6 +133,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     forbidden: list[str] = []
     pins: list[PinCost] = []
     bounds: Bounds | None = None
+    disk: Disk | None = None
 
     @property
     def digest(self) -> str:
@@ -211,6 +217,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
             f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
             f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
+            *([_moves(p.traffic, self.disk)] if p.traffic is not None and self.disk is not None else []),
             "  decisions",
         ]
         lines += [f"    {row}" for row in _grouped(self.decisions)]
@@ -221,13 +228,22 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return "\n".join(lines)
 
 
+def _moves(t: Traffic, disk: Disk) -> str:
+    """What goes to disk and comes back in a step."""
+    times = f"{format_seconds(t.hidden_seconds)} hidden, {format_seconds(t.stalled_seconds)} stalled"
+    sizes = f"{format_bytes(t.sent_bytes)} out, {format_bytes(t.fetched_bytes)} in"
+    return f"  disk       {sizes}: {times}; {disk.directory}, {format_bytes(disk.capacity_bytes)}"
+
+
 def check_actions(plan: Plan, where: str) -> None:
     """Raise PlanError for an action that this version does not know."""
     try:
         for d in plan.decisions:
             d.settings()
     except ValueError as error:
-        raise PlanError(f"{where}: unknown action {error}; known: keep, recompute, select:LEVEL") from error
+        raise PlanError(
+            f"{where}: unknown action {error}; known: keep, recompute, select:LEVEL, offload:disk"
+        ) from error
 
 
 def _grouped(decisions: list[Decision]) -> list[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 from msgspec import structs
 
@@ -13,6 +14,7 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._disk import Disk, Traffic, choose_disk, solve_with_disk, without_disk
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -25,9 +27,9 @@ from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile
 from ullage.planner._schedule import Schedule, flat
 from ullage.planner._simple import fewer_actions
-from ullage.planner._solve import smallest
+from ullage.planner._solve import Solution, smallest
 from ullage.planner._solve import solve as solve_anew
-from ullage.planner._study import StepCapture, Study, recomputed_in, study
+from ullage.planner._study import StepCapture, Study, key_of, recomputed_in, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
@@ -35,6 +37,7 @@ RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax singl
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
 
 solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
+with_disk = lru_cache(maxsize=4)(solve_with_disk)
 
 
 @leaves_rng
@@ -51,6 +54,9 @@ def plan(
     forbid: Collection[str] = (),
     headroom: int | str | None = None,
     simple: bool | float = False,
+    disk_directory: str | Path | None = None,
+    disk_budget: int | str | None = None,
+    host_budget: int | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute or select so that the step's peak stays within `budget`.
@@ -68,6 +74,9 @@ def plan(
         forbid: actions that no unit gets, unless it is pinned to one.
         headroom: bytes or a string, as for `budget`: left free of the budget.
         simple: True: of the plans within 1 % of the best step time, one with the fewest distinct actions; or that share.
+        disk_directory: where saved tensors may go, an existing directory on this machine, whose speed is measured.
+        disk_budget: bytes or a string: of a file that is made there while the plan is applied.
+        host_budget: the same of pinned memory beside a CUDA device; refused as yet.
         progress: called with a line at each stage.
 
     Raises:
@@ -80,7 +89,8 @@ def plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
-    s = prepare(work, device, costs, profile, units, progress)
+    disk = choose_disk(disk_directory, disk_budget, host_budget, work, device)
+    s = prepare(work, device, costs, profile, units, progress, disk)
     s.explains = True
     plain = _fresh_peak(s, {})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
@@ -95,11 +105,12 @@ def prepare(
     profile: Profile | None = None,
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    disk: Disk | None = None,
 ) -> Study:
     """What all decisions about one workload share: the plain step and the options of its units."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
-    s = study(work, device, mode, units, known, progress)
+    s = study(work, device, mode, units, known, progress, disk)
     find_options(s)
     return s
 
@@ -160,7 +171,19 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}
     model = model_of(s)
-    return _assignment(model, (solve(model, limit - s.reserve_bytes) or smallest(model)).schedule)
+    return _assignment(model, (_solution(s, limit - s.reserve_bytes) or smallest(model)).schedule)
+
+
+def _solution(s: Study, target: int) -> Solution | None:
+    """What the solver finds within `target` bytes; with a disk, the window that goes with it is noted."""
+    model = model_of(s)
+    if s.disk is None or s.pace is None:
+        return solve(model, target)
+    found = with_disk(model, s.pace, target, s.disk)
+    if found is None:
+        return None
+    s.windows[key_of(_assignment(model, found[0].schedule))] = found[1].window_bytes
+    return found[0]
 
 
 def smallest_bytes(s: Study) -> int:
@@ -175,7 +198,7 @@ def execute_choice(s: Study, limit: int) -> None:
     likely fit, and where executions made for another budget may be the same.
     """
     target = limit - s.reserve_bytes
-    if _fresh_peak(s, {}) > target and (solution := solve(model_of(s), target)) is not None:
+    if _fresh_peak(s, {}) > target and (solution := _solution(s, target)) is not None:
         s.execute_fresh(_assignment(model_of(s), solution.schedule))
 
 
@@ -192,6 +215,8 @@ def _smallest(s: Study) -> StepCapture:
     model = model_of(s)
     candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
     candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
+    if s.disk is not None:
+        candidates.append(s.execute(_assignment(model, smallest(without_disk(model)).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
     return min(candidates, key=s.peak_with_update)
 
@@ -224,7 +249,7 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
     model = model_of(s)
     target, chosen, bound = limit, None, None
     for _ in range(MAX_TIGHTENINGS):
-        solution = solve(model, target)
+        solution = _solution(s, target)
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
@@ -247,9 +272,9 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
     """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed. Where units are rebuilt together nothing is tried.
+    too much, might have refused wrongly is executed. Where units are rebuilt together, or tensors leave, nothing is tried.
     """
-    if any(o.place is not None for o in assignment.values()):
+    if any(o.place is not None or o.offloads for o in assignment.values()):
         return assignment
     model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
@@ -305,6 +330,7 @@ def _overestimate(s: Study) -> int:
 def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
     peaks = s.peak(first), s.peak(later)
     phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
+    moved = s.overlap(later)
     return Forecast(
         peak_bytes=max(peaks),
         step_seconds=s.seconds(later),
@@ -313,6 +339,7 @@ def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
         phase=phase,
         module=module,
         op=op,
+        traffic=Traffic.of(moved) if moved is not None else None,
     )
 
 
@@ -382,6 +409,7 @@ def _finish(
         environment=environment(),
         headroom_bytes=s.headroom_bytes,
         bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
+        disk=s.disk_for(assignment),
     )
 
 

@@ -15,19 +15,23 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from msgspec import structs
 
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
+from ullage.capture._store import Transfer
 from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
 from ullage.capture._trace import Signature, Trace
 from ullage.capture._units import UnitFacts, unit_facts
 from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
+from ullage.planner._channels import COMPUTE, IN, OUT, Event, Overlap, overlap
 from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
+    from ullage.planner._disk import Disk, Pace
     from ullage.planner._instance import StepModel
 
 OWN_STEP_BYTES = 64
@@ -61,6 +65,9 @@ class Study:
     known_costs: dict[str, OpCost] = field(default_factory=dict)
     options_captured: bool = False
     model: StepModel | None = None
+    pace: Pace | None = None
+    disk: Disk | None = None  # where tensors may go
+    windows: dict[frozenset[tuple[str, Option]], int] = field(default_factory=dict)  # bytes, per assignment
     times_given: bool = False
     explains: bool = False  # plans and errors say what holds the peak, which takes a step or two more
     headroom_bytes: int = 0
@@ -107,7 +114,34 @@ class Study:
     def peak(self, capture: StepCapture) -> int:
         """The peak of a captured step, in bytes."""
         peak = int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
-        return peak + self.device.facts.blas_workspace_bytes
+        disk = self.disk_for(capture.assignment)
+        return peak + self.device.facts.blas_workspace_bytes + (disk.reserved_bytes if disk is not None else 0)
+
+    def disk_for(self, assignment: Mapping[str, Option]) -> Disk | None:
+        """The disk that an assignment uses, with its window; None if nothing is sent there."""
+        if self.disk is None or not any(o.offloads for o in assignment.values()):
+            return None
+        return structs.replace(self.disk, window_bytes=self.windows.get(key_of(assignment), 0))
+
+    def transfers(self, capture: StepCapture) -> list[Transfer]:
+        """What left memory and came back in a captured step."""
+        return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
+
+    def overlap(self, capture: StepCapture) -> Overlap | None:
+        """How the transfers of a captured step fit into its computing; None if there are none."""
+        disk, moved = self.disk_for(capture.assignment), self.transfers(capture)
+        if disk is None or not moved:
+            return None
+        done = np.concatenate([[0.0], np.cumsum(self.timeline(capture.session).seconds[capture.ops])])
+        events: list[Event] = []
+        at = 0
+        for t in moved:
+            k = t.op - capture.ops.start
+            events.append((COMPUTE, float(done[k] - done[at]), 0))
+            events.append((OUT if t.out else IN, t.ticket, t.nbytes))
+            at = k
+        events.append((COMPUTE, float(done[-1] - done[at]), 0))
+        return overlap(events, disk.channels)
 
     def peak_with_update(self, capture: StepCapture) -> int:
         """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""
@@ -137,13 +171,15 @@ class Study:
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""
-        again = recomputed_in(self, capture) if _key(capture.assignment) else {}
+        again = recomputed_in(self, capture) if key_of(capture.assignment) else {}
         replays = sum(
             self.replay_seconds(fqn, option, again[fqn][0])
             for fqn, option in capture.assignment.items()
-            if option != KEEP and fqn in again
+            if fqn in again
         )
-        return float(self.timeline(capture.session).seconds[capture.ops].sum()) + replays
+        moved = self.overlap(capture)
+        stalled = moved.stalled_seconds if moved is not None else 0.0
+        return float(self.timeline(capture.session).seconds[capture.ops].sum()) + replays + stalled
 
     @cached_property
     def host_cost(self) -> HostCost:
@@ -186,7 +222,7 @@ class Study:
             option: what is done with it.
             ops: how many ops run again, if that is known; else those of one forward per call.
         """
-        if option == KEEP:
+        if option.action in ("keep", "offload"):
             return 0.0
         calls, forward = self.forward_calls.get(fqn, 1), max(self.forward_ops.get(fqn, 0), 1)
         if option.action == "select":
@@ -197,7 +233,7 @@ class Study:
 
     def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
         """Run forward and backward of one later step under an assignment, once; its peak is `peak_with_update`."""
-        wanted = _key(assignment)
+        wanted = key_of(assignment)
         if wanted in self._fresh:
             return replace(self._fresh[wanted][1], assignment=dict(assignment))
         if wanted not in self._executed:
@@ -213,7 +249,7 @@ class Study:
 
     def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
         """Run a first and a later step under an assignment, from the workload's own state. The last runs are kept."""
-        wanted = _key(assignment)
+        wanted = key_of(assignment)
         if not wanted:
             return self.plain_capture
         if wanted not in self._fresh:
@@ -228,7 +264,7 @@ class Study:
         return self._fresh[wanted]
 
 
-def _key(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
+def key_of(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
     """What an assignment changes: unnamed units are kept."""
     return frozenset((f, o) for f, o in assignment.items() if o != KEEP)
 
@@ -251,6 +287,7 @@ def study(
     units: Sequence[str] | None = None,
     known_costs: Mapping[str, OpCost] | None = None,
     progress: Progress | None = None,
+    disk: Disk | None = None,
 ) -> Study:
     """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
     if not isinstance(work, Workload):
@@ -266,7 +303,7 @@ def study(
     session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
     refuse_existing(session.inst.model)
     session.run(steps=2)
-    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say)
+    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, disk=disk)
     result.times_given = known_costs is not None
     a, b = session.trace.marks
     result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]

@@ -30,7 +30,7 @@ from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
-from ullage.runtime._local import is_recomputing, recomputing_units
+from ullage.runtime._local import Apart, is_recomputing, recomputing_units
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
@@ -38,8 +38,28 @@ from ullage.runtime._site import Learnt, Shared, Site
 from ullage.runtime._tier import Tier, run_offloaded
 
 __all__ = [
-    "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Learnt", "Options", "Place", "Shared", "Site", "Tier", "Trail", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
-    "level_rule", "recomputing_units", "run", "run_offloaded", "select",
+    "ATTENTION",
+    "LEVELS",
+    "MATMUL",
+    "ROUTING",
+    "Apart",
+    "Learnt",
+    "Options",
+    "Place",
+    "Shared",
+    "Site",
+    "Tier",
+    "Trail",
+    "checkpoint",
+    "draws",
+    "host_rng",
+    "host_rng_moved",
+    "is_recomputing",
+    "level_rule",
+    "recomputing_units",
+    "run",
+    "run_offloaded",
+    "select",
 ]  # fmt: skip
 
 keep_eager(

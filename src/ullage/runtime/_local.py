@@ -12,6 +12,10 @@ push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
+class Apart:
+    """What is ours and hangs on a unit's module, but is no state of the unit's: no replay looks at it or puts it back."""
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.units: list[str] = []

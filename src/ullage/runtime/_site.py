@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
+from ullage.runtime._local import Apart
 from ullage.runtime._log import Log
 from ullage.runtime._notes import Notes
 from ullage.runtime._place import Trail
@@ -120,7 +121,7 @@ class Shared:
 
 
 @dataclass
-class Site:
+class Site(Apart):
     """One unit: its name, what is known of it, and what happened.
 
     Attributes:

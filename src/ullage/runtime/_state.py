@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ullage.runtime._local import Apart
+
 MOST_NODES = 20_000
 _MISSING = object()
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -31,6 +33,7 @@ OPAQUE = (
     types.BuiltinFunctionType,
     torch.dtype,
     torch.device,
+    Apart,
 )
 
 Path = tuple[

@@ -22,7 +22,7 @@ from torch import Tensor, UntypedStorage, nn
 
 from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
-from ullage.runtime._local import pop_hooks, push_hooks, quiet
+from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
 from ullage.runtime._reach import roots_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.dtype.itemsize,), (1,), 0).view(torch.uint8)
 
 
-class Tier:
+class Tier(Apart):
     """A store as units see it.
 
     Args:

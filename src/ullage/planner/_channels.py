@@ -1,0 +1,181 @@
+"""How long a step takes when tensors leave memory and come back while it computes: a simulation of its events.
+
+Two channels, one out and one in, each with its own bandwidth and first come, first served, as `ullage.offload.DiskStore` has
+them, and with its bounds: `put` waits while the backlog is full, and tensors come ahead of their use only as far as the
+read-ahead reaches. What is asked for while it is still on its way out is handed back at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# What a step does, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
+COMPUTE, OUT, IN = 0, 1, 2
+Event = tuple[int, float, int]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What moves tensors.
+
+    Attributes:
+        write_bytes_per_second: measured, with `ullage.measure_bandwidth`.
+        read_bytes_per_second: the same.
+        window_bytes: of the backlog, and of the read-ahead.
+        most_ahead: tensors that are asked for ahead.
+    """
+
+    write_bytes_per_second: float
+    read_bytes_per_second: float
+    window_bytes: int
+    most_ahead: int = 64
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a simulation showed.
+
+    Attributes:
+        seconds: the whole, stalls included.
+        sent_bytes: what left.
+        fetched_bytes: what was read back; what was asked for on its way out is not.
+        hidden_seconds: time the channels worked while the step did not wait for them.
+        stalled_seconds: time the step waited for either.
+        late: how often it waited for what had been asked for ahead.
+        resident_bytes: the most that was in the backlog and read ahead at any moment.
+    """
+
+    seconds: float
+    sent_bytes: int
+    fetched_bytes: int
+    hidden_seconds: float
+    stalled_seconds: float
+    late: int
+    resident_bytes: int
+
+
+class _Step:
+    def __init__(self, channels: Channels, uses: Counter[float]) -> None:
+        self.c = channels
+        self.uses = uses  # how often each ticket will still be asked for
+        self.now = self.stalled = self.busy = 0.0
+        self.out_free = self.in_free = 0.0  # when each channel has done what it was given
+        self.sent = self.fetched = self.late = self.most = 0
+        self.backlog: deque[tuple[float, int, float]] = deque()  # (written at, bytes, ticket)
+        self.in_backlog = self.ahead = 0
+        self.size: dict[float, int] = {}
+        self.written: dict[float, float] = {}
+        self.ready: dict[float, float] = {}  # what was asked for ahead, and when it is there
+        self.wanted: deque[float] = deque()
+        self.order: list[float] = []
+        self.number: dict[float, int] = {}
+        self.front = 0  # from this number on all have been asked for
+
+    def wait(self, until: float) -> None:
+        if until > self.now:
+            self.stalled += until - self.now
+            self.now = until
+
+    def drain(self) -> None:
+        while self.backlog and self.backlog[0][0] <= self.now:
+            self.in_backlog -= self.backlog.popleft()[1]
+
+    def put(self, ticket: float, nbytes: int) -> None:
+        self.drain()
+        through = nbytes > self.c.window_bytes
+        while not through and self.in_backlog + nbytes > self.c.window_bytes:
+            self.wait(self.backlog[0][0])
+            self.drain()
+        seconds = nbytes / self.c.write_bytes_per_second
+        self.out_free = max(self.now, self.out_free) + seconds
+        self.busy += seconds
+        self.sent += nbytes
+        self.size[ticket], self.written[ticket] = nbytes, self.out_free
+        if through:
+            self.wait(self.out_free)
+        else:
+            self.backlog.append((self.out_free, nbytes, ticket))
+            self.in_backlog += nbytes
+        self.number[ticket] = len(self.order)
+        self.order.append(ticket)
+        self.front = len(self.order)
+        self._see()
+
+    def get(self, ticket: float) -> None:
+        self.drain()
+        self.uses[ticket] -= 1
+        if ticket in self.ready:
+            there = self.ready.pop(ticket)
+            self.late += there > self.now
+            self.wait(there)
+            self.ahead -= self.size[ticket]
+            self._foresee(ticket)
+        elif self.written[ticket] > self.now:  # it has not left yet
+            self._foresee(ticket)
+        else:
+            self._read(ticket)
+            there = self.in_free
+            self._foresee(ticket)
+            self.wait(there)
+        self._start()
+
+    def _read(self, ticket: float) -> None:
+        seconds = self.size[ticket] / self.c.read_bytes_per_second
+        self.in_free = max(self.now, self.in_free) + seconds
+        self.busy += seconds
+        self.fetched += self.size[ticket]
+
+    def _foresee(self, ticket: float) -> None:
+        """Ask ahead for what left before this."""
+        at = self.number[ticket]
+        self.front = min(self.front, at)
+        least = max(at - self.c.most_ahead, 0)
+        while self.front > least:
+            self.front -= 1
+            before = self.order[self.front]
+            if before not in self.ready and self.uses[before]:
+                self.wanted.append(before)
+        self._start()
+
+    def _start(self) -> None:
+        while self.wanted:
+            ticket = self.wanted[0]
+            size = self.size[ticket]
+            if size <= self.c.window_bytes:
+                if self.ahead + size > self.c.window_bytes:
+                    break
+                self.ahead += size
+                if self.written[ticket] > self.now:  # stays in memory
+                    self.ready[ticket] = self.now
+                else:
+                    self._read(ticket)
+                    self.ready[ticket] = self.in_free
+            self.wanted.popleft()
+        self._see()
+
+    def _see(self) -> None:
+        self.most = max(self.most, self.in_backlog + self.ahead)
+
+
+def overlap(events: Iterable[Event], channels: Channels) -> Overlap:
+    """Go through a step's events; a ticket may be asked for several times, but not before it left."""
+    events = list(events)
+    step = _Step(channels, Counter(what for kind, what, _ in events if kind == IN))
+    for kind, what, nbytes in events:
+        if kind == COMPUTE:
+            step.now += what
+        elif kind == OUT:
+            step.put(what, nbytes)
+        else:
+            step.get(what)
+    return Overlap(
+        step.now,
+        step.sent,
+        step.fetched,
+        max(step.busy - step.stalled, 0.0),
+        step.stalled,
+        step.late,
+        step.most,
+    )
