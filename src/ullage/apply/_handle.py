@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def _open(plan: Plan) -> DiskStore:
         buffer_bytes=disk.buffer_bytes,
         backlog_bytes=disk.window_bytes,
         ahead_bytes=disk.window_bytes,
+        poison=os.environ.get("ULLAGE_POISON", "") not in ("", "0"),
     )
 
 

@@ -15,20 +15,30 @@ from ullage.cli._progress import progress
 @target_options
 @click.option("--budget", help="Bytes, '6GiB', '6 GB', '60% of plain' or '90% of device'.")
 @click.option(
-    "--policy", default="optimal", show_default=True, help="optimal, none, every_block, every_n:K, sqrt or selective."
+    "--policy",
+    default="optimal",
+    show_default=True,
+    help="optimal, none, every_block, every_n:K, sqrt, selective or offload.",
 )
 @click.option(
     "--pin",
     "pins",
     multiple=True,
     metavar="GLOB=ACTION",
-    help="Give the units of this name an action: keep, recompute, select or select:LEVEL. May be repeated.",
+    help="Give the units of this name an action: keep, recompute, select, select:LEVEL or offload:disk. May be repeated.",
 )
 @click.option("--forbid", multiple=True, metavar="ACTION", help="An action that no unit gets. May be repeated.")
 @click.option("--headroom", metavar="BYTES", help="Leave this much of the budget free, written as the budget is.")
 @click.option(
     "--simple", is_flag=True, help="Prefer fewer distinct actions, if that costs 1 % of the step time at most."
 )
+@click.option(
+    "--disk-directory",
+    type=click.Path(exists=True, file_okay=False),
+    help="Saved tensors may go to a file there while others are computed; --disk-budget says how large it is.",
+)
+@click.option("--disk-budget", metavar="BYTES", help="Bytes of that file, such as '64GiB'.")
+@click.option("--host-budget", metavar="BYTES", help="Pinned host memory beside a CUDA device: refused as yet.")
 @cost_options
 @click.option("-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write the plan there.")
 @json_option
@@ -40,12 +50,15 @@ def plan(
     forbid: tuple[str, ...],
     headroom: str | None,
     simple: bool,
+    disk_directory: str | None,
+    disk_budget: str | None,
+    host_budget: str | None,
     device: str | None,
     costs: str,
     output: str | None,
     **options: Any,
 ) -> None:
-    """Decide what to keep, recompute or select so that the step fits the budget.
+    """Decide what to keep, recompute, select or have on disk so that the step fits the budget.
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
@@ -61,6 +74,9 @@ def plan(
             forbid=forbid,
             headroom=budget_value(headroom) if headroom is not None else None,
             simple=simple,
+            disk_directory=disk_directory,
+            disk_budget=budget_value(disk_budget) if disk_budget is not None else None,
+            host_budget=budget_value(host_budget) if host_budget is not None else None,
             progress=report,
         )
     if output is not None:

@@ -22,7 +22,7 @@ from ullage.planner._study import Study
 Options = dict[str, list[Option]]
 Assignment = Mapping[str, Option]
 SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
-_KNOWN = "keep, recompute, select (any level), select:LEVEL"
+_KNOWN = "keep, recompute, select (any level), select:LEVEL, offload (any), offload:disk"
 
 
 class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,6 +75,14 @@ class Overrides:
         given = self.headroom
         nothing = given is None or (given == 0 and not isinstance(given, bool))
         return None if given is None or nothing else parse_budget(given, "headroom")
+
+    @property
+    def needs_disk(self) -> str:
+        """The first pin that has tensors leave memory, or ""."""
+        for glob, action in self.pin.items():
+            if action == "offload" or (action != "select" and option_from_name(action).offloads):
+                return f"pin {glob!r}={action!r}"
+        return ""
 
     @property
     def tolerance(self) -> float:
@@ -223,13 +231,13 @@ def only(s: Study, options: Options) -> Iterator[None]:
 
 
 def is_of(option: Option, action: str) -> bool:
-    """Is this what an action names? `select` names every level."""
-    return action in (option.name, option.action)
+    """Is this what an action names? `select` names every level, `offload` all that has tensors leave memory."""
+    return action in (option.name, option.action) or (action == "offload" and option.offloads)
 
 
 def _check_action(where: str, action: object) -> None:
     try:
-        if action != "select":
+        if action not in ("select", "offload"):
             option_from_name(str(action) if isinstance(action, str) else "")
     except ValueError as error:
         raise ArgumentError(f"{where}: no such action; expected {_KNOWN}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
-from ullage._errors import BudgetError, BudgetInfeasible
+from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._disk import Disk, Traffic, choose_disk, solve_with_disk, without_disk
@@ -85,6 +85,11 @@ def plan(
     """
     check_policy(policy)
     overrides = Overrides(pin or {}, forbid, headroom, simple)
+    sends = "policy 'offload'" if policy == "offload" else overrides.needs_disk
+    if sends and disk_directory is None:
+        raise ArgumentError(
+            f"{sends}: has tensors leave memory, and disk_directory, with disk_budget, does not say where to"
+        )
     overrides.check(policy, budget is not None)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":

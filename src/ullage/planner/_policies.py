@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from ullage._errors import ArgumentError
 from ullage.capture._units import UnitFacts
-from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
 
-NAMES = "optimal, none, every_block, every_n:K, sqrt, selective"
+NAMES = "optimal, none, every_block, every_n:K, sqrt, selective, offload"
 
 
 def check_policy(policy: str) -> None:
@@ -28,6 +28,7 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
     - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, which
       rebuilds runs of blocks together.)
     - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
+    - offload: everything that blocks save is on disk; needs one.
 
     Raises:
         ArgumentError: no such policy.
@@ -45,6 +46,8 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
         wanted = {f: RECOMPUTE for i, f in enumerate(blocks) if i % step != step - 1}
     elif policy == "selective":
         wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
+    elif policy == "offload":
+        wanted = dict.fromkeys(blocks, OFFLOAD)
     else:
         raise ArgumentError(f"policy={policy!r}: expected one of {NAMES}")
     return {u.fqn: nearest(wanted.get(u.fqn, KEEP), options[u.fqn]) for u in units}
