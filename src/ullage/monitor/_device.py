@@ -19,7 +19,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
-@dataclass
+@dataclass(slots=True)
 class Interval:
     """One step of a device: marks of its begin and end, and what was read at the end."""
 
@@ -159,7 +159,9 @@ class CudaProbe:
             value = loss.item()
             return lambda: value
         if loss.device.index != self.index:
-            raise ArgumentError(f"loss: is on {loss.device}, the monitor watches cuda:{self.index}; give it as a tensor there")
+            raise ArgumentError(
+                f"loss: is on {loss.device}, the monitor watches cuda:{self.index}; give it as a tensor there"
+            )
         into = self._free.pop() if self._free else torch.empty((), dtype=torch.float32, pin_memory=True)
         into.copy_(loss.detach().float(), non_blocking=True)
 
@@ -188,21 +190,22 @@ class ProcessMemory:
 
     def __init__(self) -> None:
         try:
-            self._file: Any = open("/proc/self/statm", "rb", buffering=0)
+            self._file: int | None = os.open("/proc/self/statm", os.O_RDONLY)
         except OSError:  # not Linux
             self._file = None
 
     def read(self) -> tuple[int | None, int]:
         """(bytes resident now or None, most bytes resident so far)."""
-        now = None
-        if self._file is not None:
-            now = int(os.pread(self._file.fileno(), 64, 0).split(b" ", 2)[1]) * _PAGE
-        return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        if self._file is None:
+            return None, most
+        now = int(os.pread(self._file, 64, 0).split(b" ", 2)[1]) * _PAGE
+        return now, max(now, most)  # the kernel sums them up at other moments
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
             self._file = None
 
 

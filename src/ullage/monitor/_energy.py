@@ -9,8 +9,8 @@ codecarbon and zeus bring pandas and more, and zeus watches the counters from a 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,6 @@ def rapl_packages(root: Path) -> list[RaplPackage]:
 class NvmlGpu:
     """The energy counter of one GPU: millijoules since its driver was loaded."""
 
-    longest = float("inf")
-
     def __init__(self, index: int) -> None:
         try:
             import pynvml
@@ -122,13 +120,11 @@ class Energy:
 
     Args:
         cuda_index: the GPU, or None.
-        clock: the host's seconds.
         root: where powercap is.
     """
 
-    def __init__(self, cuda_index: int | None, clock: Callable[[], float], root: Path | None = None) -> None:
+    def __init__(self, cuda_index: int | None, root: Path | None = None) -> None:
         self.not_available: dict[str, str] = {}
-        self._clock = clock
         self._cpu: list[RaplPackage] = []
         self._gpu: list[NvmlGpu] = []
         try:
@@ -140,30 +136,29 @@ class Energy:
                 self._gpu = [NvmlGpu(cuda_index)]
             except _Unreadable as why:
                 self.not_available["GPU energy"] = str(why)
-        self.names = [m.name for m in (*self._gpu, *self._cpu)]
-        self._longest = min((m.longest for m in (*self._gpu, *self._cpu)), default=0.0)
+        self.names = [*(m.name for m in self._gpu), *(m.name for m in self._cpu)]
+        self._longest = min((p.longest for p in self._cpu), default=math.inf)
         self._began: float | None = None
         self._steps = 0
         self._samples: int | None = 0
 
-    def begin(self) -> None:
-        """The first step begins: joules count from here."""
+    def begin(self, now: float) -> None:
+        """A step begins at `now`; at the first one joules start to count."""
         if self._began is None and self.names:
-            self._start(self._clock())
+            self._start(now)
             self._read()
 
     def _start(self, now: float) -> None:
         self._began, self._steps, self._samples = now, 0, 0
 
-    def end(self, samples: int | None, least: float = INTERVAL_SECONDS) -> Spent | None:
-        """A step has ended; what was spent, if it is time to read."""
+    def end(self, samples: int | None, now: float) -> Spent | None:
+        """A step has ended at `now`, in seconds; what was spent, if it is time to read."""
         if self._began is None:
             return None
         self._steps += 1
         self._samples = None if samples is None or self._samples is None else self._samples + samples
-        now = self._clock()
         passed = now - self._began
-        if passed < least:
+        if passed < INTERVAL_SECONDS:
             return None
         spent, steps, total = self._read(), self._steps, self._samples
         self._start(now)
@@ -181,6 +176,7 @@ class Energy:
 
     def close(self) -> None:
         """Let go of the counters."""
-        for meter in (*self._gpu, *self._cpu):
+        meters: list[Any] = [*self._gpu, *self._cpu]
+        for meter in meters:
             meter.close()
         self._gpu, self._cpu, self.names, self._began = [], [], [], None

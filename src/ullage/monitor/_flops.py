@@ -40,6 +40,7 @@ _QUERIES = {
                  "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim")
     if hasattr(aten, name)
 }  # fmt: skip
+_PLAIN = Tensor.__torch_dispatch__
 _graph_task = torch._C._current_graph_task_id
 
 
@@ -70,7 +71,8 @@ class OpCounter(TorchDispatchMode):
             self._count(func, func, args, kwargs, out)
             return out
         packet = func._overloadpacket
-        if types or packet in _QUERIES:  # a subclass of Tensor (DTensor): what it does with plain tensors is counted
+        # a subclass of Tensor (DTensor) comes here again with the plain tensors that it is made of
+        if packet in _QUERIES or any(t.__torch_dispatch__ is not _PLAIN for t in types):
             return NotImplemented
         out = func(*args, **kwargs)
         if local.quiet or func.namespace == "prim":
@@ -88,7 +90,7 @@ class OpCounter(TorchDispatchMode):
                 self.unknown[str(packet)] = None
             return
         try:
-            number = int(formula(*args, **kwargs, out_val=out))  # type: ignore[operator]
+            number = int(formula(*args, **kwargs, out_val=out))
         except Exception:  # written for other arguments than these
             self.unknown[str(packet)] = None
             return
@@ -178,7 +180,9 @@ class Peak:
             self.rates = find_device(given).flops
         elif given is not None:
             if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
-                raise ArgumentError(f"peak_flops={given!r}: expected FLOP/s above zero, or the name of a device of `ullage devices`")
+                raise ArgumentError(
+                    f"peak_flops={given!r}: expected FLOP/s above zero, or the name of a device of `ullage devices`"
+                )
             self.number = float(given)
         elif device_name in _NAMES:
             self.rates = devices()[_NAMES[device_name]].flops
@@ -196,3 +200,85 @@ class Peak:
         if missing is not None:
             return f"the device table has no rate for {missing}; pass peak_flops="
         return sum(n / self.rates[name] for name, n in flops.items())
+
+
+Counters = tuple[int, int, int]  # replays, skipped ops, stale logs of a step
+
+
+class Utilization:
+    """How well steps use the device, from one step whose ops were counted or from FLOPs as given.
+
+    Args:
+        peak: of the device.
+        flops_per_step: the model's, as given, or None.
+        why_not: why no step is counted, or "".
+    """
+
+    def __init__(self, peak: Peak, flops_per_step: float | None, why_not: str) -> None:
+        self.peak, self.given, self.wanted = peak, flops_per_step, not why_not
+        self.not_available: dict[str, str] = {}  # not told yet
+        self.model_flops: int | None = None
+        self.replay_flops: int | None = None
+        self._key: Any = None
+        self._counters: Counters | None = None
+        self._replays = (0, 0)  # ops, bytes
+        self._seconds: float | None = None  # the least for the model's FLOPs
+        self._with_replays: float | None = None
+        why = why_not if flops_per_step is None or peak.number is None else ""
+        if peak.why or why:
+            self.not_available["MFU"] = peak.why or why
+
+    def take(self, counter: OpCounter, key: Any, counters: Counters) -> None:
+        """A step that went well was counted; `key`: what its FLOPs depend on, `counters`: what was done again."""
+        self.wanted = False
+        self._key, self._counters = key, counters
+        self._replays = counter.replay_ops, counter.replay_bytes
+        why = ""
+        if counter.unknown:
+            why = f"no formula gives the FLOPs of {', '.join(counter.unknown)}; pass flops_per_step="
+        elif not counter.flops:
+            why = "no op with FLOPs was seen in the counted step; pass flops_per_step="
+        else:
+            self.model_flops, self.replay_flops = sum(counter.flops.values()), sum(counter.again.values())
+        least = why or self.peak.seconds(counter.flops)
+        if isinstance(least, str):
+            if self.given is None or self.peak.number is None:
+                self.not_available.setdefault("MFU", least)
+            return
+        self._seconds = least
+        again = self.peak.seconds(counter.again)
+        self._with_replays = None if isinstance(again, str) else least + again
+
+    def of(
+        self, seconds: float, flops: float | None, key: Any, counters: Counters
+    ) -> tuple[float | None, float | None]:
+        """(MFU, HFU) of a step of this many seconds; None: not known."""
+        flops = flops if flops is not None else self.given
+        if not seconds:
+            return None, None
+        if flops is not None:
+            if self.peak.number is not None:
+                return flops / self.peak.number / seconds, None
+            if self._seconds is None or not self.model_flops:  # what dtype they are of is not known
+                return None, None
+            return flops / self.model_flops * self._seconds / seconds, None
+        if self._seconds is None:
+            return None, None
+        if key != self._key:
+            self.not_available["MFU of some steps"] = (
+                "they differ from the counted step in samples or tokens; pass flops= to them"
+            )
+            return None, None
+        hfu = self._with_replays / seconds if self._with_replays is not None and counters == self._counters else None
+        return self._seconds / seconds, hfu
+
+    def replays(self, counters: Counters) -> tuple[int | None, int | None]:
+        """(ops that a step's replays ran, bytes they made); None: it replayed otherwise than the counted step."""
+        if not counters[0]:
+            return 0, 0
+        return self._replays if counters == self._counters else (None, None)
+
+    def news(self) -> dict[str, str]:
+        """What became known not to be available since this was asked last."""
+        found, self.not_available = self.not_available, {}
+        return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -47,18 +47,18 @@ class JsonlWriter:
         elif exists != "overwrite" and self.path.exists():
             raise ArgumentError(f"{path}: is there already; give another name, or exists='overwrite' or 'append'")
         self._exclusive = exists == "refuse"
-        self._file: BinaryIO | None = None
+        self._file: Any = None
 
     def start(self, header: Header) -> None:
         """Open the file and write the header."""
         if self._exclusive:
             try:
-                self._file = open(self.path, "xb", buffering=0)
+                self._file = self.path.open("xb", buffering=0)
             except FileExistsError:
                 raise ArgumentError(f"{self.path}: another run has just made it; give another name") from None
         else:
             # not truncated by opening it: what is kept stays there at every moment
-            self._file = open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0)
+            self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0)
             self._file.truncate(self._keep)
             self._file.seek(self._keep)
         self._lines.append(_encode(header))

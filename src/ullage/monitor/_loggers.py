@@ -77,7 +77,11 @@ class WandbLogger:
     def __init__(self, run: Any = None, **init: Any) -> None:
         self._own = run is None
         if run is not None and (init or not callable(getattr(run, "log", None))):
-            why = f"{', '.join(init)} is for a new run" if init else f"expected what wandb.init returned, got {type(run).__name__}"
+            why = (
+                f"{', '.join(init)} is for a new run"
+                if init
+                else f"expected what wandb.init returned, got {type(run).__name__}"
+            )
             raise ArgumentError(f"run: {why}")
         if run is None:
             try:
@@ -138,7 +142,9 @@ class MLflowLogger:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One batch."""
         now = int(time.time() * 1e3)
-        self.client.log_batch(self.run_id, metrics=[self._metric(tag, value, now, step) for tag, value in metrics.items()])
+        self.client.log_batch(
+            self.run_id, metrics=[self._metric(tag, value, now, step) for tag, value in metrics.items()]
+        )
 
     def close(self) -> None:
         """End the run if it is ours."""

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import torch
@@ -128,11 +129,11 @@ def machine_facts() -> dict[str, str | int]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as info:
-            found = (line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-            return next(found, platform.machine())
-    except OSError:
-        return platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.machine())
 
 
 _GIB = 2**30

@@ -90,12 +90,17 @@ class MonitorSummary(msgspec.Struct, frozen=True, kw_only=True):
         at = self.device if self.device_name in ("", self.device) else f"{self.device} ({self.device_name})"
         lines = [f"monitor: {self.steps} steps on {at}, {self.warmup_steps} of warm-up, {self.failed_steps} failed"]
         lines += [f"  {name:<24} {value}" for name, value in _table(self)]
-        return "\n".join([*lines, *(f"  {what}: not available here, because {why}" for what, why in self.not_available.items())])
+        return "\n".join(
+            [*lines, *(f"  {what}: not available here, because {why}" for what, why in self.not_available.items())]
+        )
 
 
 def _table(s: MonitorSummary) -> Iterator[tuple[str, str]]:
     if s.step_seconds is not None and s.p90 is not None and s.p99 is not None:
-        yield "step time", f"{format_seconds(s.step_seconds)} (p90 {format_seconds(s.p90)}, p99 {format_seconds(s.p99)})"
+        yield (
+            "step time",
+            f"{format_seconds(s.step_seconds)} (p90 {format_seconds(s.p90)}, p99 {format_seconds(s.p99)})",
+        )
     for name, seconds in (("jitter", s.jitter_seconds), ("between steps", s.wait_seconds)):
         if seconds is not None:
             yield name, format_seconds(seconds)
@@ -189,7 +194,7 @@ class Tally:
         rows = list(self.ring)
         times = sorted(t for r in rows if (t := r.step_time_s) is not None)
         in_order = [r.step_time_s for r in rows if r.step_time_s is not None]
-        changes = [abs(b - a) for a, b in zip(in_order, in_order[1:])]
+        changes = [abs(b - a) for a, b in zip(in_order[:-1], in_order[1:], strict=True)]
         gpu, cpu = (self._per(name) for name in ("gpu_joules", "cpu_joules"))
         return MonitorSummary(
             device=header.device,

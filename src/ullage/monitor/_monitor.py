@@ -1,0 +1,398 @@
+"""`Monitor`: what steps take, watched from around any training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ullage._errors import ArgumentError, MonitorError, UllageWarning
+from ullage.apply import Handle, handle_on, model_of
+from ullage.monitor._device import CudaProbe, Probe, ProcessMemory, probe_for
+from ullage.monitor._energy import Energy
+from ullage.monitor._flops import OpCounter, Peak, Utilization
+from ullage.monitor._jsonl import FLUSH_SECONDS, JsonlWriter
+from ullage.monitor._loggers import Logger
+from ullage.monitor._records import Header, StepRecord, header_facts, machine_facts, metrics
+from ullage.monitor._step import Running, Step, flops_of, number_of
+from ullage.monitor._summary import MonitorSummary, Tally
+from ullage.runtime import totals
+
+_BATCH = 16  # steps that are recorded in one go; after a second, however few
+
+
+class Monitor:
+    """Watches the steps of a training loop: memory, time, throughput, utilization, recomputation, energy.
+
+        with ul.Monitor(handle, tokens_per_step=8192, jsonl="run.jsonl") as monitor:
+            for batch in loader:
+                with monitor.step() as step:
+                    ...  # forward, backward, optimizer
+                    step.loss(loss)
+        print(monitor)
+
+    `step_begin()` and `step_end()` do without the inner `with`. Nothing is put on the model, and no GPU is waited for while steps
+    run: records are made some steps later, at least once a second, of what the device has reached. A step that raises is dropped and counted as failed.
+
+    Args:
+        model: the model that is trained, or the `Handle` of its plan.
+        samples_per_step: samples in a step, where `step(samples=)` does not say it.
+        tokens_per_step: tokens in a step, likewise.
+        flops_per_step: FLOPs of the model in a step, without recomputation; None: the ops of the last warm-up step are counted.
+        peak_flops: FLOP/s that the device can do at best, or a name of `ullage devices`; None: by the name of the GPU.
+        count_ops: count the ops of the last warm-up step, under a dispatch mode: it takes longer than others.
+        warmup: steps at the start that no statistic is over.
+        window: the latest steps that statistics are over.
+        jsonl: file to write a line per step to.
+        exists: what to do if that is there: "refuse", "overwrite" or "append".
+        loggers: `TensorBoardLogger`, `WandbLogger`, `MLflowLogger`, or anything with `log(metrics, step)`.
+        log_every: steps that one call of a logger is about.
+        first_step: number of the first step, for a run that goes on.
+        clock: the host's seconds; steps on CUDA are timed by it too if one is given.
+
+    Raises:
+        ArgumentError: an argument has a value that means nothing, or the file can't be written.
+        DeviceError: `peak_flops` names no device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Handle,
+        *,
+        samples_per_step: int | None = None,
+        tokens_per_step: int | None = None,
+        flops_per_step: float | None = None,
+        peak_flops: float | str | None = None,
+        count_ops: bool = True,
+        warmup: int = 2,
+        window: int = 1000,
+        jsonl: str | Path | None = None,
+        exists: str = "refuse",
+        loggers: Iterable[Logger] = (),
+        log_every: int = 10,
+        first_step: int = 0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._samples, self._tokens = (
+            number_of("samples_per_step", samples_per_step),
+            number_of("tokens_per_step", tokens_per_step),
+        )
+        given = flops_of("flops_per_step", flops_per_step)
+        for name, value, least in (
+            ("warmup", warmup, 0),
+            ("window", window, 1),
+            ("log_every", log_every, 1),
+            ("first_step", first_step, 0),
+        ):
+            if type(value) is not int or value < least:
+                raise ArgumentError(f"{name}={value!r}: expected a whole number of {least} or more")
+        self._warmup, self._log_every, self._next = warmup, log_every, first_step
+        self._loggers = _checked(loggers)
+        module, handle = _model_and_handle(model)
+        device, more = _device_of(module)
+        compiled = _is_compiled(module)
+        self._probe: Probe = probe_for(device, clock)
+        peak = Peak(peak_flops, self._probe.name)
+        self._use = Utilization(peak, given, _why_not_counted(count_ops, warmup, compiled))
+        self._replays_known = not compiled
+        writer = JsonlWriter(jsonl, exists) if jsonl is not None else None
+        self._clock = clock or time.perf_counter
+        self._memory = ProcessMemory()
+        self._energy = Energy(self._probe.index if isinstance(self._probe, CudaProbe) else None)
+        not_available = self._probe.not_available | self._energy.not_available | more | self._use.news()
+        if compiled:
+            not_available["recomputation"] = (
+                "the model is compiled: its units run torch's own checkpoint, which does not count"
+            )
+        self.header = _header(
+            handle, str(device), self._probe.name, warmup, given, peak.number, self._energy.names, not_available
+        )
+        self._tally = Tally(window)
+        self._open: Running | None = None
+        self._counting: OpCounter | None = None
+        self._pending: deque[Running] = deque()
+        self._unlogged: list[StepRecord] = []
+        self._begun = 0
+        self._ended = self._settled = self._clock()
+        self._closed = False
+        self._writer = writer
+        if writer is not None:
+            writer.start(self.header)
+            weakref.finalize(self, writer.close)  # a script that ends without closing the monitor has its lines
+        for logger in list(self._loggers):
+            self._call(logger, "start", header_facts(self.header))
+
+    # --- steps -----------------------------------------------------------------------------------------------------------
+
+    def step(self, *, samples: int | None = None, tokens: int | None = None, flops: float | None = None) -> Step:
+        """A step as a `with` block; arguments as for `step_begin`."""
+        return Step(self, {"samples": samples, "tokens": tokens, "flops": flops})
+
+    def step_begin(self, *, samples: int | None = None, tokens: int | None = None, flops: float | None = None) -> None:
+        """A step begins.
+
+        Args:
+            samples: samples in this step; None: `samples_per_step`.
+            tokens: tokens in this step; None: `tokens_per_step`.
+            flops: FLOPs of the model in this step, where steps differ.
+
+        Raises:
+            MonitorError: a step is open, or the monitor is closed.
+            ArgumentError: an argument has a value that means nothing.
+        """
+        if self._closed:
+            raise MonitorError("this monitor is closed; make another one")
+        if self._open is not None:
+            raise MonitorError(
+                f"step {self._open.step} is open: steps do not overlap; call step_end() first, or step_fail() if it raised"
+            )
+        samples = self._samples if samples is None else number_of("samples", samples)
+        tokens = self._tokens if tokens is None else number_of("tokens", tokens)
+        flops = flops_of("flops", flops)
+        now = self._clock()
+        warmup = self._begun < self._warmup
+        counts = self._use.wanted and self._begun >= self._warmup - 1
+        wait = now - self._ended if self._begun else None
+        running = Running(self._next, samples, tokens, flops, warmup or counts, wait)
+        self._energy.begin(now)
+        if counts:
+            running.counter = self._counting = OpCounter()
+            self._counting.__enter__()
+        self._begun += 1
+        self._next += 1
+        self._open = running
+        running.before = totals.now()
+        running.interval = self._probe.begin()
+
+    def step_end(self, loss: Tensor | float | None = None) -> None:
+        """The open step ends.
+
+        Args:
+            loss: its loss, a number or a tensor of one element, if it is to be recorded; no GPU is waited for.
+
+        Raises:
+            MonitorError: no step is open.
+            ArgumentError: `loss` is neither; the step is dropped.
+        """
+        running = self._running("end")
+        if loss is not None:
+            self._note_loss(loss)
+        assert running.interval is not None
+        self._probe.end(running.interval)
+        self._over(running)
+        running.rss = self._memory.read()
+        if running.counter is not None:
+            self._use.take(running.counter, running.key, running.counters)
+        if len(self._pending) >= _BATCH or not 0 <= self._ended - self._settled < FLUSH_SECONDS:
+            self._settle()
+
+    def step_fail(self, error: BaseException | None = None) -> None:
+        """The open step is dropped: it raised `error`. MonitorError: no step is open."""
+        running = self._running("drop")
+        running.failed = type(error).__name__ if error is not None else "failed"
+        try:
+            if running.interval is not None:
+                self._probe.drop(running.interval)
+        except RuntimeError:  # the device's error comes up again with every call; the one that is on its way says more
+            pass
+        self._over(running)
+        with contextlib.suppress(RuntimeError):
+            self._settle()
+
+    def _running(self, what: str) -> Running:
+        if self._open is None:
+            raise MonitorError(f"no step is open to {what}; call step_begin() first")
+        return self._open
+
+    def _note_loss(self, loss: Any) -> None:
+        running = self._running("note a loss of")
+        try:
+            running.add_loss(loss, self._probe)
+        except ArgumentError as error:
+            self.step_fail(error)
+            raise
+
+    def _over(self, running: Running) -> None:
+        """What every end of a step has in common."""
+        self._open = None
+        if self._counting is not None:
+            counting, self._counting = self._counting, None
+            counting.__exit__(None, None, None)
+        before, now = running.before, totals.now()
+        running.counts = (now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3])
+        running.time, self._ended = time.time(), self._clock()
+        running.spent = self._energy.end(running.samples, self._ended)
+        self._pending.append(running)
+
+    # --- records ---------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Record the steps that their device is through with. Some at a time: alone, each would pay for cold caches."""
+        self._settled = self._ended
+        pending = self._pending
+        while pending and pending[0].ready(self._probe):
+            self._take(pending.popleft())
+
+    def _take(self, running: Running) -> None:
+        record = running.record(self._probe, self._use, self._replays_known)
+        self._tally.add(record)
+        if self._writer is not None:
+            try:
+                self._writer.write(record, self._clock())
+            except OSError as error:
+                writer, self._writer = self._writer, None
+                _warn(f"{writer.path}: can't be written any more ({error}); the monitor goes on without it")
+        if self._loggers:
+            self._unlogged.append(record)
+            if len(self._unlogged) >= self._log_every:
+                self._log()
+
+    def _log(self) -> None:
+        if not self._unlogged:
+            return
+        found, step = metrics(self._unlogged), self._unlogged[-1].step
+        self._unlogged = []
+        if found:
+            for logger in list(self._loggers):
+                self._call(logger, "log", found, step)
+
+    def _call(self, logger: Any, name: str, *given: Any) -> None:
+        """Call a logger; one that raises is left out from then on: training goes on."""
+        method = getattr(logger, name, None)
+        if method is None:
+            return
+        try:
+            method(*given)
+        except Exception as error:
+            self._loggers = [other for other in self._loggers if other is not logger]
+            _warn(
+                f"{type(logger).__name__}.{name} raised {type(error).__name__}: {error}; the monitor goes on without it"
+            )
+
+    def summary(self) -> MonitorSummary:
+        """The run so far: totals of all steps that the device is through with, statistics of the latest."""
+        self._settle()
+        return self._tally.summary(self.header)
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    # --- the end ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Record what is left, waiting for the device, and close file and loggers. A step that is open is dropped."""
+        if self._closed:
+            return
+        if self._open is not None:
+            self.step_fail()
+        self._closed = True
+        try:
+            while self._pending:
+                running = self._pending.popleft()
+                if not running.failed and running.interval is not None:
+                    try:
+                        self._probe.wait(running.interval)
+                    except RuntimeError as error:  # the device is lost; what was read on the host stays
+                        running.failed = type(error).__name__
+                self._take(running)
+            self._log()
+        finally:
+            self._energy.close()
+            self._memory.close()
+            for logger in list(self._loggers):
+                self._call(logger, "close")
+            if self._writer is not None:
+                self._writer.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UllageWarning, stacklevel=4)
+
+
+def _checked(loggers: Any) -> list[Any]:
+    found = list(loggers) if isinstance(loggers, Iterable) else [loggers]
+    for logger in found:
+        if not isinstance(logger, Logger):
+            raise ArgumentError(
+                f"loggers: a {type(logger).__name__} has no log(metrics, step); wrap a writer or run in TensorBoardLogger, "
+                "WandbLogger or MLflowLogger of ullage.monitor"
+            )
+    return found
+
+
+def _model_and_handle(given: Any) -> tuple[nn.Module, Handle | None]:
+    if isinstance(given, Handle):
+        model = model_of(given)
+        if model is None or not given.active:
+            raise ArgumentError("model: this handle's plan was removed, or its model is gone; give the model itself")
+        return model, given
+    if not isinstance(given, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module or the Handle of a plan, got {type(given).__name__}")
+    return given, handle_on(given)
+
+
+def _device_of(model: nn.Module) -> tuple[torch.device, dict[str, str]]:
+    """The device to watch, and what can't be told of others."""
+    found = list(dict.fromkeys(t.device for t in (*model.parameters(), *model.buffers())))
+    if not found:
+        return torch.device("cpu"), {}
+    device = next((d for d in found if d.type == "cuda"), found[0])
+    others = [str(d) for d in found if d.type == "cuda" and d != device]
+    more = {f"memory and energy of {', '.join(others)}": f"one device is watched, {device}"} if others else {}
+    return device, more
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
+
+
+def _why_not_counted(count_ops: bool, warmup: int, compiled: bool) -> str:
+    if not count_ops:
+        return "count_ops=False; pass flops_per_step= and peak_flops="
+    if compiled:
+        return "the model is compiled, and its ops can't be counted; pass flops_per_step= and peak_flops="
+    return "" if warmup else "warmup=0 leaves no step to count ops in; pass flops_per_step= and peak_flops="
+
+
+def _header(
+    handle: Handle | None,
+    device: str,
+    name: str,
+    warmup: int,
+    flops: float | None,
+    peak: float | None,
+    energy: list[str],
+    not_available: dict[str, str],
+) -> Header:
+    plan = handle.plan if handle is not None else None
+    facts: dict[str, Any] = dict(machine_facts())
+    return Header(
+        **facts,
+        device=device,
+        device_name=name,
+        warmup=warmup,
+        plan=plan.digest if plan is not None else "",
+        predicted_peak_bytes=plan.predicted.peak_bytes if plan is not None else None,
+        budget_bytes=plan.budget_bytes if plan is not None else None,
+        flops_per_step=flops,
+        peak_flops=peak,
+        energy=energy,
+        not_available=not_available,
+    )
