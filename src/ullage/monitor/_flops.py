@@ -219,6 +219,7 @@ class Utilization:
         self.not_available: dict[str, str] = {}  # not told yet
         self.model_flops: int | None = None
         self.replay_flops: int | None = None
+        self._step: int | None = None  # the counted one
         self._key: Any = None
         self._counters: Counters | None = None
         self._replays = (0, 0)  # ops, bytes
@@ -228,10 +229,10 @@ class Utilization:
         if peak.why or why:
             self.not_available["MFU"] = peak.why or why
 
-    def take(self, counter: OpCounter, key: Any, counters: Counters) -> None:
-        """A step that went well was counted; `key`: what its FLOPs depend on, `counters`: what was done again."""
+    def take(self, counter: OpCounter, step: int, key: Any, counters: Counters) -> None:
+        """A step of this number went well and was counted; `key`: what its FLOPs depend on, `counters`: what was done again."""
         self.wanted = False
-        self._key, self._counters = key, counters
+        self._step, self._key, self._counters = step, key, counters
         self._replays = counter.replay_ops, counter.replay_bytes
         why = ""
         if counter.unknown:
@@ -250,7 +251,7 @@ class Utilization:
         self._with_replays = None if isinstance(again, str) else least + again
 
     def of(
-        self, seconds: float, flops: float | None, key: Any, counters: Counters
+        self, seconds: float, flops: float | None, step: int, key: Any, counters: Counters
     ) -> tuple[float | None, float | None]:
         """(MFU, HFU) of a step of this many seconds; None: not known."""
         flops = flops if flops is not None else self.given
@@ -262,7 +263,7 @@ class Utilization:
             if self._seconds is None or not self.model_flops:  # what dtype they are of is not known
                 return None, None
             return flops / self.model_flops * self._seconds / seconds, None
-        if self._seconds is None:
+        if self._seconds is None or not self._knows(step):
             return None, None
         if key != self._key:
             self.not_available["MFU of some steps"] = (
@@ -272,11 +273,15 @@ class Utilization:
         hfu = self._with_replays / seconds if self._with_replays is not None and counters == self._counters else None
         return self._seconds / seconds, hfu
 
-    def replays(self, counters: Counters) -> tuple[int | None, int | None]:
+    def _knows(self, step: int) -> bool:
+        """Is it the counted step or a later one? What came before is not judged by it: first steps learn."""
+        return self._step is not None and step >= self._step
+
+    def replays(self, step: int, counters: Counters) -> tuple[int | None, int | None]:
         """(ops that a step's replays ran, bytes they made); None: it replayed otherwise than the counted step."""
         if not counters[0]:
             return 0, 0
-        return self._replays if counters == self._counters else (None, None)
+        return self._replays if counters == self._counters and self._knows(step) else (None, None)
 
     def news(self) -> dict[str, str]:
         """What became known not to be available since this was asked last."""

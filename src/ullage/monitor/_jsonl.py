@@ -1,6 +1,6 @@
 """A run as a file: a header line, then a line of JSON per step.
 
-Lines are handed to the system whole, at least once a second: a process that is killed loses the last second at most, and leaves
+Lines are handed to the system whole, as the monitor makes its records, at least once a second: a process that is killed loses the last second at most, and leaves
 at most one unfinished line behind, when the disk is full. A reader leaves that one out; appending cuts it off.
 """
 
@@ -16,7 +16,6 @@ from ullage._errors import ArgumentError, MonitorError
 from ullage._files import check_writable
 from ullage.monitor._records import SCHEMA, Header, StepRecord
 
-FLUSH_SECONDS = 1.0
 KEY = "monitor_schema"
 _EXISTS = ("refuse", "overwrite", "append")
 _encode = msgspec.json.Encoder().encode
@@ -40,7 +39,6 @@ class JsonlWriter:
             raise ArgumentError(f"exists={exists!r}: expected one of {', '.join(map(repr, _EXISTS))}")
         self.path = check_writable(path)
         self._lines: list[bytes] = []
-        self._flushed = 0.0
         self._keep = 0  # bytes of the file that stay
         if exists == "append" and self.path.exists():
             self._keep = _whole_lines(self.path)
@@ -64,15 +62,12 @@ class JsonlWriter:
         self._lines.append(_encode(header))
         self.flush()
 
-    def write(self, record: StepRecord, now: float) -> None:
-        """Take a step; `now` in seconds. OSError if the file can't be written."""
+    def write(self, record: StepRecord) -> None:
+        """Take a step."""
         self._lines.append(_encode(record))
-        if record.failed or not 0 <= now - self._flushed < FLUSH_SECONDS:
-            self._flushed = now
-            self.flush()
 
     def flush(self) -> None:
-        """Hand what was taken to the system."""
+        """Hand what was taken to the system. OSError if the file can't be written."""
         if self._file is None or not self._lines:
             return
         data = memoryview(b"\n".join(self._lines) + b"\n")

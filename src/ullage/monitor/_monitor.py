@@ -20,14 +20,15 @@ from ullage.apply import Handle, handle_on, model_of
 from ullage.monitor._device import CudaProbe, Probe, ProcessMemory, probe_for
 from ullage.monitor._energy import Energy
 from ullage.monitor._flops import OpCounter, Peak, Utilization
-from ullage.monitor._jsonl import FLUSH_SECONDS, JsonlWriter
+from ullage.monitor._jsonl import JsonlWriter
 from ullage.monitor._loggers import Logger
 from ullage.monitor._records import Header, StepRecord, header_facts, machine_facts, metrics
 from ullage.monitor._step import Running, Step, flops_of, number_of
 from ullage.monitor._summary import MonitorSummary, Tally
 from ullage.runtime import totals
 
-_BATCH = 16  # steps that are recorded in one go; after a second, however few
+_BATCH = 16  # steps that are recorded in one go
+_SECONDS = 1.0  # or after so long, however few
 
 
 class Monitor:
@@ -191,8 +192,8 @@ class Monitor:
         self._over(running)
         running.rss = self._memory.read()
         if running.counter is not None:
-            self._use.take(running.counter, running.key, running.counters)
-        if len(self._pending) >= _BATCH or not 0 <= self._ended - self._settled < FLUSH_SECONDS:
+            self._use.take(running.counter, running.step, running.key, running.counters)
+        if len(self._pending) >= _BATCH or not 0 <= self._ended - self._settled < _SECONDS:
             self._settle()
 
     def step_fail(self, error: BaseException | None = None) -> None:
@@ -241,16 +242,22 @@ class Monitor:
         pending = self._pending
         while pending and pending[0].ready(self._probe):
             self._take(pending.popleft())
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.flush()
+        except OSError as error:
+            writer, self._writer = self._writer, None
+            _warn(f"{writer.path}: can't be written any more ({error}); the monitor goes on without it")
 
     def _take(self, running: Running) -> None:
         record = running.record(self._probe, self._use, self._replays_known)
         self._tally.add(record)
         if self._writer is not None:
-            try:
-                self._writer.write(record, self._clock())
-            except OSError as error:
-                writer, self._writer = self._writer, None
-                _warn(f"{writer.path}: can't be written any more ({error}); the monitor goes on without it")
+            self._writer.write(record)
         if self._loggers:
             self._unlogged.append(record)
             if len(self._unlogged) >= self._log_every:
@@ -304,6 +311,7 @@ class Monitor:
                     except RuntimeError as error:  # the device is lost; what was read on the host stays
                         running.failed = type(error).__name__
                 self._take(running)
+            self._flush()
             self._log()
         finally:
             self._energy.close()

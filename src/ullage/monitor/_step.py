@@ -77,8 +77,10 @@ class Running:
         at, spent, counters = self.interval, self.spent, self.counters
         seconds = probe.seconds(at)
         losses = [value() for value in self.losses]
-        mfu, hfu = (None, None) if self.counter is not None else use.of(seconds, self.flops, self.key, counters)
-        ops, made = use.replays(counters) if replays_known else (None, None)
+        mfu, hfu = (
+            (None, None) if self.counter is not None else use.of(seconds, self.flops, self.step, self.key, counters)
+        )
+        ops, made = use.replays(self.step, counters) if replays_known else (None, None)
         counted = self.counter is not None and use.model_flops is not None
         loss = sum(losses) / len(losses) if losses else None
         return StepRecord(
@@ -126,6 +128,8 @@ class Running:
             max_reserved_bytes=at.max_reserved_bytes if at is not None else None,
             alloc_retries=at.alloc_retries if at is not None else None,
             ooms=at.ooms if at is not None else None,
+            replay_mismatches=self.counts[3],
+            stale_logs=self.counts[2],
             warmup=self.warmup,
             counted=self.counter is not None,
             failed=self.failed,
