@@ -116,7 +116,7 @@ class Spent:
 
 
 class Energy:
-    """Both meters, read about once a second at the end of a step.
+    """Both meters, read about once a second at the end of a step. `failed`: why no more joules come.
 
     Args:
         cuda_index: the GPU, or None.
@@ -125,6 +125,7 @@ class Energy:
 
     def __init__(self, cuda_index: int | None, root: Path | None = None) -> None:
         self.not_available: dict[str, str] = {}
+        self.failed = ""
         self._cpu: list[RaplPackage] = []
         self._gpu: list[NvmlGpu] = []
         try:
@@ -161,15 +162,17 @@ class Energy:
         if passed < INTERVAL_SECONDS:
             return None
         spent, steps, total = self._read(), self._steps, self._samples
+        if spent is None:
+            return None
         self._start(now)
         # after so long a counter may have come around more than once
-        return Spent(*spent, steps, total) if spent is not None and passed < self._longest else None
+        return Spent(*spent, steps, total) if passed < self._longest else None
 
     def _read(self) -> tuple[float | None, float | None] | None:
         try:
             gpu, cpu = ([m.since() for m in meters] for meters in (self._gpu, self._cpu))
         except Exception as error:  # the driver's, or a file that is gone: training goes on
-            self.not_available["energy"] = f"a counter failed: {type(error).__name__}: {error}"
+            self.failed = f"a counter failed: {type(error).__name__}: {error}"
             self.close()
             return None
         return (sum(gpu) if gpu else None), (sum(cpu) if cpu else None)

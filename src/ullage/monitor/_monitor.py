@@ -232,6 +232,8 @@ class Monitor:
         running.counts = (now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3])
         running.time, self._ended = time.time(), self._clock()
         running.spent = self._energy.end(running.samples, self._ended)
+        if self._energy.failed:
+            self._use.not_available["energy"], self._energy.failed = self._energy.failed, ""
         self._pending.append(running)
 
     # --- records ---------------------------------------------------------------------------------------------------------
