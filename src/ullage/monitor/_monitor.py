@@ -190,7 +190,6 @@ class Monitor:
         assert running.interval is not None
         self._probe.end(running.interval)
         self._over(running)
-        running.rss = self._memory.read()
         if running.counter is not None:
             self._use.take(running.counter, running.step, running.key, running.counters)
         if len(self._pending) >= _BATCH or not 0 <= self._ended - self._settled < _SECONDS:
@@ -242,6 +241,8 @@ class Monitor:
         """Record the steps that their device is through with. Some at a time: alone, each would pay for cold caches."""
         self._settled = self._ended
         pending = self._pending
+        if pending and not pending[-1].failed and not self._closed:
+            pending[-1].rss = self._memory.read()
         while pending and pending[0].ready(self._probe):
             self._take(pending.popleft())
         self._flush()
@@ -305,6 +306,8 @@ class Monitor:
             self.step_fail()
         self._closed = True
         try:
+            if self._pending:
+                self._pending[-1].rss = self._memory.read()
             while self._pending:
                 running = self._pending.popleft()
                 if not running.failed and running.interval is not None:

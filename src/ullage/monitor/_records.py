@@ -64,7 +64,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         mfu: model FLOPs utilization, 0 to 1, recomputation not counted; `hfu`: counted.
         flops, recomputed_flops: of the model, and of replays; only in the step where ops were counted.
         max_allocated_bytes, max_reserved_bytes: largest of torch's CUDA allocator in the step.
-        rss_bytes: resident memory of the process at the step's end; `max_rss_bytes`: the most it ever had.
+        rss_bytes: resident memory of the process; `max_rss_bytes`: the most it ever had. Read when records are made, not for each.
         alloc_retries, ooms: of torch's CUDA allocator in this step.
         recomputed_units: units re-run; `skipped_ops`: ops that those replays left out; `stale_logs`: replays redone in full.
         recomputed_ops: ops that replays ran; `recomputed_bytes`: bytes of what they made.

@@ -37,7 +37,7 @@ class Running:
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)  # replays, skipped, stale, mismatches
     losses: list[Callable[[], float]] = field(default_factory=list)
     time: float = 0.0
-    rss: tuple[int | None, int] = (None, 0)
+    rss: tuple[int | None, int | None] = (None, None)
     spent: Spent | None = None
     failed: str = ""
 
