@@ -4,7 +4,7 @@
 
 One model per process, trained on one thread under jemalloc where it is found, warm (until a step makes next to no page faults). The
 contenders take turns on it: no monitor, a monitor, a monitor that also logs to TensorBoard every 10 steps, one step each in an order
-drawn anew. Every 16th step a monitor makes its records, so the unit that is compared is a turn of 16 steps of each: a ratio is that of
+drawn anew. A monitor makes its records every 64 steps, or after a second, so the unit that is compared is a turn of 64 steps of each: a ratio is that of
 two sums within a turn, its median is taken over the turns of a round, and the median over rounds, in fresh processes, counts. The time is
 the processor time of the thread (a step waits for nothing), what the monitor does between steps included. Beside it the time spent
 inside the monitor's own calls, in the same steps: the ratio also has what it does to caches.
@@ -32,13 +32,13 @@ sys.path[:0] = [str(HERE)]
 from _machine import machine
 from _timing import MALLOC_CONF, allocator, jemalloc, say
 
-STEPS = 16  # of each contender in a turn
+STEPS = 64  # of each contender in a turn
 TARGET = 0.01
 # layers, width, heads, batch, sequence; turns per round
 MODELS: dict[str, tuple[tuple[int, int, int, int, int], int]] = {
-    "2 layers, d=32, 128 tokens": ((2, 32, 4, 2, 64), 40),
-    "4 layers, d=64, 256 tokens": ((4, 64, 4, 4, 64), 20),
-    "6 layers, d=128, 1024 tokens": ((6, 128, 4, 8, 128), 4),
+    "2 layers, d=32, 128 tokens": ((2, 32, 4, 2, 64), 12),
+    "4 layers, d=64, 256 tokens": ((4, 64, 4, 4, 64), 6),
+    "6 layers, d=128, 1024 tokens": ((6, 128, 4, 8, 128), 1),
 }
 KINDS = ("plain", "every block recomputed")
 CONTENDERS = ("none", "monitor", "monitor, TensorBoard")

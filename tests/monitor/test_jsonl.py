@@ -36,9 +36,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert len(lines) == 4 and all(json.loads(line) for line in lines)
     first = json.loads(lines[0])
     assert first["monitor_schema"] == 1 and first["ullage"] == ul.__version__ and first["device"] == "cpu"
-    assert set(json.loads(lines[2])) == {
+    assert set(json.loads(lines[3])) == {
         "step", "time", "step_time_s", "wait_s", "samples", "samples_per_sec", "rss_bytes", "max_rss_bytes", "recomputed_units",
-        'skipped_ops', 'stale_logs', "recomputed_ops", "recomputed_bytes", "replay_mismatches",
+        "skipped_ops", "stale_logs", "recomputed_ops", "recomputed_bytes", "replay_mismatches",
     }  # fmt: skip
 
 
@@ -115,9 +115,9 @@ def test_lines_are_there_within_a_second_and_at_once_after_an_error(tmp_path: Pa
 
 
 def test_a_script_that_does_not_close_its_monitor(tmp_path: Path) -> None:
-    script = "import torch, ullage as ul\nm = ul.Monitor(torch.nn.Linear(1, 1), jsonl='run.jsonl')\nfor _ in range(20):\n  with m.step(): pass"
+    script = "import torch, ullage as ul\nm = ul.Monitor(torch.nn.Linear(1, 1), jsonl='run.jsonl')\nfor _ in range(70):\n  with m.step(): pass"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=60)
-    assert ul.MonitorSummary.load(tmp_path / "run.jsonl").steps >= 16
+    assert ul.MonitorSummary.load(tmp_path / "run.jsonl").steps >= 64
 
 
 def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,14 +205,14 @@ def test_losses_are_looked_at_when_the_device_is_there(monkeypatch: pytest.Monke
 def test_records_are_made_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     m = monitor(clock)
-    steps(m, clock, [0.001] * 15)
-    assert m._tally.steps == 0 and len(m._pending) == 15
+    steps(m, clock, [0.001] * 63)
+    assert m._tally.steps == 0 and len(m._pending) == 63
     steps(m, clock, [0.001])
-    assert m._tally.steps == 16
+    assert m._tally.steps == 64
     steps(m, clock, [0.5, 0.25])
-    assert m._tally.steps == 16
+    assert m._tally.steps == 64
     steps(m, clock, [0.25])  # a second since the last time
-    assert m._tally.steps == 19
+    assert m._tally.steps == 67
 
 
 def test_the_mean_of_micro_batches() -> None:

@@ -27,7 +27,7 @@ from ullage.monitor._step import Running, Step, flops_of, number_of
 from ullage.monitor._summary import MonitorSummary, Tally
 from ullage.runtime import totals
 
-_BATCH = 16  # steps that are recorded in one go
+_BATCH = 64  # steps that are recorded in one go
 _SECONDS = 1.0  # or after so long, however few
 
 
@@ -230,7 +230,8 @@ class Monitor:
         before, now = running.before, totals.now()
         running.counts = (now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3])
         running.time, self._ended = time.time(), self._clock()
-        running.spent = self._energy.end(running.samples, self._ended)
+        if self._energy.names:
+            running.spent = self._energy.end(running.samples, self._ended)
         if self._energy.failed:
             self._use.not_available["energy"], self._energy.failed = self._energy.failed, ""
         self._pending.append(running)
