@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import ullage as ul
-from tests.monitor.running import Clock, monitor
+from tests.monitor.running import Clock, dispatch_modes, monitor
 from tests.small import tiny
 from ullage.monitor._flops import OpCounter, Peak, Utilization
 from ullage.runtime._totals import totals
@@ -213,6 +213,38 @@ def test_shapes_that_differ_have_no_utilization() -> None:
         .not_available["MFU of some steps"]
         .startswith("they differ from the counted step in samples or tokens")
     )
+
+
+def test_two_monitors_that_overlap_count_one_after_the_other() -> None:
+    model = nn.Linear(4, 4)
+    a, b = ul.Monitor(model, warmup=1), ul.Monitor(model, warmup=1)
+    for _ in range(3):
+        a.step_begin()
+        b.step_begin()
+        model(torch.ones(2, 4)).sum().backward()
+        a.step_end()
+        model(torch.ones(2, 4)).sum().backward()
+        b.step_end()
+        assert dispatch_modes() == 0
+    once = 2 * (2 * 2 * 4 * 4)
+    assert (a.summary().flops_per_step, b.summary().flops_per_step) == (once, 2 * once)
+
+
+def test_a_compiled_function_in_the_model() -> None:
+    """Its ops are counted as if it were not compiled, or not at all and it is said: never in part."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 8))
+            self.inner = torch.compile(lambda x, w: F.gelu(x @ w), backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, self.weight) @ self.weight  # type: ignore[no-any-return]
+
+    model = Inner()
+    found = run(ul.Monitor(model), lambda: model(torch.ones(4, 8)).sum().backward(), times=3)
+    assert found[1].flops == 5 * MM  # both forwards, both gradients of weights, and that of the product
 
 
 def test_a_compiled_model_is_not_counted() -> None:

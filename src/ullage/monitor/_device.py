@@ -211,8 +211,8 @@ class ProcessMemory:
 
 def probe_for(device: torch.device, clock: Callable[[], float] | None) -> Probe:
     """The probe of a device. ArgumentError: neither a CPU nor CUDA."""
-    if device.type == "cuda" and clock is None:
+    if device.type == "cuda":
         return CudaProbe(device)
-    if device.type in ("cpu", "cuda"):
+    if device.type == "cpu":
         return HostProbe(clock or time.perf_counter)
     raise ArgumentError(f"model: is on {device}; a Monitor watches steps on a CPU or on CUDA")

@@ -52,7 +52,11 @@ class OpCounter(TorchDispatchMode):
         again: of replays (ullage's and torch's checkpoint), by the same.
         replay_ops: ops that ullage's replays ran; `replay_bytes`: bytes of the storages they made.
         unknown: ops that may have FLOPs, and no formula.
+        active: is one counting? Modes leave in the order opposite to the one they came in, and steps of two monitors need not,
+            so there is one at a time.
     """
+
+    active = False
 
     supports_higher_order_operators = True
 
@@ -62,6 +66,15 @@ class OpCounter(TorchDispatchMode):
         self.again: Counts[str] = Counts()
         self.replay_ops = self.replay_bytes = 0
         self.unknown: dict[str, None] = {}
+
+    def __enter__(self) -> OpCounter:
+        OpCounter.active = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        OpCounter.active = False
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op and count it."""

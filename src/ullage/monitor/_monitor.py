@@ -58,7 +58,7 @@ class Monitor:
         loggers: `TensorBoardLogger`, `WandbLogger`, `MLflowLogger`, or anything with `log(metrics, step)`.
         log_every: steps that one call of a logger is about.
         first_step: number of the first step, for a run that goes on.
-        clock: the host's seconds; steps on CUDA are timed by it too if one is given.
+        clock: the host's seconds, for tests; steps on CUDA are timed by events all the same.
 
     Raises:
         ArgumentError: an argument has a value that means nothing, or the file can't be written.
@@ -161,7 +161,7 @@ class Monitor:
         flops = flops_of("flops", flops)
         now = self._clock()
         warmup = self._begun < self._warmup
-        counts = self._use.wanted and self._begun >= self._warmup - 1
+        counts = self._use.wanted and self._begun >= self._warmup - 1 and not OpCounter.active
         wait = now - self._ended if self._begun else None
         running = Running(self._next, samples, tokens, flops, warmup or counts, wait)
         self._energy.begin(now)
