@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ullage as ul
 from tests.monitor.running import Clock, dispatch_modes, monitor
 from tests.small import tiny
-from ullage.monitor._flops import OpCounter, Peak, Utilization
+from ullage.monitor._flops import OpCounter
+from ullage.monitor._utilization import Peak, Utilization
 from ullage.runtime._totals import totals
 from ullage.workload import run_step
 

@@ -77,7 +77,7 @@ class Gpu:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, **given: Any) -> ul.Monitor:
-    monkeypatch.setattr("ullage.monitor._monitor._device_of", lambda _: (torch.device("cuda", 3), {}))
+    monkeypatch.setattr("ullage.monitor._monitor.device_of", lambda _: (torch.device("cuda", 3), {}))
     monkeypatch.setattr(
         "ullage.monitor._energy.NvmlGpu",
         lambda index: SimpleNamespace(name="gpu", since=lambda: 1.0, close=lambda: None),
@@ -172,9 +172,9 @@ def test_the_other_device_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         def parameters(self, recurse: bool = True) -> Any:
             return iter([SimpleNamespace(device=torch.device(d)) for d in ("cpu", "cuda:0", "cuda:1")])
 
-    from ullage.monitor._monitor import _device_of
+    from ullage.monitor._setup import device_of
 
-    device, more = _device_of(Split())
+    device, more = device_of(Split())
     assert device == torch.device("cuda:0") and more == {"memory and energy of cuda:1": "one device is watched, cuda:0"}
 
 

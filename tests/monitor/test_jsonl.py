@@ -131,9 +131,9 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def close(self) -> None:
             pass
 
-    assert m._writer is not None
-    m._writer._file.close()
-    m._writer._file = Full()
+    assert m._output.writer is not None
+    m._output.writer._file.close()
+    m._output.writer._file = Full()
     with pytest.warns(
         ul.UllageWarning, match=r"run.jsonl: can't be written any more \(.*No space left.*goes on without it"
     ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -12,19 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ullage._errors import ArgumentError, MonitorError, UllageWarning
-from ullage.apply import Handle, handle_on, model_of
+from ullage._errors import ArgumentError, MonitorError
+from ullage.apply import Handle
 from ullage.monitor._device import CudaProbe, Probe, ProcessMemory, probe_for
 from ullage.monitor._energy import Energy
-from ullage.monitor._flops import OpCounter, Peak, Utilization
+from ullage.monitor._flops import OpCounter
 from ullage.monitor._jsonl import JsonlWriter
 from ullage.monitor._loggers import Logger
-from ullage.monitor._records import Header, StepRecord, header_facts, machine_facts, metrics
+from ullage.monitor._output import Output
+from ullage.monitor._setup import checked, device_of, header, is_compiled, model_and_handle, why_not_counted
 from ullage.monitor._step import Running, Step, flops_of, number_of
 from ullage.monitor._summary import MonitorSummary, Tally
+from ullage.monitor._utilization import Peak, Utilization
 from ullage.runtime import totals
 
 _BATCH = 64  # steps that are recorded in one go
@@ -96,14 +96,14 @@ class Monitor:
         ):
             if type(value) is not int or value < least:
                 raise ArgumentError(f"{name}={value!r}: expected a whole number of {least} or more")
-        self._warmup, self._log_every, self._next = warmup, log_every, first_step
-        self._loggers = _checked(loggers)
-        module, handle = _model_and_handle(model)
-        device, more = _device_of(module)
-        compiled = _is_compiled(module)
+        self._warmup, self._next = warmup, first_step
+        to = checked(loggers)
+        module, handle = model_and_handle(model)
+        device, more = device_of(module)
+        compiled = is_compiled(module)
         self._probe: Probe = probe_for(device, clock)
         peak = Peak(peak_flops, self._probe.name)
-        self._use = Utilization(peak, given, _why_not_counted(count_ops, warmup, compiled))
+        self._use = Utilization(peak, given, why_not_counted(count_ops, warmup, compiled))
         self._replays_known = not compiled
         writer = JsonlWriter(jsonl, exists) if jsonl is not None else None
         self._clock = clock or time.perf_counter
@@ -114,23 +114,20 @@ class Monitor:
             not_available["recomputation"] = (
                 "the model is compiled: its units run torch's own checkpoint, which does not count"
             )
-        self.header = _header(
+        self.header = header(
             handle, str(device), self._probe.name, warmup, given, peak.number, self._energy.names, not_available
         )
         self._tally = Tally(window)
         self._open: Running | None = None
         self._counting: OpCounter | None = None
         self._pending: deque[Running] = deque()
-        self._unlogged: list[StepRecord] = []
         self._begun = 0
         self._ended = self._settled = self._clock()
         self._closed = False
-        self._writer = writer
+        self._output = Output(writer, to, log_every)
+        self._output.start(self.header)
         if writer is not None:
-            writer.start(self.header)
             weakref.finalize(self, writer.close)  # a script that ends without closing the monitor has its lines
-        for logger in list(self._loggers):
-            self._call(logger, "start", header_facts(self.header))
 
     # --- steps -----------------------------------------------------------------------------------------------------------
 
@@ -246,48 +243,12 @@ class Monitor:
             pending[-1].rss = self._memory.read()
         while pending and pending[0].ready(self._probe):
             self._take(pending.popleft())
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            self._writer.flush()
-        except OSError as error:
-            writer, self._writer = self._writer, None
-            _warn(f"{writer.path}: can't be written any more ({error}); the monitor goes on without it")
+        self._output.flush()
 
     def _take(self, running: Running) -> None:
         record = running.record(self._probe, self._use, self._replays_known)
         self._tally.add(record)
-        if self._writer is not None:
-            self._writer.write(record)
-        if self._loggers:
-            self._unlogged.append(record)
-            if len(self._unlogged) >= self._log_every:
-                self._log()
-
-    def _log(self) -> None:
-        if not self._unlogged:
-            return
-        found, step = metrics(self._unlogged), self._unlogged[-1].step
-        self._unlogged = []
-        if found:
-            for logger in list(self._loggers):
-                self._call(logger, "log", found, step)
-
-    def _call(self, logger: Any, name: str, *given: Any) -> None:
-        """Call a logger; one that raises is left out from then on: training goes on."""
-        method = getattr(logger, name, None)
-        if method is None:
-            return
-        try:
-            method(*given)
-        except Exception as error:
-            self._loggers = [other for other in self._loggers if other is not logger]
-            _warn(
-                f"{type(logger).__name__}.{name} raised {type(error).__name__}: {error}; the monitor goes on without it"
-            )
+        self._output.take(record)
 
     def summary(self) -> MonitorSummary:
         """The run so far: totals of all steps that the device is through with, statistics of the latest."""
@@ -317,15 +278,10 @@ class Monitor:
                     except RuntimeError as error:  # the device is lost; what was read on the host stays
                         running.failed = type(error).__name__
                 self._take(running)
-            self._flush()
-            self._log()
         finally:
             self._energy.close()
             self._memory.close()
-            for logger in list(self._loggers):
-                self._call(logger, "close")
-            if self._writer is not None:
-                self._writer.close()
+            self._output.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -334,79 +290,3 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, UllageWarning, stacklevel=4)
-
-
-def _checked(loggers: Any) -> list[Any]:
-    found = list(loggers) if isinstance(loggers, Iterable) else [loggers]
-    for logger in found:
-        if not isinstance(logger, Logger):
-            raise ArgumentError(
-                f"loggers: a {type(logger).__name__} has no log(metrics, step); wrap a writer or run in TensorBoardLogger, "
-                "WandbLogger or MLflowLogger of ullage.monitor"
-            )
-    return found
-
-
-def _model_and_handle(given: Any) -> tuple[nn.Module, Handle | None]:
-    if isinstance(given, Handle):
-        model = model_of(given)
-        if model is None or not given.active:
-            raise ArgumentError("model: this handle's plan was removed, or its model is gone; give the model itself")
-        return model, given
-    if not isinstance(given, nn.Module):
-        raise ArgumentError(f"model: expected a torch.nn.Module or the Handle of a plan, got {type(given).__name__}")
-    return given, handle_on(given)
-
-
-def _device_of(model: nn.Module) -> tuple[torch.device, dict[str, str]]:
-    """The device to watch, and what can't be told of others."""
-    found = list(dict.fromkeys(t.device for t in (*model.parameters(), *model.buffers())))
-    if not found:
-        return torch.device("cpu"), {}
-    device = next((d for d in found if d.type == "cuda"), found[0])
-    others = [str(d) for d in found if d.type == "cuda" and d != device]
-    more = {f"memory and energy of {', '.join(others)}": f"one device is watched, {device}"} if others else {}
-    return device, more
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in model.modules())
-
-
-def _why_not_counted(count_ops: bool, warmup: int, compiled: bool) -> str:
-    if not count_ops:
-        return "count_ops=False; pass flops_per_step= and peak_flops="
-    if compiled:
-        return "the model is compiled, and its ops can't be counted; pass flops_per_step= and peak_flops="
-    return "" if warmup else "warmup=0 leaves no step to count ops in; pass flops_per_step= and peak_flops="
-
-
-def _header(
-    handle: Handle | None,
-    device: str,
-    name: str,
-    warmup: int,
-    flops: float | None,
-    peak: float | None,
-    energy: list[str],
-    not_available: dict[str, str],
-) -> Header:
-    plan = handle.plan if handle is not None else None
-    facts: dict[str, Any] = dict(machine_facts())
-    return Header(
-        **facts,
-        device=device,
-        device_name=name,
-        warmup=warmup,
-        plan=plan.digest if plan is not None else "",
-        predicted_peak_bytes=plan.predicted.peak_bytes if plan is not None else None,
-        budget_bytes=plan.budget_bytes if plan is not None else None,
-        flops_per_step=flops,
-        peak_flops=peak,
-        energy=energy,
-        not_available=not_available,
-    )

@@ -14,8 +14,9 @@ from torch import Tensor
 from ullage._errors import ArgumentError
 from ullage.monitor._device import Interval, Probe
 from ullage.monitor._energy import Spent
-from ullage.monitor._flops import Counters, OpCounter, Utilization
+from ullage.monitor._flops import OpCounter
 from ullage.monitor._records import StepRecord
+from ullage.monitor._utilization import Counters, Utilization
 
 if TYPE_CHECKING:
     from ullage.monitor._monitor import Monitor
