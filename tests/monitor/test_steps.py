@@ -241,9 +241,11 @@ def test_a_loss_that_is_none(loss: Any, message: str) -> None:
     m.step_begin()
     with pytest.raises(ul.ArgumentError, match=message):
         m.step_end(loss)
-    m.step_begin()  # the step before was dropped
+    with pytest.raises(ul.ArgumentError, match=message), m.step() as s:
+        s.loss(loss)
+    m.step_begin()  # the steps before were dropped
     m.step_end()
-    assert (m.summary().steps, m.summary().failed_steps) == (1, 1)
+    assert (m.summary().steps, m.summary().failed_steps) == (1, 2)
 
 
 @pytest.mark.parametrize("how", ["with", "begin"])

@@ -83,10 +83,8 @@ class Monitor:
         first_step: int = 0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self._samples, self._tokens = (
-            number_of("samples_per_step", samples_per_step),
-            number_of("tokens_per_step", tokens_per_step),
-        )
+        self._samples = number_of("samples_per_step", samples_per_step)
+        self._tokens = number_of("tokens_per_step", tokens_per_step)
         given = flops_of("flops_per_step", flops_per_step)
         for name, value, least in (
             ("warmup", warmup, 0),
@@ -196,11 +194,10 @@ class Monitor:
         """The open step is dropped: it raised `error`. MonitorError: no step is open."""
         running = self._running("drop")
         running.failed = type(error).__name__ if error is not None else "failed"
-        try:
+        # a device's error comes up again with every call; the one that is on its way says more
+        with contextlib.suppress(RuntimeError):
             if running.interval is not None:
                 self._probe.drop(running.interval)
-        except RuntimeError:  # the device's error comes up again with every call; the one that is on its way says more
-            pass
         self._over(running)
         with contextlib.suppress(RuntimeError):
             self._settle()

@@ -161,7 +161,7 @@ class Step:
     ) -> None:
         if error is None:
             self._monitor.step_end()
-        else:
+        elif self._monitor._open is not None:  # a loss that is none has dropped it already
             self._monitor.step_fail(error)
 
 
