@@ -17,6 +17,7 @@ from ullage._errors import (
     BudgetInfeasible,
     CaptureError,
     DeviceError,
+    MonitorError,
     OffloadError,
     PlanError,
     PlanMismatch,
@@ -29,6 +30,7 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
+from ullage.monitor import Monitor, MonitorSummary
 from ullage.offload import DiskStore, measure_bandwidth
 from ullage.planner import (
     Bounds,
@@ -60,8 +62,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
     "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
-    "Lever", "Measurement", "OffloadError", "PinCost", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError",
-    "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError", "Workload", "WorkloadError", "bounds", "check",
-    "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure", "measure_bandwidth", "parse_budget",
-    "plan", "profile", "timeline", "verify",
+    "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "PinCost", "Plan", "PlanError", "PlanMismatch",
+    "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError", "Workload",
+    "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure",
+    "measure_bandwidth", "parse_budget", "plan", "profile", "timeline", "verify",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ UllageError
 ├── ReplayError          a replay differs from its forward, or can't be made equal to it
 ├── DeviceError          unknown device name
 ├── OffloadError         a store of offloaded tensors can't be opened, or could not write or read one
+├── MonitorError         a step of a Monitor is begun or ended out of order, or a file of one can't be read
 └── VerifyError          the planned step differs from the plain one
 """
 
@@ -110,6 +111,10 @@ class OffloadError(UllageError):
         super().__init__(message)
         self.path = path
         self.nbytes = nbytes
+
+
+class MonitorError(UllageError):
+    """A step of a `Monitor` is begun or ended out of order, or a file that one wrote can't be read."""
 
 
 class VerifyError(UllageError):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import ullage as ul
 from tests import zoo

@@ -156,6 +156,7 @@ class _Step:
         self._see()
 
     def _see(self) -> None:
+        self.drain()
         self.most = max(self.most, self.in_backlog + self.ahead)
 
 

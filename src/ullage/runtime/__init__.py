@@ -23,6 +23,7 @@ from ullage.runtime import (
     _survey,
     _sweep,
     _tier,
+    _totals,
     _watch,
 )
 from ullage.runtime._ambient import host_rng, host_rng_moved
@@ -36,6 +37,7 @@ from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
 from ullage.runtime._site import Learnt, Shared, Site
 from ullage.runtime._tier import Tier, run_offloaded
+from ullage.runtime._totals import totals
 
 __all__ = [
     "ATTENTION",
@@ -60,11 +62,12 @@ __all__ = [
     "run",
     "run_offloaded",
     "select",
+    "totals",
 ]  # fmt: skip
 
 keep_eager(
     [
         _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _place, _reach, _reads, _replay, _select, _site, _skip,
-        _state, _survey, _sweep, _tier, _watch,
+        _state, _survey, _sweep, _tier, _totals, _watch,
     ]
 )  # fmt: skip
