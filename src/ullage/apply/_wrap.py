@@ -109,7 +109,10 @@ class PlannedForward(Apart):
             plain = functools.partial(type(module).forward, module)
         if not torch.is_grad_enabled() or not unit.active or disabled():
             return plain(*args, **kwargs)
-        return checkpoint(plain, *args, keep=unit.settings.option.level or None, **kwargs)
+        option = unit.settings.option
+        if option.action == "offload":  # its hooks are not what Dynamo traces: kept in memory
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, keep=option.level or None, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Only for a module that copies its `__dict__` by itself, past `__reduce_ex__`: the copy's own forward."""

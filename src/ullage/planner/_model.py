@@ -17,6 +17,7 @@ from typing import Any
 
 from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.offload import whole_blocks
 from ullage.planner._disk import Pace
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
 from ullage.planner._options import capture_options
@@ -108,12 +109,12 @@ def build_model(s: Study) -> StepModel:
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
-    """Bytes that leave memory, per unit."""
+    """Bytes that leave memory, per unit, in whole blocks of the file."""
     units, sent = frozenset(order), dict[str, int]()
     for t in s.transfers(capture):
         fqn = next((m for m in t.modules if m in units), "")
         if t.out:
-            sent[fqn] = sent.get(fqn, 0) + t.nbytes
+            sent[fqn] = sent.get(fqn, 0) + whole_blocks(t.nbytes)
     return sent
 
 

@@ -223,7 +223,7 @@ def _smallest(s: Study) -> StepCapture:
     if s.disk is not None:
         candidates.append(s.execute(_assignment(model, smallest(without_disk(model)).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    return min(candidates, key=s.peak_with_update)
+    return min(filter(s.fits_disk, candidates), key=s.peak_with_update)
 
 
 def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
@@ -261,6 +261,8 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
         trial = s.execute(_assignment(model, solution.schedule))
         s.progress("confirming the plan")
         over = s.peak_with_update(trial) - limit
+        if not s.fits_disk(trial):  # the model says less than what is sent
+            break
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
             chosen = trial
             break
@@ -358,6 +360,11 @@ def _finish(
     pinned: Mapping[str, str],
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
+    if s.disk is not None and not s.fits_disk(later):
+        raise BudgetError(
+            f"disk_budget: {format_bytes(s.disk.capacity_bytes)}, but {format_bytes(s.file_bytes(later))} are on disk at once "
+            f"under policy {policy!r} with these pins; raise it, or pin fewer units"
+        )
     predicted = _forecast(s, first, later)
     recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None

@@ -26,6 +26,7 @@ from ullage.capture._trace import Signature, Trace
 from ullage.capture._units import UnitFacts, unit_facts
 from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
+from ullage.offload import whole_blocks
 from ullage.planner._channels import COMPUTE, IN, OUT, Event, Overlap, overlap
 from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
@@ -126,6 +127,23 @@ class Study:
     def transfers(self, capture: StepCapture) -> list[Transfer]:
         """What left memory and came back in a captured step."""
         return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
+
+    def file_bytes(self, capture: StepCapture) -> int:
+        """The most bytes of its file that a captured step takes at any moment; what never comes back stays to the end."""
+        moved, held = self.transfers(capture), dict[int, int]()
+        last = {t.ticket: k for k, t in enumerate(moved) if not t.out}
+        most = now = 0
+        for k, t in enumerate(moved):
+            if t.out:
+                now += held.setdefault(t.ticket, whole_blocks(t.nbytes))
+                most = max(most, now)
+            elif last[t.ticket] == k:
+                now -= held[t.ticket]
+        return most
+
+    def fits_disk(self, capture: StepCapture) -> bool:
+        """Does the file hold what a captured step sends?"""
+        return self.disk is None or self.file_bytes(capture) <= self.disk.capacity_bytes
 
     def overlap(self, capture: StepCapture) -> Overlap | None:
         """How the transfers of a captured step fit into its computing; None if there are none."""

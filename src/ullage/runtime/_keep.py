@@ -212,6 +212,10 @@ def rule_of(keep: Keep) -> Rule:
         ArgumentError: it names none.
     """
     if isinstance(keep, OpsRule):
+        if keep.leaving:
+            raise ArgumentError(
+                f"keep={keep.text!r}: only a plan has a disk (`plan(..., disk_directory=)`); leave `@disk` out"
+            )
         return keep
     if isinstance(keep, str):
         if keep not in LEVELS and "[" not in keep:
@@ -220,9 +224,10 @@ def rule_of(keep: Keep) -> Rule:
                 "ops, or a callable"
             )
         try:
-            return named_rule(keep)
+            rule = named_rule(keep)
         except ValueError as error:
             raise ArgumentError(f"keep: {error}") from None
+        return rule_of(rule) if isinstance(rule, OpsRule) else rule
     if callable(keep):
         return CallableRule(keep)
     if isinstance(keep, Collection):
