@@ -212,11 +212,7 @@ def rule_of(keep: Keep) -> Rule:
         ArgumentError: it names none.
     """
     if isinstance(keep, OpsRule):
-        if keep.leaving:
-            raise ArgumentError(
-                f"keep={keep.text!r}: only a plan has a disk (`plan(..., disk_directory=)`); leave `@disk` out"
-            )
-        return keep
+        return _in_memory(keep)
     if isinstance(keep, str):
         if keep not in LEVELS and "[" not in keep:
             raise ArgumentError(
@@ -227,7 +223,7 @@ def rule_of(keep: Keep) -> Rule:
             rule = named_rule(keep)
         except ValueError as error:
             raise ArgumentError(f"keep: {error}") from None
-        return rule_of(rule) if isinstance(rule, OpsRule) else rule
+        return _in_memory(rule) if isinstance(rule, OpsRule) else rule
     if callable(keep):
         return CallableRule(keep)
     if isinstance(keep, Collection):
@@ -235,6 +231,14 @@ def rule_of(keep: Keep) -> Rule:
     raise ArgumentError(
         f"keep: expected a level's name, a collection of op overloads or a callable, got {type(keep).__name__}"
     )
+
+
+def _in_memory(rule: OpsRule) -> OpsRule:
+    if rule.leaving:
+        raise ArgumentError(
+            f"keep={rule.text!r}: only a plan has a disk (`plan(..., disk_directory=)`); leave `@disk` out"
+        )
+    return rule
 
 
 @functools.cache
