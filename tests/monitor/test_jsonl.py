@@ -38,7 +38,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert first["monitor_schema"] == 1 and first["ullage"] == ul.__version__ and first["device"] == "cpu"
     assert set(json.loads(lines[3])) == {
         "step", "time", "step_time_s", "wait_s", "samples", "samples_per_sec", "rss_bytes", "max_rss_bytes", "recomputed_units",
-        "skipped_ops", "stale_logs", "recomputed_ops", "recomputed_bytes", "replay_mismatches",
+        "skipped_ops", "stale_logs", "recomputed_ops", "recomputed_bytes", "replay_mismatches", "offloaded_bytes", "late_prefetches",
     }  # fmt: skip
 
 

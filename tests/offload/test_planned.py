@@ -459,3 +459,16 @@ def test_steps_of_the_workload(tmp_path: Path) -> None:
         for _ in range(3):
             run_step(instance)
         assert handle.report().store is not None and store_of(handle).tickets == 0
+
+
+def test_a_monitor_sees_what_leaves(tmp_path: Path) -> None:
+    work = tower()
+    instance = work.instance()
+    with offload(work, tmp_path).apply(instance.model) as handle, ul.Monitor(handle, jsonl=tmp_path / "run.jsonl") as m:
+        for _ in range(4):
+            with m.step(samples=8):
+                run_step(instance)
+    found = [msgspec.json.decode(line) for line in (tmp_path / "run.jsonl").read_bytes().splitlines()[1:]]
+    sent = sum(u.sent_bytes for u in handle.report().units)
+    assert [r["offloaded_bytes"] for r in found if "offloaded_bytes" in r] == [sent // 4] * 4
+    assert m.summary().offloaded_bytes == sent / 4 and "offloaded per step" in str(m)

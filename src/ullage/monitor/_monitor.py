@@ -222,7 +222,7 @@ class Monitor:
             counting, self._counting = self._counting, None
             counting.__exit__(None, None, None)
         before, now = running.before, totals.now()
-        running.counts = (now[0] - before[0], now[1] - before[1], now[2] - before[2], now[3] - before[3])
+        running.counts = tuple([b - a for a, b in zip(before, now, strict=True)])
         running.time, self._ended = time.time(), self._clock()
         if self._energy.names:
             running.spent = self._energy.end(running.samples, self._ended)

@@ -69,6 +69,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         recomputed_units: units re-run; `skipped_ops`: ops that those replays left out; `stale_logs`: replays redone in full.
         recomputed_ops: ops that replays ran; `recomputed_bytes`: bytes of what they made.
         replay_mismatches: replays that gave other values than their forward, as far as they are compared.
+        offloaded_bytes: of saved tensors that left memory; `late_prefetches`: of these, how many were waited for though asked for ahead.
         loss: mean of what was given; `nonfinite_loss`: one of it was NaN or infinite.
         gpu_joules, cpu_joules: spent since the last record that has this, over `energy_steps` steps and `energy_samples` samples.
         warmup: it counts for no statistic. `counted`: its ops were counted, so its peak is not the program's.
@@ -100,6 +101,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     recomputed_ops: int | None = None
     recomputed_bytes: int | None = None
     replay_mismatches: int | None = None
+    offloaded_bytes: int | None = None
+    late_prefetches: int | None = None
     loss: float | None = None
     nonfinite_loss: bool = False
     gpu_joules: float | None = None
@@ -154,12 +157,14 @@ _MEANS = {
     "skipped_ops": ("recompute/skipped_ops", 1),
     "recomputed_ops": ("recompute/ops", 1),
     "recomputed_bytes": ("recompute/gib", _GIB),
+    "offloaded_bytes": ("offload/gib", _GIB),
     "loss": ("train/loss", 1),
 }
 _SUMS = {
     "alloc_retries": ("memory/num_alloc_retries", 1),
     "ooms": ("memory/num_ooms", 1),
     "stale_logs": ("recompute/stale_logs", 1),
+    "late_prefetches": ("offload/late_prefetches", 1),
     "replay_mismatches": ("stability/replay_mismatches", 1),
     "nonfinite_loss": ("stability/nonfinite_losses", 1),
 }

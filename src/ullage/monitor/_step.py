@@ -34,8 +34,8 @@ class Running:
     wait_s: float | None
     counter: OpCounter | None = None
     interval: Interval | None = None
-    before: tuple[int, int, int, int] = (0, 0, 0, 0)
-    counts: tuple[int, int, int, int] = (0, 0, 0, 0)  # replays, skipped, stale, mismatches
+    before: tuple[int, ...] = ()
+    counts: tuple[int, ...] = (0, 0, 0, 0, 0, 0)  # replays, skipped, stale, mismatches, sent, late
     losses: list[Callable[[], float]] = field(default_factory=list)
     time: float = 0.0
     rss: tuple[int | None, int | None] = (None, None)
@@ -50,7 +50,7 @@ class Running:
     @property
     def counters(self) -> Counters:
         """What was done again in it."""
-        return self.counts[:3]
+        return self.counts[0], self.counts[1], self.counts[2]
 
     def ready(self, probe: Probe) -> bool:
         """Is everything there?"""
@@ -109,6 +109,8 @@ class Running:
             recomputed_ops=ops,
             recomputed_bytes=made,
             replay_mismatches=self.counts[3] if replays_known else None,
+            offloaded_bytes=self.counts[4] if replays_known else None,
+            late_prefetches=self.counts[5] if replays_known else None,
             loss=loss if loss is not None and math.isfinite(loss) else None,
             nonfinite_loss=not all(map(math.isfinite, losses)),
             gpu_joules=spent.gpu_joules if spent is not None else None,

@@ -30,7 +30,8 @@ class MonitorSummary(msgspec.Struct, frozen=True, kw_only=True):
         peak_allocated_bytes, peak_reserved_bytes: largest of all steps but the counted one.
         max_rss_bytes: the most resident memory the process ever had; not a peak of the allocator.
         recomputed_units, recomputed_ops, recomputed_bytes, skipped_ops: per step, medians of the window.
-        stale_logs, replay_mismatches, nonfinite_losses, alloc_retries, ooms: of all steps.
+        offloaded_bytes: per step, the median.
+        late_prefetches, stale_logs, replay_mismatches, nonfinite_losses, alloc_retries, ooms: of all steps.
         gpu_joules_per_step, gpu_joules_per_sample, cpu_joules_per_step, cpu_joules_per_sample: of all that was metered.
         predicted_peak_bytes, budget_bytes: of the plan in force.
         not_available: what is not measured here, and why.
@@ -60,6 +61,8 @@ class MonitorSummary(msgspec.Struct, frozen=True, kw_only=True):
     recomputed_ops: float | None
     recomputed_bytes: float | None
     skipped_ops: float | None
+    offloaded_bytes: float | None
+    late_prefetches: int
     stale_logs: int
     replay_mismatches: int
     nonfinite_losses: int
@@ -123,6 +126,8 @@ def _table(s: MonitorSummary) -> Iterator[tuple[str, str]]:
         made = f": {s.recomputed_ops:g} ops" if s.recomputed_ops is not None else ""
         made += f", {format_bytes(s.recomputed_bytes)}" if s.recomputed_bytes is not None else ""
         yield "recomputed per step", f"{s.recomputed_units:g} units{made}; {s.skipped_ops or 0:g} ops skipped"
+    if s.offloaded_bytes:
+        yield "offloaded per step", f"{format_bytes(s.offloaded_bytes)}; {s.late_prefetches} late prefetches in all"
     for name, count in (
         ("allocator retries", s.alloc_retries), ("out of memory", s.ooms), ("stale logs", s.stale_logs),
         ("replay mismatches", s.replay_mismatches), ("losses not finite", s.nonfinite_losses),
@@ -151,7 +156,8 @@ class Tally:
         self.steps = self.warmup = self.failed = 0
         self.flops: tuple[float | None, float | None] = (None, None)
         self.not_available: dict[str, str] = {}
-        self._sums = dict.fromkeys(("stale_logs", "replay_mismatches", "nonfinite_loss", "alloc_retries", "ooms"), 0)
+        names = "late_prefetches", "stale_logs", "replay_mismatches", "nonfinite_loss", "alloc_retries", "ooms"
+        self._sums = dict.fromkeys(names, 0)
         self._seen: set[str] = set()
         self._largest: dict[str, int] = {}
         self._joules: dict[str, list[float]] = {}  # joules, steps, samples
@@ -221,6 +227,8 @@ class Tally:
             recomputed_ops=_median_of(rows, "recomputed_ops"),
             recomputed_bytes=_median_of(rows, "recomputed_bytes"),
             skipped_ops=_median_of(rows, "skipped_ops"),
+            offloaded_bytes=_median_of(rows, "offloaded_bytes"),
+            late_prefetches=self._sums["late_prefetches"],
             stale_logs=self._sums["stale_logs"],
             replay_mismatches=self._sums["replay_mismatches"],
             nonfinite_losses=self._sums["nonfinite_loss"],

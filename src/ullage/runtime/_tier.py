@@ -24,6 +24,7 @@ from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
 from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
 from ullage.runtime._reach import roots_of
+from ullage.runtime._totals import totals
 
 if TYPE_CHECKING:
     from ullage.runtime._site import Site
@@ -79,7 +80,9 @@ class Away:
             self._tier.foresee(self.parcel)
             late = self._tier.store.stats.late_prefetches
             flat = self.parcel.fetch()
-            self.parcel.site.late += self._tier.store.stats.late_prefetches - late
+            if self._tier.store.stats.late_prefetches > late:
+                self.parcel.site.late += 1
+                totals.late += 1
             dtype, stride, offset = self._layout
             return flat.view(dtype).as_strided(self.shape, stride, offset)
 
@@ -124,6 +127,7 @@ class Tier(Apart):
                     return Away(self, parcel, x)
             ticket = self.store.put(_flat(x))  # which sees by the version whether somebody writes to it meanwhile
         site.sent_bytes += size
+        totals.sent += size
         with self._lock:
             parcel = Parcel(ticket, self._append(), site)
             self._order.append(ref(parcel))

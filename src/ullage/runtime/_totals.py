@@ -15,16 +15,18 @@ class Totals:
         skipped: ops that selective replays did not run.
         stale: logs that were not of what ran.
         mismatches: replays that gave other values than their forward.
+        sent: bytes of saved tensors that left memory.
+        late: how often backward waited for what was on its way back.
     """
 
-    __slots__ = ("mismatches", "replays", "skipped", "stale")
+    __slots__ = ("late", "mismatches", "replays", "sent", "skipped", "stale")
 
     def __init__(self) -> None:
-        self.replays = self.skipped = self.stale = self.mismatches = 0
+        self.replays = self.skipped = self.stale = self.mismatches = self.sent = self.late = 0
 
-    def now(self) -> tuple[int, int, int, int]:
-        """(replays, skipped, stale, mismatches)."""
-        return self.replays, self.skipped, self.stale, self.mismatches
+    def now(self) -> tuple[int, int, int, int, int, int]:
+        """(replays, skipped, stale, mismatches, sent, late)."""
+        return self.replays, self.skipped, self.stale, self.mismatches, self.sent, self.late
 
 
 totals = Totals()
