@@ -94,6 +94,8 @@ def plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
+    if disk_directory is not None and progress is not None:
+        progress(f"measuring how fast {disk_directory} is")
     disk = choose_disk(disk_directory, disk_budget, host_budget, work, device)
     s = prepare(work, device, costs, profile, units, progress, disk)
     s.explains = True
