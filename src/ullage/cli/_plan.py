@@ -6,9 +6,19 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import budget_value, cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._options import (
+    budget_value,
+    cost_options,
+    json_option,
+    load,
+    output_file,
+    show,
+    show_timeline,
+    target_options,
+)
 from ullage.cli._progress import progress
+from ullage.planner._overrides import Overrides
+from ullage.planner._planner import study_and_plan
 
 
 @click.command()
@@ -49,23 +59,23 @@ def plan(
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
-    pin = _pins(pins)
+    left = budget_value(headroom) if headroom is not None else None
+    overrides = Overrides(_pins(pins), forbid, left, simple)
     with progress() as report:
-        result = ul.plan(
+        study, result = study_and_plan(
             load(options),
             budget_value(budget) if budget is not None else None,
             device,
             policy,
-            costs=costs,
-            pin=pin,
-            forbid=forbid,
-            headroom=budget_value(headroom) if headroom is not None else None,
-            simple=simple,
+            costs,
+            overrides=overrides,
             progress=report,
         )
     if output is not None:
         result.save(output)
     show(result, as_json)
+    if not as_json:
+        show_timeline(study, result)
     if output is not None and not as_json:
         click.echo(f"written to {output}")
 

@@ -74,8 +74,26 @@ def plan(
         BudgetError: the budget or the headroom can't be read. BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    return study_and_plan(
+        work, budget, device, policy, costs, profile, units, Overrides(pin or {}, forbid, headroom, simple), progress
+    )[1]
+
+
+@leaves_rng
+def study_and_plan(
+    work: Workload,
+    budget: int | str | None,
+    device: str | None = None,
+    policy: str = "optimal",
+    costs: str = "auto",
+    profile: Profile | None = None,
+    units: Sequence[str] | None = None,
+    overrides: Overrides | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Study, Plan]:
+    """`plan`, and the study it comes from: for who shows more of the step than the plan does."""
     check_policy(policy)
-    overrides = Overrides(pin or {}, forbid, headroom, simple)
+    overrides = overrides or Overrides()
     overrides.check(policy, budget is not None)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
@@ -85,7 +103,7 @@ def plan(
     plain = _fresh_peak(s, {})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
     s.headroom_bytes = overrides.headroom_bytes(plain, s.device.memory_bytes)
-    return decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
+    return s, decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
 
 
 def prepare(
@@ -382,6 +400,30 @@ def _finish(
         environment=environment(),
         headroom_bytes=s.headroom_bytes,
         bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
+    )
+
+
+def restate(s: Study, plan: Plan) -> Plan:
+    """A plan with the bytes and seconds that this study finds; what was decided, and why, stays.
+
+    A file may have been edited by hand, and times that were measured are those of another day.
+    """
+    made = _finish(
+        s,
+        {u.fqn: KEEP for u in s.units} | {d.unit: d.settings().option for d in plan.decisions},
+        plan.budget_bytes,
+        plan.policy,
+        _forecast(s, *s.plain_capture),
+        0.0,
+        {d.unit: d.reason for d in plan.decisions},
+    )
+    return structs.replace(
+        made,
+        lower_bound_seconds=min(plan.lower_bound_seconds, made.predicted.step_seconds),
+        gap=plan.gap,
+        headroom_bytes=plan.headroom_bytes,
+        forbidden=plan.forbidden,
+        pins=plan.pins,
     )
 
 

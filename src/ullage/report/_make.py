@@ -108,6 +108,17 @@ def timeline_of(
     )
 
 
+def plain_timeline_of(s: Study) -> Timeline:
+    """The timeline of a study's plain step."""
+    return timeline_of(s, {u.fqn: KEEP for u in s.units}, s.plain_capture)
+
+
+def planned_timeline_of(s: Study, plan: Plan) -> Timeline:
+    """The timeline of a step under a plan that was made on this study, or for its workload."""
+    assignment = {d.unit: d.settings().option for d in plan.decisions}
+    return timeline_of(s, assignment, s.execute_fresh(assignment), plan)
+
+
 class _Names:
     """Things by the order in which they were first seen."""
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ullage._bytes import format_bytes
 from ullage._plot import plotted, size_unit, time_unit
 from ullage.report._records import PHASES
+from ullage.report._thin import highest
 from ullage.report._timeline import Timeline
 
 LETTERS = {
@@ -62,11 +63,7 @@ def terminal(t: Timeline, width: int = 80, height: int = 18, color: bool = False
 def _highest(t: Timeline, starts: npt.NDArray[np.float64], seconds: float, columns: int) -> npt.NDArray[np.int64]:
     """Per column of equal time, the event with the most bytes; where a long event covers several, it again."""
     some = t.steps["first" if t.peak_event < t.first_events else "later"]
-    live = t.live_bytes[some]
-    edges = np.arange(columns + 1) * (seconds / columns)
-    first = np.maximum(np.searchsorted(starts, edges[:-1], side="right") - 1, 0)
-    last = np.maximum(np.searchsorted(starts, edges[1:], side="left") - 1, first)
-    return np.array([a + int(live[a : b + 1].argmax()) for a, b in zip(first, last, strict=True)], np.int64)
+    return highest(t.live_bytes[some], starts, np.arange(columns + 1) * (seconds / columns))
 
 
 def _legend(t: Timeline, bounded: bool, width: int) -> list[str]:
