@@ -134,10 +134,10 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     Raises:
         BudgetInfeasible: no plan fits, or the named policy does not.
     """
-    baseline = _forecast(s, *s.plain_capture)
+    baseline = forecast(s, *s.plain_capture)
     assignment, bound = _choose(s, limit, policy, baseline)
     if restriction is None:
-        return _finish(s, assignment, limit, policy, baseline, bound, {})
+        return finish(s, assignment, limit, policy, baseline, bound, {})
     pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, limit, policy, baseline))
     notes = []
     if restriction.overrides.tolerance and limit is not None:
@@ -146,7 +146,7 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
             s, assignment, restriction.overrides.tolerance, room, lambda: _optimal(s, room)[0]
         )
         notes.append(note)
-    made = _finish(s, assignment, limit, policy, baseline, bound, restriction.why())
+    made = finish(s, assignment, limit, policy, baseline, bound, restriction.why())
     forbidden = sorted(restriction.overrides.forbid)
     return structs.replace(made, pins=pins, forbidden=forbidden, notes=[*made.notes, *filter(None, notes)])
 
@@ -320,7 +320,8 @@ def _overestimate(s: Study) -> int:
     return max(seen)
 
 
-def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
+def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
+    """What is predicted of a captured first and later step."""
     peaks = s.peak(first), s.peak(later)
     phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
     return Forecast(
@@ -334,7 +335,7 @@ def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
     )
 
 
-def _finish(
+def finish(
     s: Study,
     assignment: dict[str, Option],
     limit: int | None,
@@ -344,7 +345,7 @@ def _finish(
     pinned: Mapping[str, str],
 ) -> Plan:
     first, later = s.execute_fresh(assignment)
-    predicted = _forecast(s, first, later)
+    predicted = forecast(s, first, later)
     recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
     rows = []
@@ -400,30 +401,6 @@ def _finish(
         environment=environment(),
         headroom_bytes=s.headroom_bytes,
         bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
-    )
-
-
-def restate(s: Study, plan: Plan) -> Plan:
-    """A plan with the bytes and seconds that this study finds; what was decided, and why, stays.
-
-    A file may have been edited by hand, and times that were measured are those of another day.
-    """
-    made = _finish(
-        s,
-        {u.fqn: KEEP for u in s.units} | {d.unit: d.settings().option for d in plan.decisions},
-        plan.budget_bytes,
-        plan.policy,
-        _forecast(s, *s.plain_capture),
-        0.0,
-        {d.unit: d.reason for d in plan.decisions},
-    )
-    return structs.replace(
-        made,
-        lower_bound_seconds=min(plan.lower_bound_seconds, made.predicted.step_seconds),
-        gap=plan.gap,
-        headroom_bytes=plan.headroom_bytes,
-        forbidden=plan.forbidden,
-        pins=plan.pins,
     )
 
 

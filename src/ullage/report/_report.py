@@ -12,7 +12,8 @@ from ullage.measure._state import leaves_rng
 from ullage.planner import Frontier, Plan, Profile
 from ullage.planner._frontier import check_points, frontier_of
 from ullage.planner._planned import study_plan
-from ullage.planner._planner import decide, restate, study_and_plan
+from ullage.planner._planner import decide, study_and_plan
+from ullage.planner._restate import restate
 from ullage.planner._study import Study
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._overview import Measured, Overview
