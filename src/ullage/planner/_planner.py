@@ -344,6 +344,7 @@ def finish(
     bound: float,
     pinned: Mapping[str, str],
 ) -> Plan:
+    """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
     first, later = s.execute_fresh(assignment)
     predicted = forecast(s, first, later)
     recomputed = recomputed_in(s, later)

@@ -17,13 +17,14 @@ from ullage.planner._plan import environment
 from ullage.report._compare import LETTERS, Comparison, said_of_units
 from ullage.report._drawn import drawn_comparison, drawn_overview
 from ullage.report._overview import Overview
-from ullage.report._rows import signed
+from ullage.report._rows import by_module, signed
 from ullage.report._sides import NO_MODULE
 from ullage.report._tables import frontier_rows, measured_rows
 from ullage.report._timeline import phases_of
 
 HOW_TO_GET_IT = "pip install 'ullage[report]'"
 ENDINGS = (".html", ".htm")
+HOLDERS = 5  # that the summary names
 
 
 def check_page(path: str | Path) -> Path:
@@ -43,7 +44,9 @@ def overview_page(o: Overview, path: str | Path) -> None:
     shown += [("plain", o.plain)]
     said = {
         "o": o,
+        "holders": HOLDERS,
         "at": o.judged.peak,
+        "by_unit": list(by_module(o.judged.holdings(units=True)).items())[:HOLDERS],
         "views": [(name, t, t.holdings(units=True), phases_of(t)) for name, t in shown],
         "frontier": frontier_rows(o.frontier) if o.frontier is not None else [],
         "measured": measured_rows(o),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ullage._bytes import format_bytes, format_seconds
 from ullage.planner import Frontier
 from ullage.report._overview import Overview
 from ullage.report._rows import signed
@@ -23,13 +22,22 @@ class FrontierRow:
 
 @dataclass(frozen=True)
 class MeasuredRow:
-    """One number, predicted and measured."""
+    """One number, predicted and measured: bytes, or seconds."""
 
     of: str
     what: str
-    predicted: str
-    measured: str
-    difference: str
+    is_bytes: bool
+    predicted: float
+    measured: float
+
+    @property
+    def difference(self) -> str:
+        """In words."""
+        change = self.measured - self.predicted
+        share = f"{change / self.predicted:+.1%}" if self.predicted else ""
+        if not self.is_bytes:
+            return share
+        return "none" if not change else f"{signed(int(change))} ({share})"
 
 
 def frontier_rows(f: Frontier) -> list[FrontierRow]:
@@ -60,23 +68,7 @@ def measured_rows(o: Overview) -> list[MeasuredRow]:
         ]
         if len(m.step_peaks) > 1:
             peaks.append(("peak of later steps", t.later_step_peak_bytes, max(m.step_peaks[1:])))
-        for what, predicted, measured in peaks:
-            rows.append(
-                MeasuredRow(of, what, _exact(predicted), _exact(measured), _off(measured - predicted, predicted))
-            )
-        for what, seconds in (
-            ("step time, median", m.step_seconds),
-            ("step time, p90", m.p90),
-            ("step time, p99", m.p99),
-        ):
-            off = f"{seconds / t.step_seconds - 1:+.1%}" if t.step_seconds else ""
-            rows.append(MeasuredRow(of, what, format_seconds(t.step_seconds), format_seconds(seconds), off))
+        rows += [MeasuredRow(of, what, True, predicted, measured) for what, predicted, measured in peaks]
+        times = [("step time, median", m.step_seconds), ("step time, p90", m.p90), ("step time, p99", m.p99)]
+        rows += [MeasuredRow(of, what, False, t.step_seconds, seconds) for what, seconds in times]
     return rows
-
-
-def _exact(nbytes: int) -> str:
-    return f"{format_bytes(nbytes)} ({nbytes:,} bytes)"
-
-
-def _off(change: int, of: int) -> str:
-    return "none" if not change else f"{signed(change)} ({change / max(of, 1):+.2%})"

@@ -14,9 +14,11 @@ function drawBars() {
     });
   }
   const high = Math.max(...sides.map((s) => s.peak)) * 1.18;
-  document.getElementById("bars").style.height = `${120 + 46 * sides.length}px`;
-  Plotly.react("bars", traces, layout({
-    barmode: "stack", bargap: 0.3, legend: { orientation: "h", y: -0.35, x: 0, traceorder: "normal" }, margin: { l: 40, r: 16, t: 12, b: 44 },
+  const div = document.getElementById("bars");
+  const { legend, bottom } = legendBelow(div, traces.length);
+  div.style.height = `${12 + 46 * sides.length + bottom}px`;
+  Plotly.react(div, traces, layout({
+    barmode: "stack", bargap: 0.3, legend, margin: { l: 40, r: 16, t: 12, b: bottom },
     xaxis: byteAxis(0, high), yaxis: { type: "category" },
     annotations: sides.map((s) => ({
       x: s.peak, y: s.letter, xref: "x", yref: "y", xanchor: "left", text: ` ${bytes(s.peak)}`, showarrow: false, font: { color: color("text") },

@@ -33,17 +33,17 @@ function seconds(s) {
 // Ticks at round numbers of the unit that suits the largest value; the values themselves stay bytes.
 function byteAxis(low, high) {
   const [unit, size] = sizeUnit(high);
-  const rough = (high - low) / size / 5;
+  const rough = (high - low) / size / 7;
   const power = 10 ** Math.floor(Math.log10(rough || 1));
-  const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= rough) || power;
+  const step = [1, 2, 2.5, 5, 10].map((k) => k * power).find((k) => k >= rough) || power;
   const tickvals = [];
   for (let k = Math.ceil(low / size / step); k * step * size <= high; k++) tickvals.push(k * step * size);
-  const digits = Math.max(0, -Math.floor(Math.log10(step)));
+  const digits = [0, 1, 2, 3].find((d) => Math.abs(step * 10 ** d - Math.round(step * 10 ** d)) < 1e-9) ?? 3;
   return { range: [low, high], tickvals, ticktext: tickvals.map((v) => (v / size).toFixed(digits)), title: { text: unit } };
 }
 
 function layout(more) {
-  const axis = { gridcolor: color("grid"), linecolor: color("line"), zerolinecolor: color("line"), automargin: true };
+  const axis = { gridcolor: color("grid"), linecolor: color("line"), zerolinecolor: color("line") };
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: color("text"), size: 13, family: getComputedStyle(document.body).fontFamily },
@@ -52,6 +52,15 @@ function layout(more) {
     modebar: { bgcolor: "rgba(0,0,0,0)", color: color("quiet"), activecolor: color("accent") },
     ...more,
     xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
+  };
+}
+
+// A legend below the plot, and the room that it takes: plotly's own reckoning of that may not come to an end.
+function legendBelow(div, entries) {
+  const rows = Math.ceil((entries * 165) / Math.max(div.clientWidth - 72, 165)), height = rows * 20 + 8;
+  return {
+    legend: { orientation: "h", x: 0, xanchor: "left", y: 0, yref: "container", yanchor: "bottom", traceorder: "normal", entrywidth: 140 },
+    bottom: 46 + height,
   };
 }
 

@@ -104,10 +104,11 @@ function drawTimeline() {
   }
   const div = document.getElementById("timeline"), width = div.clientWidth - 72;
   const { shapes, labels } = bands(view, step, xs, end, width * (end / farthest));
+  const { legend, bottom } = legendBelow(div, traces.length - 1);
   Plotly.react(div, traces, layout({
-    hovermode: "x", legend: { orientation: "h", y: -0.16, x: 0, traceorder: "normal" }, shapes,
-    annotations: [...labels, peakLabel(view, step, xs, total, farthest, top)], margin: { l: 56, r: 16, t: 44, b: 44 },
-    xaxis: { range: [0, farthest], title: { text: shown.axis === "op" ? "op" : unit === 1 ? "s" : "ms" }, showgrid: false },
+    hovermode: "x", legend, shapes,
+    annotations: [...labels, peakLabel(view, step, xs, total, farthest, top)], margin: { l: 56, r: 16, t: 44, b: bottom },
+    xaxis: { range: [0, farthest], ticksuffix: shown.axis === "op" ? " ops" : unit === 1 ? " s" : " ms", showticksuffix: "last", showgrid: false },
     yaxis: byteAxis(0, top),
   }), CONFIG);
   const thinned = step.event.length < step.events
@@ -115,6 +116,18 @@ function drawTimeline() {
   const budget = data.budget !== null && !bounded ? ` The budget, ${bytes(data.budget)}, is far above.` : "";
   document.getElementById("timeline-said").textContent =
     `The ${shown.step} step, ${shown.view}: at most ${bytes(total[step.peak])} (${exact(total[step.peak])} bytes).${thinned}${budget}`;
+}
+
+// As many levels at once as can be told apart; a click on a module shows more.
+function depthShown(tree) {
+  const depth = [], counts = [];
+  tree.parents.forEach((parent, i) => {
+    depth.push(parent < 0 ? 0 : depth[parent] + 1);
+    counts[depth[i]] = (counts[depth[i]] || 0) + 1;
+  });
+  let levels = 0, boxes = 0;
+  while (levels < counts.length && (levels < 3 || boxes + counts[levels] <= 500)) boxes += counts[levels++];
+  return levels;
 }
 
 function drawTree() {
@@ -127,23 +140,24 @@ function drawTree() {
   });
   const share = tree.bytes.map((n) => ((100 * n) / Math.max(view.peak, 1)).toFixed(1));
   Plotly.react("tree", [{
-    type: "treemap", branchvalues: "total", maxdepth: 3, sort: true, tiling: { pad: 2 }, values: tree.bytes,
+    type: "treemap", branchvalues: "total", maxdepth: depthShown(tree), sort: true, tiling: { pad: 2 }, values: tree.bytes,
     ids: tree.labels.map((_, i) => String(i)), parents: tree.parents.map((p) => (p < 0 ? "" : String(p))),
     labels: tree.labels.map((label, i) => plain(i ? label : "model")),
     text: tree.bytes.map((n) => bytes(n)), textinfo: "label+text",
     hovertext: tree.bytes.map((n, i) => `<b>${plain(names[i] || "the model")}</b><br>${bytes(n)} (${exact(n)} bytes)<br>${share[i]}% of the peak`),
     hoverinfo: "text", marker: { colors: own, line: { width: 1, color: color("card") } },
-    pathbar: { visible: true, textfont: { color: color("text") } },
-  }], layout({ margin: { l: 0, r: 0, t: 30, b: 0 } }), CONFIG);
+    root: { color: color("card") }, pathbar: { visible: true, textfont: { color: color("text") } },
+  }], layout({ margin: { l: 0, r: 0, t: 24, b: 0 }, uniformtext: { minsize: 10, mode: "hide" } }), CONFIG);
 }
 
 function drawFrontier() {
   const f = data.frontier, today = data.today;
   const peaks = [...f.peak, ...f.policies.map((p) => p.peak), today.peak];
-  const low = Math.min(...peaks), high = Math.max(...peaks), room = (high - low || high) * 0.08;
+  const low = Math.min(...peaks), high = Math.max(...peaks), room = (high - low || high) * 0.06;
   const times = [...f.seconds, ...f.policies.map((p) => p.seconds), today.seconds];
   const unit = Math.max(...times) >= 1 ? 1 : 1e-3;
   const said = (name, peak, s) => `<b>${plain(name)}</b><br>${bytes(peak)} (${exact(peak)} bytes)<br>${seconds(s)}`;
+  const { legend, bottom } = legendBelow(document.getElementById("frontier"), 3);
   const shapes = [], annotations = [];
   for (const [name, at, dash] of [["budget", data.budget, "dash"], ["memory of the device", f.memory, "dot"]]) {
     if (at === null || at < low - room || at > high + room) continue;
@@ -160,8 +174,8 @@ function drawFrontier() {
     },
     {
       name: "named policies", x: f.policies.map((p) => p.peak), y: f.policies.map((p) => p.seconds / unit), mode: "markers+text",
-      marker: { symbol: "x", size: 10, color: categoryColor("activation") }, textposition: "middle right",
-      text: f.policies.map((p) => `  ${plain(p.name)}`), customdata: f.policies.map((p) => said(p.name, p.peak, p.seconds)),
+      marker: { symbol: "x", size: 10, color: categoryColor("activation") }, textposition: "top right",
+      text: f.policies.map((p) => ` ${plain(p.name)}`), customdata: f.policies.map((p) => said(p.name, p.peak, p.seconds)),
       hovertemplate: "%{customdata}<extra></extra>", textfont: { size: 12 },
     },
     {
@@ -170,7 +184,7 @@ function drawFrontier() {
       text: [said(today.name, today.peak, today.seconds)], hovertemplate: "%{text}<extra></extra>",
     },
   ], layout({
-    hovermode: "closest", legend: { orientation: "h", y: -0.2, x: 0 }, shapes, annotations, xaxis: axis,
+    hovermode: "closest", legend, shapes, margin: { l: 64, r: 16, t: 40, b: bottom }, annotations, xaxis: axis,
     yaxis: { title: { text: `step time, ${unit === 1 ? "s" : "ms"}` } },
   }), CONFIG);
 }
