@@ -58,7 +58,7 @@ class Overview(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def lede(self) -> list[str]:
         """The answer in sentences: the peak, what holds it, the budget, the time."""
-        t, at = self.judged, self.judged.peak
+        t, at, budget = self.judged, self.judged.peak, self.plan.budget_bytes
         what = "planned" if self.planned is not None else "plain"
         source = f", {at.source}" if at.source else ""
         holders = sorted(at.by_category.items(), key=lambda row: -row[1])[:_HOLDERS]
@@ -67,12 +67,12 @@ class Overview(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             f"The {what} step peaks at {format_bytes(t.peak_bytes)} ({t.peak_bytes:,} bytes), in {where(at)}{source}.",
             f"At that moment it holds {held}.",
         ]
-        if t.budget_bytes is not None:
-            left = t.budget_bytes - t.peak_bytes
+        if budget is not None:
+            left = budget - t.peak_bytes
             room = (
                 f"{format_bytes(left)} of it are free" if left >= 0 else f"the peak is {format_bytes(-left)} above it"
             )
-            said.append(f"The budget is {format_bytes(t.budget_bytes)}: {room}.")
+            said.append(f"The budget is {format_bytes(budget)}: {room}.")
         time = f"A step takes about {format_seconds(t.step_seconds)}"
         if self.planned is not None:
             said.append(

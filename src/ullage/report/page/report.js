@@ -118,21 +118,39 @@ function drawTimeline() {
     `The ${shown.step} step, ${shown.view}: at most ${bytes(total[step.peak])} (${exact(total[step.peak])} bytes).${thinned}${budget}`;
 }
 
+// Depth of each node; parents come first.
+function depthOf(tree) {
+  const depth = [];
+  tree.parents.forEach((parent) => depth.push(parent < 0 ? 0 : depth[parent] + 1));
+  return depth;
+}
+
 // As many levels at once as can be told apart; a click on a module shows more.
-function depthShown(tree) {
-  const depth = [], counts = [];
-  tree.parents.forEach((parent, i) => {
-    depth.push(parent < 0 ? 0 : depth[parent] + 1);
-    counts[depth[i]] = (counts[depth[i]] || 0) + 1;
-  });
+function levelsShown(depth) {
+  const counts = [];
+  depth.forEach((d) => { counts[d] = (counts[d] || 0) + 1; });
   let levels = 0, boxes = 0;
   while (levels < counts.length && (levels < 3 || boxes + counts[levels] <= 500)) boxes += counts[levels++];
   return levels;
 }
 
+// A category has its colour; a module that shows nothing of what is in it, a paler one of what most of it is.
+function boxColors(view, tree, depth, levels) {
+  const held = tree.labels.map(() => ({}));
+  for (let i = tree.labels.length - 1; i > 0; i--) {
+    const here = tree.category[i] >= 0 ? { [tree.category[i]]: tree.bytes[i] } : held[i];
+    for (const [c, n] of Object.entries(here)) held[tree.parents[i]][c] = (held[tree.parents[i]][c] || 0) + n;
+  }
+  return tree.category.map((c, i) => {
+    if (c >= 0) return categoryColor(view.categories[c]);
+    if (depth[i] < levels - 1) return color("grid");
+    const [most] = Object.entries(held[i]).reduce((a, b) => (b[1] > a[1] ? b : a));
+    return `${categoryColor(view.categories[most])}b0`;
+  });
+}
+
 function drawTree() {
-  const view = views[shown.view], tree = view.tree;
-  const own = tree.category.map((c) => (c >= 0 ? categoryColor(view.categories[c]) : color("grid")));
+  const view = views[shown.view], tree = view.tree, depth = depthOf(tree), levels = levelsShown(depth);
   const names = []; // parents come first
   tree.labels.forEach((label, i) => {
     const above = tree.parents[i] >= 0 ? names[tree.parents[i]] : "";
@@ -140,12 +158,12 @@ function drawTree() {
   });
   const share = tree.bytes.map((n) => ((100 * n) / Math.max(view.peak, 1)).toFixed(1));
   Plotly.react("tree", [{
-    type: "treemap", branchvalues: "total", maxdepth: depthShown(tree), sort: true, tiling: { pad: 2 }, values: tree.bytes,
+    type: "treemap", branchvalues: "total", maxdepth: levels, sort: true, tiling: { pad: 2 }, values: tree.bytes,
     ids: tree.labels.map((_, i) => String(i)), parents: tree.parents.map((p) => (p < 0 ? "" : String(p))),
     labels: tree.labels.map((label, i) => plain(i ? label : "model")),
     text: tree.bytes.map((n) => bytes(n)), textinfo: "label+text",
     hovertext: tree.bytes.map((n, i) => `<b>${plain(names[i] || "the model")}</b><br>${bytes(n)} (${exact(n)} bytes)<br>${share[i]}% of the peak`),
-    hoverinfo: "text", marker: { colors: own, line: { width: 1, color: color("card") } },
+    hoverinfo: "text", marker: { colors: boxColors(view, tree, depth, levels), line: { width: 1, color: color("card") } },
     root: { color: color("card") }, pathbar: { visible: true, textfont: { color: color("text") } },
   }], layout({ margin: { l: 0, r: 0, t: 24, b: 0 }, uniformtext: { minsize: 10, mode: "hide" } }), CONFIG);
 }
