@@ -147,6 +147,19 @@ def test_the_keyboard_reaches_everything(opened: Opened) -> None:
     opened.check()
 
 
+def test_no_button_sends_anything(opened: Opened) -> None:
+    buttons = opened.js("""() => [...document.querySelectorAll(".modebar-btn")].map((x) => x.dataset.title)""")
+    assert set(buttons) == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+    with opened.page.expect_download() as download:
+        opened.page.locator("#tree .modebar-btn").first.dispatch_event("click")
+    assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
+    links = opened.js(
+        "() => [...document.querySelectorAll('[href], [src], [action]')].map((x) => x.getAttribute('href'))"
+    )
+    assert set(links) == {"data:,", "#main"}
+    opened.check()
+
+
 def test_tables_sort_and_filter(opened: Opened) -> None:
     first = "() => document.querySelector('#units tbody tr td').textContent"
     head = opened.page.locator("#units th").nth(0)

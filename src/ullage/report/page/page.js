@@ -9,10 +9,12 @@ const CATEGORIES = {
   "temporary": "#e9c03f", "optimizer temporary": "#d37295", "inside the op": "#9c755f",
 };
 const SIZES = [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]];
+// Named one by one: of plotly's own buttons, one sends the chart to its maker's servers.
 const CONFIG = {
-  displaylogo: false, responsive: true, scrollZoom: false,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  displaylogo: false, responsive: true, plotlyServerURL: "",
+  modeBarButtons: [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
 };
+const NO_AXES = { ...CONFIG, modeBarButtons: [["toImage"]] };
 
 const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 const categoryColor = (name) => CATEGORIES[name] || "#bab0ac";

@@ -165,7 +165,7 @@ function drawTree() {
     hovertext: tree.bytes.map((n, i) => `<b>${plain(names[i] || "the model")}</b><br>${bytes(n)} (${exact(n)} bytes)<br>${share[i]}% of the peak`),
     hoverinfo: "text", marker: { colors: boxColors(view, tree, depth, levels), line: { width: 1, color: color("card") } },
     root: { color: color("card") }, pathbar: { visible: true, textfont: { color: color("text") } },
-  }], layout({ margin: { l: 0, r: 0, t: 24, b: 0 }, uniformtext: { minsize: 10, mode: "hide" } }), CONFIG);
+  }], layout({ margin: { l: 0, r: 0, t: 24, b: 0 }, uniformtext: { minsize: 10, mode: "hide" } }), NO_AXES);
 }
 
 function drawFrontier() {
