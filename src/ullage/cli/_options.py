@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 
 from ullage._files import check_writable
-from ullage._plot import HOW_TO_GET_IT
+from ullage._plot import HOW_TO_GET_IT, can_plot
 from ullage.planner import Plan
 from ullage.planner._study import Study
 from ullage.workload import Workload, load_target
@@ -110,13 +110,16 @@ def show(value: Any, as_json: bool) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))
 
 
-def show_timeline(s: Study, plan: Plan | None = None) -> None:
-    """Print a small plot of a step's live bytes."""
+def small_plot(s: Study, plan: Plan | None, say: Callable[[str], None]) -> Callable[[int, bool], str | None]:
+    """A small plot of a step's live bytes, for `show_plot`. Where nothing can be drawn, nothing is laid out."""
     from ullage.report._make import plain_timeline_of, planned_timeline_of
     from ullage.report._terminal import terminal
 
+    if not can_plot():
+        return lambda width, color: None
+    say("laying out the timeline")
     found = plain_timeline_of(s) if plan is None else planned_timeline_of(s, plan)
-    show_plot(lambda width, color: terminal(found, width, SMALL_ROWS, color))
+    return lambda width, color: terminal(found, width, SMALL_ROWS, color)
 
 
 def show_plot(draw: Callable[[int, bool], str | None]) -> None:

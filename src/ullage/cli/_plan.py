@@ -13,7 +13,8 @@ from ullage.cli._options import (
     load,
     output_file,
     show,
-    show_timeline,
+    show_plot,
+    small_plot,
     target_options,
 )
 from ullage.cli._progress import progress
@@ -71,11 +72,12 @@ def plan(
             overrides=overrides,
             progress=report,
         )
-    if output is not None:
-        result.save(output)
+        if output is not None:
+            result.save(output)
+        plot = small_plot(study, result, report) if not as_json else None
     show(result, as_json)
-    if not as_json:
-        show_timeline(study, result)
+    if plot is not None:
+        show_plot(plot)
     if output is not None and not as_json:
         click.echo(f"written to {output}")
 

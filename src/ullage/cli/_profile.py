@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ullage.cli._options import cost_options, json_option, load, show, show_timeline, target_options
+from ullage.cli._options import cost_options, json_option, load, show, show_plot, small_plot, target_options
 from ullage.cli._progress import progress
 from ullage.planner._profile import study_and_profile
 
@@ -19,6 +19,7 @@ def profile(as_json: bool, device: str | None, costs: str, **options: Any) -> No
     """Capture one step without running it: the peak, what holds it, the units."""
     with progress() as report:
         study, result = study_and_profile(load(options), device, costs, progress=report)
+        plot = small_plot(study, None, report) if not as_json else None
     show(result, as_json)
-    if not as_json:
-        show_timeline(study)
+    if plot is not None:
+        show_plot(plot)
