@@ -17,6 +17,7 @@ from ullage._errors import (
     BudgetInfeasible,
     CaptureError,
     DeviceError,
+    MonitorError,
     PlanError,
     PlanMismatch,
     ReplayError,
@@ -28,6 +29,7 @@ from ullage._errors import (
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
+from ullage.monitor import Monitor, MonitorSummary
 from ullage.planner import (
     Bounds,
     Decision,
@@ -56,9 +58,10 @@ from ullage.workload import Workload, load_target
 __version__ = "0.1.0"
 
 __all__ = [
-    "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
-    "Comparison", "Decision", "DeviceError", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding", "Lever",
-    "Measurement", "Overview", "PinCost", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried",
-    "UllageError", "UllageWarning", "VerifyError", "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices",
-    "fit", "frontier", "is_recomputing", "load_target", "measure", "parse_budget", "plan", "profile", "report", "timeline", "verify",
+    "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError",
+    "Check", "Comparison", "Decision", "DeviceError", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
+    "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "Overview", "PinCost", "Plan", "PlanError", "PlanMismatch",
+    "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
+    "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing",
+    "load_target", "measure", "parse_budget", "plan", "profile", "report", "timeline", "verify",
 ]  # fmt: skip

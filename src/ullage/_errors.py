@@ -12,6 +12,7 @@ UllageError
 ├── ApplyError           the plan can't be applied now
 ├── ReplayError          a replay differs from its forward, or can't be made equal to it
 ├── DeviceError          unknown device name
+├── MonitorError         a step of a Monitor is begun or ended out of order, or a file of one can't be read
 └── VerifyError          the planned step differs from the plain one
 """
 
@@ -95,6 +96,10 @@ class ReplayError(UllageError, CheckpointError):
 
 class DeviceError(UllageError):
     """The device name is not in the table."""
+
+
+class MonitorError(UllageError):
+    """A step of a `Monitor` is begun or ended out of order, or a file that one wrote can't be read."""
 
 
 class VerifyError(UllageError):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import ullage as ul
@@ -237,6 +238,14 @@ def test_a_comparison(browser: Any, overview: Overview, tmp_path: Path) -> None:
     cells = opened.page.locator("table").nth(1).locator("tbody tr")
     assert cells.count() == len(found.by_category)
     assert opened.page.locator("ul.units li").count() >= 1
+    rate = opened.page.locator("#sides tr td:nth-child(6)").all_inner_texts()
+    assert rate == ["-", "-", f"{overview.measured[0].measurement.samples_per_second:,.1f}"]
+    opened.check()
+    sides = [found.sides[0], *(msgspec.structs.replace(s, peak_bytes=None) for s in found.sides[2:])]
+    msgspec.structs.replace(found, sides=sides).export(path)  # one whose peak is not known, as of a run on a CPU
+    opened.page.reload()
+    assert opened.page.locator("#sides tbody tr").nth(1).locator("td").nth(2).inner_text() == "-"
+    assert opened.js("() => document.getElementById('bars').data[0].y") == ["A"]
     before = opened.js("() => document.getElementById('bars').layout.font.color")
     opened.page.locator("#theme").click()
     assert opened.js("() => document.getElementById('bars').layout.font.color") != before

@@ -137,6 +137,17 @@ class Handle:
 _in_force: weakref.WeakKeyDictionary[nn.Module, Handle] = weakref.WeakKeyDictionary()
 
 
+def handle_on(model: nn.Module) -> Handle | None:
+    """The handle of the plan that is in force on this model or on a module in it (DDP wraps one), or None."""
+    found = (_in_force.get(module) for module in model.modules())
+    return next((h for h in found if h is not None and h.active), None)
+
+
+def model_of(handle: Handle) -> nn.Module | None:
+    """The model that this handle's plan was applied to; None if it is gone."""
+    return next((model for model, h in _in_force.items() if h is handle), None)
+
+
 def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     """Wrap the plan's units in place.
 

@@ -13,9 +13,10 @@ from ullage.cli._options import json_option, page_option, show
 @page_option
 @json_option
 def compare(as_json: bool, output: str | None, files: tuple[str, ...]) -> None:
-    """Put plans, profiles, timelines, measurements or baselines side by side.
+    """Put plans, profiles, timelines, measurements, baselines or monitored runs side by side.
 
-    Each is a file: what `-o` of a verb wrote, or what `--json` of it printed. A page (-o) needs the extra `report`.
+    Each is a file: what `-o` of a verb wrote, what `--json` of it printed, or what a `Monitor` wrote. A page (-o) needs the
+    extra `report`.
     """
     result = ul.compare(*files)
     if output is not None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
+from ullage._stats import at_share, median
 from ullage.measure._allocator import record_steps
 from ullage.measure._reach import optimizers_of, reach
 from ullage.measure._state import leaves_rng, preserved
@@ -103,16 +104,16 @@ def measure(
         start, peaks, reserved, other = _peaks(inst, found.grads)
         times = _times(inst, steps, say)
     ordered = sorted(times)
-    median = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
+    middle = median(ordered)
     samples = inst.samples * inst.accumulate
     return Measurement(
         peak_bytes=max(peaks),
         start_bytes=start,
         step_peaks=peaks,
-        step_seconds=median,
-        p90=ordered[min(int(0.9 * len(ordered)), len(ordered) - 1)],
-        p99=ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)],
-        samples_per_second=samples / median,
+        step_seconds=middle,
+        p90=at_share(ordered, 0.9),
+        p99=at_share(ordered, 0.99),
+        samples_per_second=samples / middle,
         steps=steps,
         reserved_bytes=reserved,
         other_bytes=other,

@@ -1,8 +1,8 @@
-"""`compare`: plans, profiles, timelines and measurements side by side."""
+"""`compare`: plans, profiles, timelines, measurements and monitored runs side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -62,9 +62,13 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         lines.append(_line("", [*letters, *(["change"] if two else [])]))
         peaks = Row("peak", [s.peak_bytes for s in self.sides])
         lines.append(_line(peaks.name, _cells(peaks)))
-        times = [s.step_seconds for s in self.sides]
-        change = [f"{times[1] / times[0] - 1:+.1%}"] if two and times[0] else []
-        lines.append(_line("step time", [*(format_seconds(t) for t in times), *change]))
+        lines.append(_line("step time", _numbers([s.step_seconds for s in self.sides], format_seconds)))
+        for name, rates in (
+            ("samples/s", [s.samples_per_second for s in self.sides]),
+            ("tokens/s", [s.tokens_per_second for s in self.sides]),
+        ):
+            if any(r is not None for r in rates):
+                lines.append(_line(name, _numbers(rates, "{:,.1f}".format)))
         lines += [*_table("alive at the peak, by category", self.by_category), *_table("by module", self.by_module)]
         if self.units:
             lines.append(f"  units that differ ({self.same_units} do not)")
@@ -108,6 +112,15 @@ def _cells(r: Row) -> list[str]:
     return [*cells, *([signed(r.change) if None not in r.values else "-"] if len(cells) == 2 else [])]
 
 
+def _numbers(values: Sequence[float | None], said: Callable[[float], str]) -> list[str]:
+    """The values, and for two of them the change in percent."""
+    cells = ["-" if v is None else said(v) for v in values]
+    if len(values) != 2:
+        return cells
+    a, b = values
+    return [*cells, f"{b / a - 1:+.1%}" if a and b is not None else "-"]
+
+
 def _line(name: str, cells: Sequence[str]) -> str:
     return f"  {name:<32} {' '.join(f'{c:>13}' for c in cells)}".rstrip()
 
@@ -116,8 +129,8 @@ def compare(*given: Compared | str | Path) -> Comparison:
     """Put two or more side by side: peaks, times, what is alive at the peaks, and what is done with units.
 
     Args:
-        given: each a `Plan`, `Profile`, `Timeline`, `Measurement` or `Baseline`, or the file of one (of a measurement: what
-            `ullage measure --json` prints).
+        given: each a `Plan`, `Profile`, `Timeline`, `Measurement`, `Baseline` or `MonitorSummary`, or the file of one (of a
+            measurement: what `ullage measure --json` prints; of a monitored run: what its `jsonl=` named).
 
     Raises:
         ArgumentError: fewer than two, or something else.
@@ -125,13 +138,13 @@ def compare(*given: Compared | str | Path) -> Comparison:
     """
     if not 2 <= len(given) <= len(LETTERS):
         raise ArgumentError(
-            f"compare: expected 2 to {len(LETTERS)} plans, profiles, timelines or measurements, got {len(given)}"
+            f"compare: expected 2 to {len(LETTERS)} plans, profiles, timelines, measurements or runs, got {len(given)}"
         )
     found = [(read(x), str(x)) if isinstance(x, str | Path) else (x, None) for x in given]
     for x, _ in found:
         if not isinstance(x, Compared):
             raise ArgumentError(
-                f"compare: expected plans, profiles, timelines, measurements or their files, got a {type(x).__name__}"
+                f"compare: expected plans, profiles, timelines, measurements, runs or their files, got a {type(x).__name__}"
             )
     owners = know_owners([x for x, _ in found])
     sides = [side(x, name, owners) for x, name in found]
@@ -162,3 +175,5 @@ def _notes(sides: Sequence[Side]) -> Iterator[str]:
     for letter, s in zip(LETTERS, sides, strict=False):
         if s.device is not None and s.by_category is None:
             yield f"{letter} does not say what is alive at its peak; a timeline of it does"
+        if s.no_peak:
+            yield f"{letter} has no peak: {s.no_peak}"

@@ -56,7 +56,11 @@ def overview_page(o: Overview, path: str | Path) -> None:
 
 def comparison_page(c: Comparison, path: str | Path) -> None:
     """Write a comparison. The same comparison gives the same file."""
-    _write(path, "compare", drawn_comparison(c), {"c": c, "letters": LETTERS, "units": said_of_units(c)})
+    rates = [("samples/s", "samples_per_second"), ("tokens/s", "tokens_per_second")]
+    known = [(name, fact) for name, fact in rates if any(getattr(s, fact) is not None for s in c.sides)]
+    _write(
+        path, "compare", drawn_comparison(c), {"c": c, "letters": LETTERS, "units": said_of_units(c), "rates": known}
+    )
 
 
 def _write(path: str | Path, name: str, data: dict[str, Any], said: dict[str, Any]) -> None:

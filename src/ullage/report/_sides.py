@@ -1,4 +1,4 @@
-"""What a comparison knows of a plan, profile, timeline, measurement or baseline."""
+"""What a comparison knows of a plan, profile, timeline, measurement, baseline or monitored run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import msgspec
 
-from ullage._errors import PlanError
+from ullage._errors import MonitorError, PlanError
 from ullage.measure._measure import Measurement
+from ullage.monitor import MonitorSummary
+from ullage.monitor._jsonl import KEY as MONITOR_KEY
 from ullage.planner import Holding, Plan, Profile
 from ullage.report._baseline import Baseline, StepFacts
 from ullage.report._records import INSIDE, WORKSPACE, where
@@ -19,7 +21,7 @@ from ullage.report._timeline import Timeline, unit_of
 NO_MODULE = "(no module)"
 NOT_LISTED = "(not listed)"  # a plan lists the largest holdings only
 OWNED = ("parameter", "buffer", "optimizer state")  # plans and profiles don't know whose they are
-Compared = Plan | Profile | Timeline | Measurement | Baseline
+Compared = Plan | Profile | Timeline | Measurement | Baseline | MonitorSummary
 
 
 class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -29,6 +31,9 @@ class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         name: the file, or what it is.
         what: in words.
         device, costs: of a prediction.
+        peak_bytes, step_seconds: the largest and the median, where they were measured.
+        samples_per_second, tokens_per_second: as measured.
+        no_peak: why its peak is not known, or "".
         moment: that of the peak, in words.
         by_category, by_module: bytes alive at the peak; they add up to it.
         actions: what is done with each unit.
@@ -38,12 +43,15 @@ class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     what: str
     device: str | None
     costs: str | None
-    peak_bytes: int
-    step_seconds: float
+    peak_bytes: int | None
+    step_seconds: float | None
     moment: str | None
     by_category: dict[str, int] | None
     by_module: dict[str, int] | None
     actions: dict[str, str] | None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    no_peak: str = ""
 
 
 def read(path: str | Path) -> Compared:
@@ -53,9 +61,14 @@ def read(path: str | Path) -> Compared:
         PlanError: it can't be read, or is none of them.
     """
     try:
-        keys = msgspec.json.decode(Path(path).read_bytes(), type=dict[str, msgspec.Raw]).keys()
+        data = Path(path).read_bytes()
+        if data.startswith(f'{{"{MONITOR_KEY}"'.encode()):
+            return MonitorSummary.load(path)
+        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys()
     except OSError as error:
         raise PlanError(f"{path}: can't be read: {error}") from error
+    except MonitorError as error:
+        raise PlanError(str(error)) from error
     except msgspec.DecodeError as error:
         raise PlanError(f"{path}: not whole JSON of ullage: {error}") from error
     kinds: list[tuple[str, type[Any]]] = [
@@ -63,12 +76,12 @@ def read(path: str | Path) -> Compared:
     ]  # fmt: skip
     kind = next((k for key, k in kinds if key in keys), None)
     if kind is None:
-        raise PlanError(f"{path}: is no plan, profile, timeline, measurement or baseline of ullage")
+        raise PlanError(f"{path}: is no plan, profile, timeline, measurement, baseline or monitored run of ullage")
     if kind is not Measurement:
         found: Compared = kind.load(path)
         return found
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=Measurement)
+        return msgspec.json.decode(data, type=Measurement)
     except msgspec.ValidationError as error:
         raise PlanError(f"measurement {path}: {error}") from error
 
@@ -90,6 +103,8 @@ def side(given: Compared, name: str | None, owners: bool) -> Side:
         actions = {unit: state.action for unit, state in given.units.items()}
         moment = _moment(f.phase, f.module, f.op)
         return _of_facts(name or "baseline", what, given.device, given.costs, f, actions, moment, owners)
+    if isinstance(given, MonitorSummary):
+        return _of_run(given, name)
     return Side(
         name=name or "measurement",
         what=f"measured over {given.steps} steps",
@@ -101,6 +116,27 @@ def side(given: Compared, name: str | None, owners: bool) -> Side:
         by_category=None,
         by_module=None,
         actions=None,
+        samples_per_second=given.samples_per_second,
+    )
+
+
+def _of_run(run: MonitorSummary, name: str | None) -> Side:
+    return Side(
+        name=name or "run",
+        what=f"monitored over {run.window_steps} steps on {run.device_name or run.device}",
+        device=None,
+        costs=None,
+        peak_bytes=run.peak_allocated_bytes,
+        step_seconds=run.step_seconds,
+        moment=None,
+        by_category=None,
+        by_module=None,
+        actions=None,
+        samples_per_second=run.samples_per_second,
+        tokens_per_second=run.tokens_per_second,
+        no_peak=""
+        if run.peak_allocated_bytes is not None
+        else run.not_available.get("peak allocated", "no step has one"),
     )
 
 

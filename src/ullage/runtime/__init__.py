@@ -22,6 +22,7 @@ from ullage.runtime import (
     _state,
     _survey,
     _sweep,
+    _totals,
     _watch,
 )
 from ullage.runtime._ambient import host_rng, host_rng_moved
@@ -34,15 +35,16 @@ from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
 from ullage.runtime._site import Learnt, Shared, Site
+from ullage.runtime._totals import totals
 
 __all__ = [
     "ATTENTION", "LEVELS", "MATMUL", "ROUTING", "Learnt", "Options", "Place", "Shared", "Site", "Trail", "checkpoint", "draws", "host_rng", "host_rng_moved", "is_recomputing",
-    "level_rule", "recomputing_units", "run", "select",
+    "level_rule", "recomputing_units", "run", "select", "totals",
 ]  # fmt: skip
 
 keep_eager(
     [
         _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _place, _reach, _reads, _replay, _select, _site, _skip,
-        _state, _survey, _sweep, _watch,
+        _state, _survey, _sweep, _totals, _watch,
     ]
 )  # fmt: skip

@@ -19,6 +19,7 @@ from ullage.runtime._reads import changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
 from ullage.runtime._site import refused
 from ullage.runtime._skip import SkipMode, Stale
+from ullage.runtime._totals import totals
 from ullage.runtime._watch import Changed, Watch
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def rebuild(frame: Frame) -> dict[int, Any]:
         else:
             if _proven(frame, store, selection):
                 frame.site.skipped += selection.skipped
+                totals.skipped += selection.skipped
                 return store
     store, _ = _attempt(frame, None)
     _check_values(frame, store)
@@ -101,6 +103,7 @@ def _usable(frame: Frame) -> Selection | None:
 
 def _note_stale(frame: Frame, why: str) -> None:
     frame.site.stale += 1
+    totals.stale += 1
     frame.site.shared.forget(frame.signature)
     frame.site.say(f"a stale op log ({why}); what it dropped is rebuilt in full, the next call makes a new log")
 
@@ -114,6 +117,7 @@ def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
         if known.proof.belongs_to(frame):
             known.proof.done = True
         return True
+    totals.mismatches += 1
     known.selection = refused(f"its selective replay gave other values (saved tensor {bad})")
     frame.site.say(f"full replay: {known.selection.refusal}")
     return False
@@ -145,6 +149,7 @@ def _check_values(frame: Frame, store: dict[int, Any]) -> None:
     if bad is None:
         frame.site.shared.proof.done = True
         return
+    totals.mismatches += 1
     shape = tuple(store[bad].shape)
     what = f"its replay gave other values than its forward (saved tensor {bad}, shape {shape})"
     why = "state or random draws that ullage can't see, or an op that is not deterministic"
@@ -159,6 +164,7 @@ def _attempt(
     replay = Collector(frame, selection, whole)
     if selection is None or not local.units:
         frame.site.replays += 1
+    totals.replays += 1
     if frame.on_replay is not None:
         frame.on_replay()
     grad = torch.is_grad_enabled()

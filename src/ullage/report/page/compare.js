@@ -1,6 +1,6 @@
 // A bar per side: what is alive at its peak, by category.
 function drawBars() {
-  const sides = [...data.sides].reverse(); // plotly's first bar is the lowest
+  const sides = data.sides.filter((s) => s.peak !== null).reverse(); // plotly's first bar is the lowest
   const names = sides.map((s) => s.letter);
   const traces = data.categories.filter((c) => sides.some((s) => s.parts && s.parts[c])).map((c) => ({
     type: "bar", orientation: "h", name: c, y: names, x: sides.map((s) => (s.parts ? s.parts[c] || 0 : 0)), marker: { color: categoryColor(c) },
@@ -26,5 +26,5 @@ function drawBars() {
   }), CONFIG);
 }
 
-redraws.push(drawBars);
+if (document.getElementById("bars")) redraws.push(drawBars);
 start();
