@@ -52,7 +52,7 @@ from ullage.planner import (
     plan,
     profile,
 )
-from ullage.report import Baseline, Comparison, Gate, Timeline, check, compare, timeline
+from ullage.report import Baseline, Comparison, Gate, Overview, Timeline, check, compare, report, timeline
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -62,8 +62,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
     "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
-    "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "PinCost", "Plan", "PlanError", "PlanMismatch",
-    "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError", "Workload",
-    "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure",
-    "measure_bandwidth", "parse_budget", "plan", "profile", "timeline", "verify",
+    "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
+    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
+    "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
+    "measure", "measure_bandwidth", "parse_budget", "plan", "profile", "report", "timeline", "verify",
 ]  # fmt: skip

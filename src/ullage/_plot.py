@@ -20,17 +20,28 @@ def time_unit(seconds: float) -> tuple[str, float]:
     return ("s", 1.0) if seconds >= 1 else ("ms", 1e-3)
 
 
+def can_plot() -> bool:
+    """Is plotext installed?"""
+    return importlib.util.find_spec("plotext") is not None
+
+
+def letter(symbol: str, color: int | None) -> Any:
+    """What marks a signal: one letter, in a colour of 256 or in the terminal's own."""
+    import plotext
+
+    return symbol if color is None else plotext.marker(symbol, plotext.pixel(foreground=color))
+
+
 def plotted(draw: Callable[[Any], None], width: int, height: int, color: bool) -> list[str] | None:
     """The lines of what `draw` draws on a plotext figure; None if plotext is not installed."""
-    if importlib.util.find_spec("plotext") is None:
+    if not can_plot():
         return None
     import plotext
 
     figure = plotext.figure  # there is one for the whole process
     figure.clear()
     figure.plot_size(width, height)
-    if not color:
-        figure.theme("colorless")
+    figure.theme("simple" if color else "colorless")  # the default one has a canvas of its own: pale, with pale letters
     draw(figure)
     text = str(figure.build())
     figure.clear()

@@ -287,7 +287,11 @@ def test_the_plot(planned: Timeline) -> None:
     phases = next(line.strip() for line in lines if re.fullmatch(r" *f[fbro]*", line))
     assert len(phases) == len(stacks) and re.fullmatch("f+[br]+f+[br]+o+", phases)
     colored = terminal(planned, color=True)
-    assert colored is not None and "\x1b" in colored
+    assert colored is not None
+    assert [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", colored).splitlines()] == lines
+    assert (
+        "\x1b[38;5;208m" in colored and "\x1b[48" not in colored
+    )  # activations are orange, on the terminal's own canvas
 
 
 def test_the_highest_column_is_the_peak() -> None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import click
 
 import ullage as ul
-from ullage.cli._options import json_option, show
+from ullage.cli._options import json_option, page_option, show
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="A B [C ...]", type=click.Path())
+@page_option
 @json_option
-def compare(as_json: bool, files: tuple[str, ...]) -> None:
+def compare(as_json: bool, output: str | None, files: tuple[str, ...]) -> None:
     """Put plans, profiles, timelines, measurements, baselines or monitored runs side by side.
 
-    Each is a file: what `-o` of a verb wrote, what `--json` of it printed, or what a `Monitor` wrote.
+    Each is a file: what `-o` of a verb wrote, what `--json` of it printed, or what a `Monitor` wrote. A page (-o) needs the
+    extra `report`.
     """
-    show(ul.compare(*files), as_json)
+    result = ul.compare(*files)
+    if output is not None:
+        result.export(output)
+    show(result, as_json)
+    if output is not None and not as_json:
+        click.echo(f"written to {output}")

@@ -1,4 +1,4 @@
-"""`ullage profile | plan | bounds | timeline | frontier | fit | verify | measure | check | compare | devices | demo`.
+"""`ullage profile | plan | bounds | timeline | report | frontier | fit | verify | measure | check | compare | devices | demo`.
 
 Exit codes: 0 done, 1 a check failed (verify, check, demo), 2 bad usage or input, 3 no plan fits the budget.
 """
@@ -23,6 +23,7 @@ from ullage.cli._frontier import frontier
 from ullage.cli._measure import measure
 from ullage.cli._plan import plan
 from ullage.cli._profile import profile
+from ullage.cli._report import report
 from ullage.cli._timeline import timeline
 from ullage.cli._verify import verify
 
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for verb in (profile, plan, bounds, timeline, frontier, fit, verify, measure, check, compare, devices, demo):
+for verb in (profile, plan, bounds, timeline, report, frontier, fit, verify, measure, check, compare, devices, demo):
     cli.add_command(verb)
 
 

@@ -11,10 +11,13 @@ import msgspec
 from rich.console import Console
 
 from ullage._files import check_writable
-from ullage._plot import HOW_TO_GET_IT
+from ullage._plot import HOW_TO_GET_IT, can_plot
+from ullage.planner import Plan
+from ullage.planner._study import Study
 from ullage.workload import Workload, load_target
 
 Command = Callable[..., Any]
+SMALL_ROWS = 12
 
 _TARGET = [
     click.argument("target"),
@@ -86,9 +89,37 @@ def output_file(context: click.Context, parameter: click.Parameter, value: str |
     return value
 
 
+def page_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The same for a page: its ending, and what it needs, are looked at too."""
+    if value is not None:
+        from ullage.report._page import check_page
+
+        check_page(value)
+    return value
+
+
+def page_option(command: Command) -> Command:
+    """-o of a verb that writes a page."""
+    return click.option(
+        "-o", "--output", type=click.Path(dir_okay=False), callback=page_file, help="Write it there, as one HTML file."
+    )(command)
+
+
 def show(value: Any, as_json: bool) -> None:
     """Print a result on stdout."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))
+
+
+def small_plot(s: Study, plan: Plan | None, say: Callable[[str], None]) -> Callable[[int, bool], str | None]:
+    """A small plot of a step's live bytes, for `show_plot`. Where nothing can be drawn, nothing is laid out."""
+    from ullage.report._make import plain_timeline_of, planned_timeline_of
+    from ullage.report._terminal import terminal
+
+    if not can_plot():
+        return lambda width, color: None
+    say("laying out the timeline")
+    found = plain_timeline_of(s) if plan is None else planned_timeline_of(s, plan)
+    return lambda width, color: terminal(found, width, SMALL_ROWS, color)
 
 
 def show_plot(draw: Callable[[int, bool], str | None]) -> None:

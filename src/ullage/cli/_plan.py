@@ -6,9 +6,21 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import budget_value, cost_options, json_option, load, output_file, show, target_options
+from ullage.cli._options import (
+    budget_value,
+    cost_options,
+    json_option,
+    load,
+    output_file,
+    show,
+    show_plot,
+    small_plot,
+    target_options,
+)
 from ullage.cli._progress import progress
+from ullage.planner._disk import DiskRequest
+from ullage.planner._overrides import Overrides
+from ullage.planner._planner import study_and_plan
 
 
 @click.command()
@@ -62,28 +74,31 @@ def plan(
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
-    pin = _pins(pins)
+    overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
+    disk = DiskRequest(disk_directory, _size(disk_budget), _size(host_budget))
     with progress() as report:
-        result = ul.plan(
+        study, result = study_and_plan(
             load(options),
-            budget_value(budget) if budget is not None else None,
+            _size(budget),
             device,
             policy,
-            costs=costs,
-            pin=pin,
-            forbid=forbid,
-            headroom=budget_value(headroom) if headroom is not None else None,
-            simple=simple,
-            disk_directory=disk_directory,
-            disk_budget=budget_value(disk_budget) if disk_budget is not None else None,
-            host_budget=budget_value(host_budget) if host_budget is not None else None,
+            costs,
+            overrides=overrides,
+            disk=disk,
             progress=report,
         )
-    if output is not None:
-        result.save(output)
+        if output is not None:
+            result.save(output)
+        plot = small_plot(study, result, report) if not as_json else None
     show(result, as_json)
+    if plot is not None:
+        show_plot(plot)
     if output is not None and not as_json:
         click.echo(f"written to {output}")
+
+
+def _size(text: str | None) -> int | str | None:
+    return budget_value(text) if text is not None else None
 
 
 def _pins(written: tuple[str, ...]) -> dict[str, str]:

@@ -34,6 +34,9 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     On CUDA `peak_bytes` is what torch allocated; `reserved_bytes` is what its allocator held and `other_bytes` what the
     driver counts beyond that. Both are 0 on a CPU.
+
+    `step_times` are those of the timed steps, in order; empty in files of before. `plan_digest` is of the plan, "" of the
+    plain step; None in files of before.
     """
 
     peak_bytes: int
@@ -46,6 +49,8 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     steps: int
     reserved_bytes: int
     other_bytes: int
+    step_times: list[float] = []
+    plan_digest: str | None = None
 
     def __str__(self) -> str:
         extra = (
@@ -112,6 +117,8 @@ def measure(
         steps=steps,
         reserved_bytes=reserved,
         other_bytes=other,
+        step_times=times,
+        plan_digest=plan.digest if plan is not None else "",
     )
 
 

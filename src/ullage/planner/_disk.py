@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -95,25 +95,35 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         )
 
 
+@dataclass(frozen=True)
+class DiskRequest:
+    """What `plan`'s arguments say of places beside the device's memory: see there."""
+
+    directory: str | Path | None = None
+    budget: int | str | None = None
+    host_budget: int | str | None = None
+
+
 def choose_disk(
-    directory: str | Path | None, budget: int | str | None, host: int | str | None, work: Any, device: str | None
+    request: DiskRequest, work: Any, device: str | None, progress: Callable[[str], None] | None = None
 ) -> Disk | None:
-    """The disk that `plan`'s arguments name, its speed measured; None if they name none.
+    """The disk that a request names, its speed measured; None if it names none.
 
     Raises:
         ArgumentError: one without the other. BudgetError: not a size. DeviceError: not for this device.
         OffloadError: the directory is no place for a file of that size.
     """
+    directory, budget = request.directory, request.budget
+    if directory is None and budget is None and request.host_budget is None:
+        return None
     kind = choose_device(work, device)
     cpu = kind.facts.kind == "cpu" and not kind.estimate
-    if host is not None:
+    if request.host_budget is not None:
         if cpu:
             raise DeviceError(
                 "host_budget: pinned memory beside a CUDA device; this model is on the CPU, which has none beside it"
             )
         raise DeviceError("host_budget: not there yet; on a CUDA device plans can keep, recompute and select")
-    if directory is None and budget is None:
-        return None
     if directory is None or budget is None:
         missing = "disk_directory" if directory is None else "disk_budget"
         raise ArgumentError(
@@ -124,6 +134,8 @@ def choose_disk(
             f"disk_budget: saved tensors on {kind.name} can't go to disk yet, only those of a model on the CPU"
         )
     capacity = parse_budget(budget, "disk_budget").resolve(0, None)
+    if progress is not None:
+        progress(f"measuring how fast {directory} is")
     speed = measure_bandwidth(directory, min(capacity, MEASURED_BYTES))
     return Disk(
         directory=os.path.realpath(directory),

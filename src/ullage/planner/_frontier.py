@@ -156,9 +156,18 @@ def frontier(
         ArgumentError: `points` is not a whole number of 2 or more.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    check_points(points)
+    return frontier_of(prepare(work, device, costs, profile, units, progress), points)
+
+
+def check_points(points: int) -> None:
+    """Raise ArgumentError unless this is a number of budgets."""
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise ArgumentError(f"points={points!r}: expected a whole number of 2 or more")
-    s = prepare(work, device, costs, profile, units, progress)
+
+
+def frontier_of(s: Study, points: int) -> Frontier:
+    """The frontier of a study; see `frontier`."""
     high, low = max(s.peak(c) for c in s.plain_capture) + s.reserve_bytes, smallest_bytes(s)
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]

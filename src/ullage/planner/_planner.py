@@ -14,7 +14,7 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._disk import Disk, Traffic, choose_disk, solve_with_disk, without_disk
+from ullage.planner._disk import Disk, DiskRequest, Traffic, choose_disk, solve_with_disk, without_disk
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -83,10 +83,31 @@ def plan(
         BudgetError: the budget or the headroom can't be read. BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    overrides, disk = (
+        Overrides(pin or {}, forbid, headroom, simple),
+        DiskRequest(disk_directory, disk_budget, host_budget),
+    )
+    return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, disk, progress)[1]
+
+
+@leaves_rng
+def study_and_plan(
+    work: Workload,
+    budget: int | str | None,
+    device: str | None = None,
+    policy: str = "optimal",
+    costs: str = "auto",
+    profile: Profile | None = None,
+    units: Sequence[str] | None = None,
+    overrides: Overrides | None = None,
+    disk: DiskRequest | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Study, Plan]:
+    """`plan`, and the study it comes from: for who shows more of the step than the plan does."""
     check_policy(policy)
-    overrides = Overrides(pin or {}, forbid, headroom, simple)
+    overrides, disk = overrides or Overrides(), disk or DiskRequest()
     sends = "policy 'offload'" if policy == "offload" else overrides.needs_disk
-    if sends and disk_directory is None:
+    if sends and disk.directory is None:
         raise ArgumentError(
             f"{sends}: has tensors leave memory, and disk_directory, with disk_budget, does not say where to"
         )
@@ -94,15 +115,12 @@ def plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
-    if disk_directory is not None and progress is not None:
-        progress(f"measuring how fast {disk_directory} is")
-    disk = choose_disk(disk_directory, disk_budget, host_budget, work, device)
-    s = prepare(work, device, costs, profile, units, progress, disk)
+    s = prepare(work, device, costs, profile, units, progress, choose_disk(disk, work, device, progress))
     s.explains = True
     plain = _fresh_peak(s, {})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
     s.headroom_bytes = overrides.headroom_bytes(plain, s.device.memory_bytes)
-    return decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
+    return s, decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
 
 
 def prepare(
@@ -134,10 +152,10 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     Raises:
         BudgetInfeasible: no plan fits, or the named policy does not.
     """
-    baseline = _forecast(s, *s.plain_capture)
+    baseline = forecast(s, *s.plain_capture)
     assignment, bound = _choose(s, limit, policy, baseline)
     if restriction is None:
-        return _finish(s, assignment, limit, policy, baseline, bound, {})
+        return finish(s, assignment, limit, policy, baseline, bound, {})
     pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, limit, policy, baseline))
     notes = []
     if restriction.overrides.tolerance and limit is not None:
@@ -146,7 +164,7 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
             s, assignment, restriction.overrides.tolerance, room, lambda: _optimal(s, room)[0]
         )
         notes.append(note)
-    made = _finish(s, assignment, limit, policy, baseline, bound, restriction.why())
+    made = finish(s, assignment, limit, policy, baseline, bound, restriction.why())
     forbidden = sorted(restriction.overrides.forbid)
     return structs.replace(made, pins=pins, forbidden=forbidden, notes=[*made.notes, *filter(None, notes)])
 
@@ -336,7 +354,8 @@ def _overestimate(s: Study) -> int:
     return max(seen)
 
 
-def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
+def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
+    """What is predicted of a captured first and later step."""
     peaks = s.peak(first), s.peak(later)
     phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
     moved = s.overlap(later)
@@ -352,7 +371,7 @@ def _forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
     )
 
 
-def _finish(
+def finish(
     s: Study,
     assignment: dict[str, Option],
     limit: int | None,
@@ -361,13 +380,14 @@ def _finish(
     bound: float,
     pinned: Mapping[str, str],
 ) -> Plan:
+    """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
     first, later = s.execute_fresh(assignment)
     if s.disk is not None and not s.fits_disk(later):
         raise BudgetError(
             f"disk_budget: {format_bytes(s.disk.capacity_bytes)}, but {format_bytes(s.file_bytes(later))} are on disk at once "
             f"under policy {policy!r} with these pins; raise it, or pin fewer units"
         )
-    predicted = _forecast(s, first, later)
+    predicted = forecast(s, first, later)
     recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
     rows = []

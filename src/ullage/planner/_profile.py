@@ -129,8 +129,24 @@ def profile(
         units: FQN globs, instead of the blocks the architecture shows.
         progress: called with a line at each stage.
     """
+    return study_and_profile(work, device, costs, units, progress)[1]
+
+
+@leaves_rng
+def study_and_profile(
+    work: Workload,
+    device: str | None = None,
+    costs: str = "auto",
+    units: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Study, Profile]:
+    """`profile`, and the study it comes from: for who shows more of the step than the profile does."""
     s = study(work, device, costs, units, None, progress)
     find_options(s)
+    return s, _profile_of(s)
+
+
+def _profile_of(s: Study) -> Profile:
     first, later = s.plain_capture
     peaks = s.peak(first), s.peak(later)
     worst = first if peaks[0] > peaks[1] else later

@@ -1,11 +1,13 @@
-"""Shows what the planner knows: the timeline of a step, its exports, comparisons, and a gate for CI."""
+"""Shows what the planner knows: the timeline of a step, its exports, a page, comparisons, and a gate for CI."""
 
 from ullage.report._baseline import Baseline, StepFacts, UnitState
 from ullage.report._check import Gate, check
 from ullage.report._compare import Comparison, UnitRow, compare
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
+from ullage.report._overview import Measured, Overview
 from ullage.report._records import Allocation, Allocations, Event, Events
+from ullage.report._report import report
 from ullage.report._rows import Row
 from ullage.report._sides import Side
 from ullage.report._timeline import Timeline
@@ -19,6 +21,8 @@ __all__ = [
     "Event",
     "Events",
     "Gate",
+    "Measured",
+    "Overview",
     "Row",
     "Side",
     "StepFacts",
@@ -28,5 +32,6 @@ __all__ = [
     "check",
     "check_export",
     "compare",
+    "report",
     "timeline",
 ]

@@ -19,7 +19,7 @@ from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide, prepare
 from ullage.planner._study import Study
 from ullage.report._baseline import VERSION, Baseline, StepFacts, UnitState
-from ullage.report._make import timeline_of
+from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._rows import Row, by_module, grouped, rows, signed
 from ullage.workload import Workload
 
@@ -200,7 +200,7 @@ def _facts(
         s, assignment = study_plan(work, plan, device, costs, profile, progress)
     else:
         s = prepare(work, device, costs, profile, None, progress)
-    plain = timeline_of(s, {u.fqn: KEEP for u in s.units}, s.plain_capture)
+    plain = plain_timeline_of(s)
     if budget is not None:
         limit = parse_budget(budget).resolve(plain.peak_bytes, s.device.memory_bytes)
         try:
@@ -209,7 +209,7 @@ def _facts(
         except BudgetInfeasible as error:
             infeasible = str(error)
     if plan is not None:
-        planned = StepFacts.of(timeline_of(s, assignment, s.execute_fresh(assignment), plan))
+        planned = StepFacts.of(planned_timeline_of(s, plan))
     now = Baseline(
         version=VERSION,
         device=s.device.name,

@@ -13,7 +13,7 @@ from ullage.report._rows import Row, grouped, rows, signed
 from ullage.report._sides import Compared, Side, know_owners, read, side
 
 _ROWS = 12
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class UnitRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,9 +41,19 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     same_units: int
     notes: list[str]
 
+    def export(self, path: str | Path) -> None:
+        """Write it as one HTML file that needs nothing else.
+
+        Raises:
+            ArgumentError: the ending is not .html, the folder is not there, or plotly or Jinja is not installed.
+        """
+        from ullage.report._page import comparison_page
+
+        comparison_page(self, path)
+
     def __str__(self) -> str:
         two = len(self.sides) == 2
-        letters = _LETTERS[: len(self.sides)]
+        letters = LETTERS[: len(self.sides)]
         lines = ["compare"]
         for letter, s in zip(letters, self.sides, strict=True):
             on = f" on {s.device} (costs: {s.costs})" if s.device is not None else ""
@@ -62,16 +72,21 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         lines += [*_table("alive at the peak, by category", self.by_category), *_table("by module", self.by_module)]
         if self.units:
             lines.append(f"  units that differ ({self.same_units} do not)")
-            said = grouped([(u.unit, _said(u.actions)) for u in self.units])
+            said = said_of_units(self)
             lines += [f"    {line}" for line in said[:_ROWS]]
             lines += [f"    and {len(said) - _ROWS} more"] if len(said) > _ROWS else []
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
 
 
+def said_of_units(c: Comparison) -> list[str]:
+    """What is done with the units that are not treated alike; neighbours of which the same is said share a line."""
+    return grouped([(u.unit, _said(u.actions)) for u in c.units])
+
+
 def _said(actions: Sequence[str | None]) -> str:
     """Each action once, after the letters of those that take it."""
     by_action: dict[str, str] = {}
-    for letter, action in zip(_LETTERS, actions, strict=False):
+    for letter, action in zip(LETTERS, actions, strict=False):
         by_action[action or "-"] = by_action.get(action or "-", "") + letter
     return "; ".join(f"{letters} {action}" for action, letters in by_action.items())
 
@@ -121,9 +136,9 @@ def compare(*given: Compared | str | Path) -> Comparison:
         ArgumentError: fewer than two, or something else.
         PlanError: a file can't be read.
     """
-    if not 2 <= len(given) <= len(_LETTERS):
+    if not 2 <= len(given) <= len(LETTERS):
         raise ArgumentError(
-            f"compare: expected 2 to {len(_LETTERS)} plans, profiles, timelines, measurements or runs, got {len(given)}"
+            f"compare: expected 2 to {len(LETTERS)} plans, profiles, timelines, measurements or runs, got {len(given)}"
         )
     found = [(read(x), str(x)) if isinstance(x, str | Path) else (x, None) for x in given]
     for x, _ in found:
@@ -157,7 +172,7 @@ def _notes(sides: Sequence[Side]) -> Iterator[str]:
     for what, values in (("devices", [s.device for s in sides]), ("costs", [s.costs for s in sides])):
         if len({v for v in values if v is not None}) > 1:
             yield f"{what} differ: {', '.join(v or 'measured' for v in values)}"
-    for letter, s in zip(_LETTERS, sides, strict=False):
+    for letter, s in zip(LETTERS, sides, strict=False):
         if s.device is not None and s.by_category is None:
             yield f"{letter} does not say what is alive at its peak; a timeline of it does"
         if s.no_peak:

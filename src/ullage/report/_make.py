@@ -69,7 +69,7 @@ def timeline_of(
     modules = storages.modules
     paths = [tuple(modules(fqn) for fqn in stack) for stack in session.tracker.stacks]
     ops, sources = _Names(), _Names()
-    of_signature = [ops(str(x.func)) for x in session.signatures]
+    names = [str(x.func) for x in session.signatures]  # of all that the session has run: only some are in these steps
     seconds = _seconds(s, first, later)
     return Timeline(
         version=VERSION,
@@ -90,7 +90,7 @@ def timeline_of(
         events=Events(
             phase=Column.of([PHASES.index(p) for p in trace.phase[window]]),
             stack=Column.of([stacks(paths[k]) for k in trace.stack[window]]),
-            op=Column.of([of_signature[k] for k in trace.signature[window]]),
+            op=Column.of([ops(names[k]) for k in trace.signature[window]]),
             source=Column.of([sources(x) for x in trace.source[window]]),
             seconds=Column.of(seconds),
             recomputed=Column.of(ledger.recomputed[window].astype(np.int64)),
@@ -106,6 +106,17 @@ def timeline_of(
         names=storages.names.all,
         notes=list(session.values.assumptions),
     )
+
+
+def plain_timeline_of(s: Study) -> Timeline:
+    """The timeline of a study's plain step."""
+    return timeline_of(s, {u.fqn: KEEP for u in s.units}, s.plain_capture)
+
+
+def planned_timeline_of(s: Study, plan: Plan) -> Timeline:
+    """The timeline of a step under a plan that was made on this study, or for its workload."""
+    assignment = {d.unit: d.settings().option for d in plan.decisions}
+    return timeline_of(s, assignment, s.execute_fresh(assignment), plan)
 
 
 class _Names:

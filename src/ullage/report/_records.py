@@ -90,6 +90,15 @@ class Allocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     death: int
 
 
+class PhaseFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A phase of a step: its highest bytes, its time, and how many ops it has."""
+
+    name: str
+    nbytes: int
+    seconds: float
+    ops: int
+
+
 def where(e: Event) -> str:
     """The moment, in words."""
     again = ", recomputed" if e.recomputed else ""

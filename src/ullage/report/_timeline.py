@@ -26,6 +26,7 @@ from ullage.report._records import (
     Array,
     Event,
     Events,
+    PhaseFacts,
     where,
 )
 
@@ -181,7 +182,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sorted(rows, key=lambda h: -h.nbytes)
 
     def export(self, path: str | Path) -> None:
-        """Write the timeline for another tool; the file's ending says which: see `ullage.report.ENDINGS`.
+        """Write the timeline for another tool; the file's ending says which: see `ENDINGS` of this package.
 
         Raises:
             ArgumentError: another ending, a folder that is not there, or a package that is not installed.
@@ -226,7 +227,9 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         lines.append("  by unit")
         lines += [f"    {row}" for row in holding_rows(self.holdings(units=True))[:_ROWS]]
         lines.append("  of the later step")
-        lines += [f"    {row}" for row in _phase_rows(self)]
+        for phase in phases_of(self):
+            time = format_seconds(phase.seconds)
+            lines.append(f"    {phase.name:<22} {format_bytes(phase.nbytes):>12}  {time:>10}  {phase.ops} ops")
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
 
 
@@ -242,15 +245,14 @@ def unit_of(module: str, units: Collection[str]) -> str:
     return name or module
 
 
-def _phase_rows(t: Timeline) -> list[str]:
-    """Time and highest bytes of each phase, replays apart."""
+def phases_of(t: Timeline) -> list[PhaseFacts]:
+    """Forward, backward, optimizer and what is recomputed (which counts to no other), of the later step."""
     rows, some = [], t.steps["later"]
     phase, again = t.events.phase.values[some], t.events.recomputed.values[some] == 1
     seconds, live = t.events.seconds.values[some], t.live_bytes[some]
     for name, chosen in [(p, (phase == k) & ~again) for k, p in enumerate(PHASES)] + [("recomputed", again)]:
         if chosen.any():
-            time = format_seconds(float(seconds[chosen].sum()))
-            rows.append(f"{name:<22} {format_bytes(int(live[chosen].max())):>12}  {time:>10}  {int(chosen.sum())} ops")
+            rows.append(PhaseFacts(name, int(live[chosen].max()), float(seconds[chosen].sum()), int(chosen.sum())))
     return rows
 
 

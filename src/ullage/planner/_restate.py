@@ -1,0 +1,67 @@
+"""A plan that exists already, with the bytes and seconds of now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from msgspec import structs
+
+from ullage.mechanisms import KEEP, Option
+from ullage.planner._model import model_of
+from ullage.planner._options import capture_also, capture_options
+from ullage.planner._overrides import only
+from ullage.planner._plan import Decision, Plan
+from ullage.planner._planner import finish, forecast
+from ullage.planner._study import Study
+
+
+def restate(s: Study, plan: Plan) -> Plan:
+    """A plan with the bytes and seconds that this study finds; what was decided, and why, stays.
+
+    A file may have been edited by hand, and times that were measured are those of another day.
+    """
+    assignment = {u.fqn: KEEP for u in s.units} | {d.unit: d.settings().option for d in plan.decisions}
+    alone = {f: replace(o, place=None) for f, o in assignment.items()}
+    everything = _offer(s, alone)
+    with only(s, {f: list(dict.fromkeys([KEEP, o])) for f, o in alone.items()}):
+        reasons = {d.unit: d.reason for d in plan.decisions}
+        baseline = forecast(s, *s.plain_capture)
+        made = finish(s, assignment, plan.budget_bytes, plan.policy, baseline, 0.0, reasons)
+        known = _known(s) if len(s.captures) > 1 else {}
+    s.options = everything
+    return structs.replace(
+        made,
+        decisions=[_as_found(d, alone[d.unit] in known.get(d.unit, alone.values())) for d in made.decisions],
+        lower_bound_seconds=min(plan.lower_bound_seconds, made.predicted.step_seconds),
+        gap=plan.gap,
+        headroom_bytes=plan.headroom_bytes,
+        forbidden=plan.forbidden,
+        pins=plan.pins,
+    )
+
+
+def _offer(s: Study, alone: Mapping[str, Option]) -> dict[str, list[Option]]:
+    """Capture what the plan takes, where the planner would not think of it itself; return the options there were."""
+    if all(o == KEEP for o in alone.values()):
+        return s.options
+    capture_options(s)
+    everything = {f: list(o) for f, o in s.options.items()}
+    more: dict[Option, list[str]] = {}
+    for fqn, option in alone.items():
+        if option not in s.options[fqn]:
+            s.options[fqn] = [*s.options[fqn], option]
+            more.setdefault(option, []).append(fqn)
+    for option, fqns in more.items():
+        capture_also(s, option, fqns)
+    return everything
+
+
+def _known(s: Study) -> dict[str, set[Option]]:
+    model = model_of(s)
+    return {f: {o.option for o in options} for f, options in zip(model.units, model.options, strict=True)}
+
+
+def _as_found(d: Decision, in_model: bool) -> Decision:
+    """The model leaves out an option that holds no less than keeping does: nothing is freed."""
+    return d if in_model else structs.replace(d, bytes_freed=0)

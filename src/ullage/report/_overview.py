@@ -1,0 +1,105 @@
+"""`Overview`: all that is known of one step, for the report: its timelines, plan, frontier and measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage.measure._measure import Measurement
+from ullage.planner import Frontier, Plan
+from ullage.report._records import where
+from ullage.report._timeline import Timeline
+
+_HOLDERS = 4
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A measurement, where it is from, and whether it is of the planned step."""
+
+    name: str
+    planned: bool
+    measurement: Measurement
+
+
+class Overview(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A step at a glance. `str(overview)` is a few lines, `overview.export("report.html")` a page.
+
+    Attributes:
+        title: what is trained.
+        plan: with bytes and seconds as they are now; of the plain step, that of the policy "none".
+        plain: the plain step.
+        planned: the step under the plan; None if there is none.
+        frontier: None if it was not asked for.
+        measured: real steps, to be held against what is predicted.
+        notes: what is assumed, and what does not compare.
+    """
+
+    title: str
+    plan: Plan
+    plain: Timeline
+    planned: Timeline | None
+    frontier: Frontier | None
+    measured: list[Measured]
+    notes: list[str]
+
+    @property
+    def judged(self) -> Timeline:
+        """The planned step, or the plain one if there is no plan."""
+        return self.planned or self.plain
+
+    @property
+    def slowdown(self) -> float:
+        """The step's predicted time over that of the plain step, less one."""
+        plain = self.plain.step_seconds
+        return self.judged.step_seconds / plain - 1 if plain else 0.0
+
+    @property
+    def lede(self) -> list[str]:
+        """The answer in sentences: the peak, what holds it, the budget, the time."""
+        t, at, budget = self.judged, self.judged.peak, self.plan.budget_bytes
+        what = "planned" if self.planned is not None else "plain"
+        source = f", {at.source}" if at.source else ""
+        holders = sorted(at.by_category.items(), key=lambda row: -row[1])[:_HOLDERS]
+        held = ", ".join(f"{c} {format_bytes(n)} ({n / max(t.peak_bytes, 1):.0%})" for c, n in holders)
+        said = [
+            f"The {what} step peaks at {format_bytes(t.peak_bytes)} ({t.peak_bytes:,} bytes), in {where(at)}{source}.",
+            f"At that moment it holds {held}.",
+        ]
+        if budget is not None:
+            left = budget - t.peak_bytes
+            room = (
+                f"{format_bytes(left)} of it are free" if left >= 0 else f"the peak is {format_bytes(-left)} above it"
+            )
+            said.append(f"The budget is {format_bytes(budget)}: {room}.")
+        time = f"A step takes about {format_seconds(t.step_seconds)}"
+        if self.planned is not None:
+            said.append(
+                f"{time}, {self.slowdown:+.1%} against the plain step's {format_seconds(self.plain.step_seconds)}."
+            )
+        else:
+            said.append(f"{time}.")
+        return said
+
+    def export(self, path: str | Path) -> None:
+        """Write the report as one HTML file that needs nothing else.
+
+        Raises:
+            ArgumentError: the ending is not .html, the folder is not there, or plotly or Jinja is not installed.
+        """
+        from ullage.report._page import overview_page
+
+        overview_page(self, path)
+
+    def __str__(self) -> str:
+        label = ", an ESTIMATE: this device is not here" if self.plain.estimate else ""
+        lines = [f"report on {self.title}, {self.plain.device}{label} (costs: {self.plain.costs})"]
+        lines += [f"  {sentence}" for sentence in self.lede]
+        for m in self.measured:
+            t = self.planned if m.planned and self.planned is not None else self.plain
+            lines.append(
+                f"  measured ({m.name}): peak {format_bytes(m.measurement.peak_bytes)}, predicted {format_bytes(t.peak_bytes)}; "
+                f"step {format_seconds(m.measurement.step_seconds)}, predicted {format_seconds(t.step_seconds)}"
+            )
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
