@@ -472,3 +472,15 @@ def test_a_monitor_sees_what_leaves(tmp_path: Path) -> None:
     sent = sum(u.sent_bytes for u in handle.report().units)
     assert [r["offloaded_bytes"] for r in found if "offloaded_bytes" in r] == [sent // 4] * 4
     assert m.summary().offloaded_bytes == sent / 4 and "offloaded per step" in str(m)
+
+
+def test_what_is_shown_of_a_plan_with_a_disk(tmp_path: Path) -> None:
+    work = zoo.workload("gpt")
+    plain = ul.plan(work, policy="none").predicted.peak_bytes
+    plan = ul.plan(work, plain * 2 // 3, forbid=["recompute", "select"], disk_directory=tmp_path, disk_budget="256MiB")
+    assert plan.disk is not None and plan.bounds is not None
+    shown = ul.timeline(work, plan)
+    assert shown.peak_bytes == plan.predicted.peak_bytes == plan.bounds.peak_bytes
+    assert plan.bounds.by_category["library workspace"] == plan.disk.reserved_bytes
+    page = ul.report(work, plan=plan, points=None)
+    assert page.plan.predicted.peak_bytes == plan.predicted.peak_bytes and page.plan.disk == plan.disk

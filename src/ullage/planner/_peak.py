@@ -153,7 +153,7 @@ def bounds_of(
         op=op,
         source=session.trace.source[at],
         estimate=s.device.estimate,
-        by_category=by_category(live, facts.peak_bytes, s.device.facts.blas_workspace_bytes),
+        by_category=by_category(live, facts.peak_bytes, s.workspace_bytes(assignment)),
         holdings=_holdings(s, live),
         tensors=sorted(live, key=lambda t: -t.nbytes)[:MOST_TENSORS],
         levers=levers(facts, runs),

@@ -65,7 +65,7 @@ class PeakFacts:
         left = self.ledger.timeline.peak - (self.ledger.alive_bytes(some) * share).astype(np.int64)
         ops = max((c.ops for c in self.steps), key=lambda o: int(left[o].max()))
         op = int(ops.start) + int(left[ops].argmax())
-        return int(left[op]) + self.s.device.facts.blas_workspace_bytes, op
+        return int(left[op]) + self.s.workspace_bytes(self.assignment), op
 
     def held(self, some: Mask) -> int:
         """Bytes of some storages at the peak."""

@@ -9,7 +9,7 @@ from ullage._errors import ArgumentError
 from ullage.capture._units import unit_facts
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._options import find_options
-from ullage.planner._study import Study, saved_bytes, study
+from ullage.planner._study import Study, key_of, saved_bytes, study
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -40,9 +40,12 @@ def study_plan(
         names = [d.unit for d in plan.decisions]
         if names != [u.fqn for u in s.units]:  # it was made with units= of its own
             s.units = unit_facts(s.session, saved_bytes(s), names)
+        s.disk = plan.disk
     find_options(s)
     assignment = {u.fqn: KEEP for u in s.units}
     assignment |= {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
+    if plan is not None and plan.disk is not None:
+        s.windows[key_of(assignment)] = plan.disk.window_bytes
     return s, assignment
 
 

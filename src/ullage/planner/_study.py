@@ -115,8 +115,12 @@ class Study:
     def peak(self, capture: StepCapture) -> int:
         """The peak of a captured step, in bytes."""
         peak = int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
-        disk = self.disk_for(capture.assignment)
-        return peak + self.device.facts.blas_workspace_bytes + (disk.reserved_bytes if disk is not None else 0)
+        return peak + self.workspace_bytes(capture.assignment)
+
+    def workspace_bytes(self, assignment: Mapping[str, Option]) -> int:
+        """What is held all the time beside tensors: cuBLAS's workspace, and what a store's transfers may hold."""
+        disk = self.disk_for(assignment)
+        return self.device.facts.blas_workspace_bytes + (disk.reserved_bytes if disk is not None else 0)
 
     def disk_for(self, assignment: Mapping[str, Option]) -> Disk | None:
         """The disk that an assignment uses, with its window; None if nothing is sent there."""

@@ -86,7 +86,7 @@ def timeline_of(
         peak_event=peak_op(s, first if peaks[0] > peaks[1] else later) - begin,
         step_seconds=s.seconds(later),
         first_events=later.ops.start - begin,
-        workspace_bytes=s.device.facts.blas_workspace_bytes,
+        workspace_bytes=s.workspace_bytes(assignment),
         events=Events(
             phase=Column.of([PHASES.index(p) for p in trace.phase[window]]),
             stack=Column.of([stacks(paths[k]) for k in trace.stack[window]]),
