@@ -14,7 +14,8 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._disk import Disk, DiskRequest, Traffic, choose_disk, solve_with_disk, without_disk
+from ullage.planner._disk import Disk, DiskRequest, choose_disk, solve_with_disk, without_disk
+from ullage.planner._finish import finish, forecast
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -22,14 +23,14 @@ from ullage.planner._model import model_of
 from ullage.planner._options import find_options
 from ullage.planner._overrides import Overrides, Restriction
 from ullage.planner._peak import bounds_of
-from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
+from ullage.planner._plan import Forecast, Plan
 from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._profile import Profile
 from ullage.planner._schedule import Schedule, flat
 from ullage.planner._simple import fewer_actions
 from ullage.planner._solve import Solution, smallest
 from ullage.planner._solve import solve as solve_anew
-from ullage.planner._study import StepCapture, Study, key_of, recomputed_in, study
+from ullage.planner._study import StepCapture, Study, key_of, study
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
@@ -199,11 +200,13 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     return _assignment(model, (_solution(s, limit - s.reserve_bytes) or smallest(model)).schedule)
 
 
-def _solution(s: Study, target: int) -> Solution | None:
+def _solution(s: Study, target: int, disk: bool = True) -> Solution | None:
     """What the solver finds within `target` bytes; with a disk, the window that goes with it is noted."""
     model = model_of(s)
     if s.disk is None or s.pace is None:
         return solve(model, target)
+    if not disk:
+        return solve(without_disk(model), target)
     found = with_disk(model, s.pace, target, s.disk)
     if found is None:
         return None
@@ -270,11 +273,28 @@ def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> Budge
 
 
 def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
-    """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds."""
-    model = model_of(s)
-    target, chosen, bound = limit, None, None
+    """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds.
+
+    What is simulated while choosing is coarser than what is then executed. So that a disk never makes a step slower, a
+    choice that sends something is compared with the best one that sends nothing.
+    """
+    chosen, bound = _confirmed(s, limit, disk=True)
+    if chosen is None:
+        chosen = _smallest(s)
+        if _fresh_peak(s, chosen.assignment) > limit:
+            raise _infeasible(s, limit + s.reserve_bytes, chosen)
+    found = [_whole(s, chosen, limit)]
+    if any(o.offloads for o in found[0].values()) and (without := _confirmed(s, limit, disk=False)[0]) is not None:
+        found.append(_whole(s, without, limit))
+        found.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
+    return found[0], bound
+
+
+def _confirmed(s: Study, limit: int, disk: bool) -> tuple[StepCapture | None, float]:
+    """What the solver chooses and execution shows to fit, None if there is none; and its lower bound."""
+    model, target, bound = model_of(s), limit, None
     for _ in range(MAX_TIGHTENINGS):
-        solution = _solution(s, target)
+        solution = _solution(s, target, disk)
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
@@ -284,15 +304,14 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
         if not s.fits_disk(trial):  # the model says less than what is sent
             break
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
-            chosen = trial
-            break
+            return trial, bound
         target -= over
-    if chosen is None:
-        chosen = _smallest(s)
-        if _fresh_peak(s, chosen.assignment) > limit:
-            raise _infeasible(s, limit + s.reserve_bytes, chosen)
+    return None, bound or 0.0
+
+
+def _whole(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
     everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
-    return _relax(s, everything, s.peak(chosen), limit), bound or 0.0
+    return _relax(s, everything, s.peak(chosen), limit)
 
 
 def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> dict[str, Option]:
@@ -312,11 +331,12 @@ def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> di
         slack = max(model.peak(at) - peak, seen) + SLACK_BYTES
         tries = []
         for u, facts in enumerate(model.options):
-            if at[u] == 0:
+            cheaper = [c for c in range(at[u]) if not facts[c].sent_bytes]  # what it costs to send is not in the model
+            if not cheaper:
                 continue
-            old, new = facts[at[u]], facts[at[u] - 1]
+            old, new = facts[at[u]], facts[cheaper[-1]]
             kind = new.option.name, new.held_bytes - old.held_bytes, new.seconds
-            said = model.peak([*at[:u], at[u] - 1, *at[u + 1 :]])
+            said = model.peak([*at[:u], cheaper[-1], *at[u + 1 :]])
             if said <= limit + slack and said < rejected.get(kind, said + 1):
                 tries.append((new.seconds - old.seconds, u, new.option, kind, said))
         if not tries:
@@ -352,110 +372,3 @@ def _overestimate(s: Study) -> int:
         if _assignment(model, flat(choice)) == wanted:
             seen.append(model.peak(choice) - s.peak_with_update(capture))
     return max(seen)
-
-
-def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
-    """What is predicted of a captured first and later step."""
-    peaks = s.peak(first), s.peak(later)
-    phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
-    moved = s.overlap(later)
-    return Forecast(
-        peak_bytes=max(peaks),
-        step_seconds=s.seconds(later),
-        first_step_peak_bytes=peaks[0],
-        later_step_peak_bytes=peaks[1],
-        phase=phase,
-        module=module,
-        op=op,
-        traffic=Traffic.of(moved) if moved is not None else None,
-    )
-
-
-def finish(
-    s: Study,
-    assignment: dict[str, Option],
-    limit: int | None,
-    policy: str,
-    baseline: Forecast,
-    bound: float,
-    pinned: Mapping[str, str],
-) -> Plan:
-    """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
-    first, later = s.execute_fresh(assignment)
-    if s.disk is not None and not s.fits_disk(later):
-        raise BudgetError(
-            f"disk_budget: {format_bytes(s.disk.capacity_bytes)}, but {format_bytes(s.file_bytes(later))} are on disk at once "
-            f"under policy {policy!r} with these pins; raise it, or pin fewer units"
-        )
-    predicted = forecast(s, first, later)
-    recomputed = recomputed_in(s, later)
-    facts = model_of(s) if len(s.captures) > 1 else None
-    rows = []
-    for index, u in enumerate(s.units):
-        option = assignment[u.fqn]
-        known = {o.option: o for o in facts.options[index]} if facts else {}
-        keep, mine = known.get(KEEP), known.get(replace(option, place=None))
-        freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
-        if facts is not None and option.place is not None and option.place.depth:
-            freed += facts.link_bytes[index]
-        ops, seconds = recomputed.get(u.fqn, (0, 0.0))
-        shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
-        rows.append(
-            Decision(
-                unit=u.fqn,
-                action=option.name,
-                bytes_freed=0 if option == KEEP else freed,
-                seconds_added=seconds,
-                recomputed_ops=ops,
-                reason=u.keep_reason
-                or pinned.get(u.fqn)
-                or (
-                    "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
-                ),
-                buffers=list(u.buffers),
-                keeps_routing=u.routing,
-                input_elements=_elements(shape.shapes) if shape else 0,
-                place=option.place,
-            )
-        )
-    notes = list(s.plain_session.values.assumptions)
-    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
-    if s.device.estimate:
-        notes.append(
-            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
-        )
-    model = first.session.inst.model if s.work.factory is not None else s.work.model
-    return Plan(
-        version=VERSION,
-        budget_bytes=limit,
-        policy=policy,
-        device=s.device.name,
-        costs=s.costs_mode,
-        estimate=s.device.estimate,
-        predicted=predicted,
-        baseline=baseline,
-        lower_bound_seconds=min(bound, predicted.step_seconds),
-        gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
-        decisions=rows,
-        shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
-        model=fingerprint(model),
-        notes=notes,
-        environment=environment(),
-        headroom_bytes=s.headroom_bytes,
-        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
-        disk=s.disk_for(assignment),
-    )
-
-
-def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:
-    total = 0
-    for shape in shapes:
-        n = 1
-        for d in shape:
-            n *= d
-        total += n
-    return total
-
-
-def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
-    return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])

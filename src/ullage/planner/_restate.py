@@ -8,11 +8,11 @@ from dataclasses import replace
 from msgspec import structs
 
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._finish import finish, forecast
 from ullage.planner._model import model_of
 from ullage.planner._options import capture_also, capture_options
 from ullage.planner._overrides import only
 from ullage.planner._plan import Decision, Plan
-from ullage.planner._planner import finish, forecast
 from ullage.planner._study import Study
 
 

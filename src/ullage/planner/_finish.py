@@ -1,0 +1,123 @@
+"""From an executed assignment to a plan: what is predicted, and what is said of each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ullage._bytes import format_bytes
+from ullage._errors import BudgetError
+from ullage.mechanisms import KEEP, Option
+from ullage.planner._disk import Traffic
+from ullage.planner._live import peak_moment
+from ullage.planner._model import model_of
+from ullage.planner._peak import bounds_of
+from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
+from ullage.planner._study import StepCapture, Study, recomputed_in
+
+
+def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
+    """What is predicted of a captured first and later step."""
+    peaks = s.peak(first), s.peak(later)
+    phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
+    moved = s.overlap(later)
+    return Forecast(
+        peak_bytes=max(peaks),
+        step_seconds=s.seconds(later),
+        first_step_peak_bytes=peaks[0],
+        later_step_peak_bytes=peaks[1],
+        phase=phase,
+        module=module,
+        op=op,
+        traffic=Traffic.of(moved) if moved is not None else None,
+    )
+
+
+def finish(
+    s: Study,
+    assignment: dict[str, Option],
+    limit: int | None,
+    policy: str,
+    baseline: Forecast,
+    bound: float,
+    pinned: Mapping[str, str],
+) -> Plan:
+    """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
+    first, later = s.execute_fresh(assignment)
+    if s.disk is not None and not s.fits_disk(later):
+        raise BudgetError(
+            f"disk_budget: {format_bytes(s.disk.capacity_bytes)}, but {format_bytes(s.file_bytes(later))} are on disk at once "
+            f"under policy {policy!r} with these pins; raise it, or pin fewer units"
+        )
+    predicted = forecast(s, first, later)
+    recomputed = recomputed_in(s, later)
+    facts = model_of(s) if len(s.captures) > 1 else None
+    rows = []
+    for index, u in enumerate(s.units):
+        option = assignment[u.fqn]
+        known = {o.option: o for o in facts.options[index]} if facts else {}
+        keep, mine = known.get(KEEP), known.get(replace(option, place=None))
+        freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
+        if facts is not None and option.place is not None and option.place.depth:
+            freed += facts.link_bytes[index]
+        ops, seconds = recomputed.get(u.fqn, (0, 0.0))
+        shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
+        rows.append(
+            Decision(
+                unit=u.fqn,
+                action=option.name,
+                bytes_freed=0 if option == KEEP else freed,
+                seconds_added=seconds,
+                recomputed_ops=ops,
+                reason=u.keep_reason
+                or pinned.get(u.fqn)
+                or (
+                    "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
+                ),
+                buffers=list(u.buffers),
+                keeps_routing=u.routing,
+                input_elements=_elements(shape.shapes) if shape else 0,
+                place=option.place,
+            )
+        )
+    notes = list(s.plain_session.values.assumptions)
+    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
+    if s.device.estimate:
+        notes.append(
+            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
+        )
+    model = first.session.inst.model if s.work.factory is not None else s.work.model
+    return Plan(
+        version=VERSION,
+        budget_bytes=limit,
+        policy=policy,
+        device=s.device.name,
+        costs=s.costs_mode,
+        estimate=s.device.estimate,
+        predicted=predicted,
+        baseline=baseline,
+        lower_bound_seconds=min(bound, predicted.step_seconds),
+        gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
+        decisions=rows,
+        shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
+        model=fingerprint(model),
+        notes=notes,
+        environment=environment(),
+        headroom_bytes=s.headroom_bytes,
+        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
+        disk=s.disk_for(assignment),
+    )
+
+
+def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:
+    total = 0
+    for shape in shapes:
+        n = 1
+        for d in shape:
+            n *= d
+        total += n
+    return total
+
+
+def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
+    return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])
