@@ -205,7 +205,7 @@ def best_of_all(model: StepModel, pace: Pace, budget: int, disk: Disk) -> float 
                 best = added if best is None else min(best, added)
             continue
         for times in WINDOWS:
-            window = times * pace.largest_bytes
+            window = int(times * pace.largest_bytes)
             if peak + structs.replace(disk, window_bytes=window).reserved_bytes > budget or sent > disk.capacity_bytes:
                 continue
             ticks, _, most = reference(events_of(model, pace, flat(choice)), window)

@@ -34,6 +34,16 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Span:
+    """One transfer: when it is under way, in seconds from the step's begin."""
+
+    out: bool
+    begin: float
+    end: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Overlap:
     """What a simulation showed.
 
@@ -45,6 +55,8 @@ class Overlap:
         stalled_seconds: time the step waited for either.
         late: how often it waited for what had been asked for ahead.
         resident_bytes: the most that was in the backlog and read ahead at any moment.
+        spans: the transfers, those of each channel in order.
+        waits: (index of the event, seconds) of each event that the step waits at.
     """
 
     seconds: float
@@ -54,6 +66,8 @@ class Overlap:
     stalled_seconds: float
     late: int
     resident_bytes: int
+    spans: tuple[Span, ...] = ()
+    waits: tuple[tuple[int, float], ...] = ()
 
 
 class _Step:
@@ -69,6 +83,7 @@ class _Step:
         self.written: dict[float, float] = {}
         self.ready: dict[float, float] = {}  # what was asked for ahead, and when it is there
         self.wanted: deque[float] = deque()
+        self.spans: list[Span] = []
         self.order: list[float] = []
         self.number: dict[float, int] = {}
         self.front = 0  # from this number on all have been asked for
@@ -89,7 +104,9 @@ class _Step:
             self.wait(self.backlog[0][0])
             self.drain()
         seconds = nbytes / self.c.write_bytes_per_second
-        self.out_free = max(self.now, self.out_free) + seconds
+        begin = max(self.now, self.out_free)
+        self.out_free = begin + seconds
+        self.spans.append(Span(True, begin, self.out_free, nbytes))
         self.busy += seconds
         self.sent += nbytes
         self.size[ticket], self.written[ticket] = nbytes, self.out_free
@@ -123,7 +140,9 @@ class _Step:
 
     def _read(self, ticket: float) -> None:
         seconds = self.size[ticket] / self.c.read_bytes_per_second
-        self.in_free = max(self.now, self.in_free) + seconds
+        begin = max(self.now, self.in_free)
+        self.in_free = begin + seconds
+        self.spans.append(Span(False, begin, self.in_free, self.size[ticket]))
         self.busy += seconds
         self.fetched += self.size[ticket]
 
@@ -164,13 +183,17 @@ def overlap(events: Iterable[Event], channels: Channels) -> Overlap:
     """Go through a step's events; a ticket may be asked for several times, but not before it left."""
     events = list(events)
     step = _Step(channels, Counter(what for kind, what, _ in events if kind == IN))
-    for kind, what, nbytes in events:
+    waits = []
+    for k, (kind, what, nbytes) in enumerate(events):
+        before = step.stalled
         if kind == COMPUTE:
             step.now += what
         elif kind == OUT:
             step.put(what, nbytes)
         else:
             step.get(what)
+        if step.stalled > before:
+            waits.append((k, step.stalled - before))
     return Overlap(
         step.now,
         step.sent,
@@ -179,4 +202,6 @@ def overlap(events: Iterable[Event], channels: Channels) -> Overlap:
         step.stalled,
         step.late,
         step.most,
+        tuple(step.spans),
+        tuple(waits),
     )

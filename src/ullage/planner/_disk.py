@@ -31,7 +31,7 @@ from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate, flat
 from ullage.planner._solve import Solution, solve
 
 PRICES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of what a byte takes to leave and come back
-WINDOWS = (0, 1, 2, 4)  # times the largest tensor that leaves
+WINDOWS = (0, 0.5, 1, 2, 4)  # times the largest tensor that leaves
 MEASURED_BYTES = 2**27  # written and read to measure a directory
 MOST_WHOLE = 1000  # assignments that are gone through one by one
 MOST_LOOKS = 8000  # schedules after which no more neighbours are looked at
@@ -239,7 +239,7 @@ class _Choice:
     def __init__(self, model: StepModel, pace: Pace, budget: int, disk: Disk) -> None:
         self.model, self.pace, self.budget, self.disk = model, pace, budget, disk
         self.idle = overlap(events_of(model, pace, ()), disk.channels).seconds  # the plain step, as events
-        self.windows = sorted({w * pace.largest_bytes for w in WINDOWS})
+        self.windows = sorted({int(w * pace.largest_bytes) for w in WINDOWS})
         self.seen: dict[tuple[Schedule, int], _Found | None] = {}
 
     def best(self) -> tuple[Solution, Disk] | None:

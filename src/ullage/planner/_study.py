@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 from msgspec import structs
 
 from ullage._errors import ArgumentError
@@ -154,7 +155,7 @@ class Study:
         disk, moved = self.disk_for(capture.assignment), self.transfers(capture)
         if disk is None or not moved:
             return None
-        done = np.concatenate([[0.0], np.cumsum(self.timeline(capture.session).seconds[capture.ops])])
+        done = np.concatenate([[0.0], np.cumsum(self.op_seconds(capture))])
         events: list[Event] = []
         at = 0
         for t in moved:
@@ -190,6 +191,30 @@ class Study:
     def plain_capture(self) -> tuple[StepCapture, StepCapture]:
         """The plain step: the first and a later one."""
         return StepCapture(self.plain_session, self.plain_steps[0], {}), self.captures["keep"]
+
+    def waits(self, capture: StepCapture) -> list[tuple[int, float]]:
+        """(op, seconds) of each op that a captured step runs only after it has waited for a transfer."""
+        seen, moved = self.overlap(capture), self.transfers(capture)
+        if seen is None:
+            return []
+        # of two events each transfer is the second; what waits at the step's end belongs to its last op
+        return [(min(moved[k // 2].op, capture.ops.stop - 1), seconds) for k, seconds in seen.waits]
+
+    def op_seconds(self, capture: StepCapture) -> npt.NDArray[np.float64]:
+        """Seconds of each op of a captured step; host time of a unit's replays is spread evenly over what they run again."""
+        trace, stacks = capture.session.trace, capture.session.tracker.stacks
+        found = self.timeline(capture.session).seconds[capture.ops].copy()
+        again = recomputed_in(self, capture) if key_of(capture.assignment) else {}
+        shares = {
+            fqn: self.replay_seconds(fqn, option, again[fqn][0]) / again[fqn][0]
+            for fqn, option in capture.assignment.items()
+            if option != KEEP and fqn in again
+        }
+        of_stack = [sum(shares.get(fqn, 0.0) for fqn in stack) for stack in stacks]
+        for i in range(capture.ops.start, capture.ops.stop):
+            if trace.recomputed[i]:
+                found[i - capture.ops.start] += of_stack[trace.stack[i]]
+        return found
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step."""

@@ -6,7 +6,7 @@ from ullage.report._compare import Comparison, UnitRow, compare
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
 from ullage.report._overview import Measured, Overview
-from ullage.report._records import Allocation, Allocations, Event, Events
+from ullage.report._records import Allocation, Allocations, Event, Events, Transfer
 from ullage.report._report import report
 from ullage.report._rows import Row
 from ullage.report._sides import Side
@@ -27,6 +27,7 @@ __all__ = [
     "Side",
     "StepFacts",
     "Timeline",
+    "Transfer",
     "UnitRow",
     "UnitState",
     "check",

@@ -1,6 +1,6 @@
 """The timeline in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing read.
 
-Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), a counter track per category of live
+Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of what goes to disk and comes back, a counter track per category of live
 bytes, one for their sum, one for the budget, and a mark at the peak. Times are in µs, with three decimals; slices of a lane nest, as the
 format asks for.
 """
@@ -19,7 +19,7 @@ from ullage.report._records import PHASES, Array, where
 from ullage.report._timeline import Timeline
 
 PID = 1
-LANES = {1: "phases", 2: "modules", 3: "recomputed"}
+LANES = {1: "phases", 2: "modules", 3: "recomputed", 4: "to disk", 5: "from disk"}
 LIVE, TOTAL, BUDGET = "live bytes", "live bytes, all", "budget"
 Level = tuple[Hashable, str]  # what tells it from the one before, and its name
 
@@ -54,12 +54,15 @@ class _Trace:
     def events(self, title: str) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "pid": PID, "args": {"name": title}}
         for tid, name in LANES.items():
+            if tid > 3 and not self.t.transfers:
+                continue
             yield {"ph": "M", "name": "thread_name", "pid": PID, "tid": tid, "args": {"name": name}}
             yield {"ph": "M", "name": "thread_sort_index", "pid": PID, "tid": tid, "args": {"sort_index": tid}}
         everything = range(len(self.t))
         yield from self._lane(1, everything, self._in_phases)
         yield from self._lane(2, [i for i in everything if not self.again[i]], self._in_modules)
         yield from self._lane(3, [i for i in everything if self.again[i]], self._in_replays)
+        yield from self._transfers()
         yield from self._counters()
         yield self._peak()
 
@@ -109,6 +112,21 @@ class _Trace:
                 source = self.t.sources[self.t.events.source.values[first]]
                 made["args"] = {"event": first, "source": source, "live_bytes": int(self.t.live_bytes[first])}
             yield made
+
+    def _transfers(self) -> Iterator[dict[str, Any]]:
+        for x in self.t.transfers:
+            tid = 4 if x.out else 5
+            begin, end = (round(s * 1e9) for s in (x.start_seconds, x.start_seconds + x.seconds))
+            yield {
+                "ph": "X",
+                "name": format_bytes(x.nbytes),
+                "cat": LANES[tid],
+                "pid": PID,
+                "tid": tid,
+                "ts": _us(begin),
+                "dur": _us(end - begin),
+                "args": {"bytes": x.nbytes},
+            }
 
     def _counters(self) -> Iterator[dict[str, Any]]:
         live: dict[str, Array] = self.t.live_by_category

@@ -21,6 +21,7 @@ def drawn_overview(o: Overview) -> dict[str, Any]:
     return {
         "views": {"plain": drawn_timeline(o.plain)} | ({"planned": drawn_timeline(o.planned)} if o.planned is not None else {}),
         "budget": o.plan.budget_bytes,
+        "stalled": o.plan.predicted.traffic.stalled_seconds if o.plan.predicted.traffic is not None else None,
         "frontier": _frontier(o.frontier) if o.frontier is not None else None,
         "today": {"peak": o.judged.peak_bytes, "seconds": _short(o.judged.step_seconds), "name": "this plan" if o.planned is not None else "the plain step"},
         "measured": [
@@ -60,6 +61,7 @@ def drawn_timeline(t: Timeline, parts: int = PARTS) -> dict[str, Any]:
         "modules": modules[0],
         "ops": ops[0],
         "sources": sources[0],
+        "transfers": {name: _lanes(t, name) for name in t.steps} if t.transfers else None,
         "steps": {name: _step(t, name, at, modules[1], ops[1], sources[1]) for name, at in kept.items()},
         "tree": {
             "labels": [n.label for n in nodes],
@@ -95,6 +97,23 @@ def _step(t: Timeline, name: str, at: Array, modules: Array, ops: Array, sources
         "op": ops[at].tolist(),
         "source": sources[at].tolist(),
     }
+
+
+def _lanes(t: Timeline, name: str) -> list[dict[str, Any]]:
+    """What goes to disk and what comes back in a step, each as columns; seconds from the step's begin."""
+    begin = float(t.start_seconds[t.steps[name].start])
+    lanes = []
+    for out in (True, False):
+        some = [x for x in t.transfers if x.step == name and x.out == out]
+        lanes.append(
+            {
+                "name": "to disk" if out else "from disk",
+                "start": [_short(x.start_seconds - begin) for x in some],
+                "seconds": [_short(x.seconds) for x in some],
+                "bytes": [x.nbytes for x in some],
+            }
+        )
+    return lanes
 
 
 def _frontier(f: Frontier) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from ullage.planner import Plan, Profile
 from ullage.planner._live import Ledger, categories, peak_op
 from ullage.planner._plan import action_label
 from ullage.planner._planned import study_plan
-from ullage.planner._study import StepCapture, Study, recomputed_in
+from ullage.planner._study import StepCapture, Study
 from ullage.report._columns import Column
-from ullage.report._records import PHASES, Allocations, Events
+from ullage.report._records import PHASES, Allocations, Events, Transfer
 from ullage.report._timeline import VERSION, Timeline
 from ullage.workload import Workload
 
@@ -105,6 +105,7 @@ def timeline_of(
         categories=storages.categories.all,
         names=storages.names.all,
         notes=list(session.values.assumptions),
+        transfers=_transfers(s, first, later, seconds),
     )
 
 
@@ -190,21 +191,29 @@ def _note(found: dict[int, str], records: frozenset[int], name: str) -> None:
 
 
 def _seconds(s: Study, first: StepCapture, later: StepCapture) -> npt.NDArray[np.float64]:
-    """Seconds per op of both steps. Host time of a unit's replays is spread evenly over what they run again."""
-    session, begin = first.session, first.ops.start
-    found = s.timeline(session).seconds[begin : later.ops.stop].copy()
-    trace, stacks = session.trace, session.tracker.stacks
+    """Seconds per op of both steps; an op's include what it waits for transfers."""
+    found = np.concatenate([s.op_seconds(first), s.op_seconds(later)])
     for capture in (first, later):
-        again = recomputed_in(s, capture)
-        shares = {
-            fqn: s.replay_seconds(fqn, option, again[fqn][0]) / again[fqn][0]
-            for fqn, option in capture.assignment.items()
-            if option != KEEP and fqn in again
-        }
-        of_stack = [sum(shares.get(fqn, 0.0) for fqn in stack) for stack in stacks]
-        for i in range(capture.ops.start, capture.ops.stop):
-            if trace.recomputed[i]:
-                found[i - begin] += of_stack[trace.stack[i]]
+        for op, seconds in s.waits(capture):
+            found[op - first.ops.start] += seconds
+    return found
+
+
+def _transfers(s: Study, first: StepCapture, later: StepCapture, seconds: npt.NDArray[np.float64]) -> list[Transfer]:
+    """What both steps send and fetch; the later one begins where the first one ends."""
+    found = []
+    for capture, start in ((first, 0.0), (later, float(seconds[: later.ops.start - first.ops.start].sum()))):
+        seen = s.overlap(capture)
+        found += [
+            Transfer(
+                out=x.out,
+                step="first" if capture is first else "later",
+                start_seconds=start + x.begin,
+                seconds=x.end - x.begin,
+                nbytes=x.nbytes,
+            )
+            for x in (seen.spans if seen is not None else ())
+        ]
     return found
 
 

@@ -50,6 +50,7 @@ def overview_page(o: Overview, path: str | Path) -> None:
         "views": [(name, t, t.holdings(units=True), phases_of(t)) for name, t in shown],
         "frontier": frontier_rows(o.frontier) if o.frontier is not None else [],
         "measured": measured_rows(o),
+        "lanes": o.planned is not None and bool(o.planned.transfers),
     }
     _write(path, "report", drawn_overview(o), said)
 

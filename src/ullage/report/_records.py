@@ -42,6 +42,24 @@ class Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     inside_bytes: Column
 
 
+class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tensor on its way to disk or back, as simulated.
+
+    Attributes:
+        out: it leaves.
+        step: "first" or "later".
+        start_seconds: from the timeline's start.
+        seconds: how long it takes.
+        nbytes: its size.
+    """
+
+    out: bool
+    step: str
+    start_seconds: float
+    seconds: float
+    nbytes: int
+
+
 class Allocations(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Storages in order of their birth.
 

@@ -27,6 +27,7 @@ from ullage.report._records import (
     Event,
     Events,
     PhaseFacts,
+    Transfer,
     where,
 )
 
@@ -47,6 +48,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         step_seconds: of the later step; its events' seconds add up to it.
         first_events: how many events the first step has.
         workspace_bytes: what a library holds all the time.
+        transfers: what goes to disk and comes back; empty without a disk.
         modules, stacks, ops, sources, categories, names: what the columns index; a stack lists modules, the outermost first.
     """
 
@@ -74,6 +76,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     events: Events
     allocations: Allocations
     notes: list[str]
+    transfers: list[Transfer] = []
 
     def __len__(self) -> int:
         return len(self.events.phase.values)

@@ -118,6 +118,29 @@ function drawTimeline() {
     `The ${shown.step} step, ${shown.view}: at most ${bytes(total[step.peak])} (${exact(total[step.peak])} bytes).${thinned}${budget}`;
 }
 
+// What goes to disk and what comes back, on the time axis of the step.
+function drawLanes() {
+  const view = views[shown.view], div = document.getElementById("lanes");
+  if (!div || !view.transfers) return;
+  const lanes = view.transfers[shown.step], step = view.steps[shown.step];
+  const longest = Math.max(...Object.values(views).map((v) => v.steps[shown.step].seconds)), unit = longest >= 1 ? 1 : 1e-3;
+  const ways = ["out", "back"];
+  Plotly.react(div, lanes.map((lane, k) => ({
+    type: "bar", orientation: "h", name: lane.name, y: lane.start.map(() => ways[k]), base: lane.start.map((x) => x / unit),
+    x: lane.seconds.map((x) => x / unit), width: 0.6, marker: { color: color("accent"), line: { width: 0 } },
+    text: lane.bytes.map((n, i) => `${lane.name}: <b>${bytes(n)}</b> (${exact(n)} bytes)<br>${seconds(lane.seconds[i])}`),
+    hovertemplate: "%{text}<extra></extra>", textposition: "none",
+  })), layout({
+    barmode: "overlay", showlegend: false, hovermode: "closest", margin: { l: 56, r: 16, t: 6, b: 30 },
+    xaxis: { range: [0, longest / unit], ticksuffix: unit === 1 ? " s" : " ms", showticksuffix: "last", showgrid: false },
+    yaxis: { type: "category", categoryorder: "array", categoryarray: [...ways].reverse() },
+  }), CONFIG);
+  const sum = (lane, key) => lane[key].reduce((a, b) => a + b, 0);
+  const waits = shown.step === "later" ? ` The step takes ${seconds(step.seconds)}, ${seconds(data.stalled)} of which it waits for them.` : "";
+  document.getElementById("lanes-said").textContent = `${lanes.map((lane) =>
+    `${lane.name} ${bytes(sum(lane, "bytes"))} in ${seconds(sum(lane, "seconds"))}, ${lane.bytes.length} tensors`).join("; ")}.${waits}`;
+}
+
 // Depth of each node; parents come first.
 function depthOf(tree) {
   const depth = [];
@@ -228,15 +251,15 @@ function showView() {
   document.querySelectorAll("[data-view]").forEach((x) => { x.hidden = x.dataset.view !== shown.view; });
 }
 
-choice("view", shown.view, (value) => { shown.view = value; showView(); drawTimeline(); drawTree(); });
-choice("step", shown.step, (value) => { shown.step = value; drawTimeline(); });
+choice("view", shown.view, (value) => { shown.view = value; showView(); drawTimeline(); drawLanes(); drawTree(); });
+choice("step", shown.step, (value) => { shown.step = value; drawTimeline(); drawLanes(); });
 choice("axis", shown.axis, (value) => { shown.axis = value; drawTimeline(); });
 document.getElementById("filter").addEventListener("input", (event) => {
   const wanted = event.target.value.toLowerCase(), rows = [...document.querySelectorAll("#units tbody tr")];
   rows.forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
   document.getElementById("units-said").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} units.`;
 });
-redraws.push(drawTimeline, drawTree);
+redraws.push(drawTimeline, drawLanes, drawTree);
 if (data.frontier) redraws.push(drawFrontier);
 if (document.getElementById("times")) redraws.push(drawTimes);
 showView();
