@@ -216,7 +216,7 @@ def test_overrides_and_bounds(capsys: Any) -> None:
         (["--pin", "blocks.0"], "--pin blocks.0: expected GLOB=ACTION"),
         (["--pin", "a=keep", "--pin", "a=recompute"], "--pin a=recompute: a is pinned to keep already"),
         (["--pin", "x.*=keep"], "pin 'x.*': no unit has such a name"),
-        (["--forbid", "offload"], "forbid 'offload': no such action"),
+        (["--forbid", "swap"], "forbid 'swap': no such action"),
         (["--headroom", "lots"], "headroom='lots': not a size"),
     ],
 )

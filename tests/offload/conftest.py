@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -59,6 +60,7 @@ def _holder(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Callable[[],
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
     """No test leaves a file in its directory, or a thread of a store."""
     yield
+    gc.collect()  # a traceback holds frames, and those a graph
     assert [p for p in tmp_path.rglob("*") if "ullage" in p.name] == []
     assert [t.name for t in threading.enumerate() if t.name.startswith("ullage-offload")] == []
 

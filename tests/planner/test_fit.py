@@ -88,6 +88,7 @@ def test_a_sequence_is_bound_by_what_can_be_run() -> None:
     assert found.tried[-1].peak_bytes is None and found.bound_by in str(found)
 
 
+@pytest.mark.slow
 def test_any_keyword_that_takes_a_whole_number() -> None:
     found = ul.fit(lambda *, layers: blocks(layers=layers), "300KiB", "layers", **FAST)
     check(found, lambda layers: blocks(layers=layers))

@@ -234,7 +234,7 @@ def _mixed() -> ul.Workload:
         ({"pin": {"blocks.0": None}}, "no such action"),
         ({"pin": ["blocks.0"]}, "expected a mapping"),
         ({"forbid": "select"}, "expected a collection of actions"),
-        ({"forbid": ["offload"]}, "forbid 'offload': no such action"),
+        ({"forbid": ["swap"]}, "forbid 'swap': no such action"),
         (
             {"forbid": ["keep"]},
             r"forbid keep: nothing is left for blocks\.2; possible there: keep \(its forward changes",

@@ -39,7 +39,7 @@ class Unit(Apart):
         module: the module, held weakly.
         settings: what to do with its activations.
         site: what the runtime knows of it.
-        observer: called with (unit, args, kwargs) at every planned forward.
+        observer: a method, held weakly: called with (unit, args, kwargs) at every planned forward.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Unit(Apart):
         site: Site,
         observer: Callable[[Unit, Any, Any], None] | None = None,
     ) -> None:
-        self.fqn, self.settings, self.site, self.observer = fqn, settings, site, observer
+        self.fqn, self.settings, self.site = fqn, settings, site
+        # weakly: who observes has the units, and a file of a plan goes when its handle does
+        self.observer = weakref.WeakMethod(observer) if observer is not None else None
         self.owner = weakref.ref(module)
         self.active = True
         self.fired = self.recomputed = self.larger = 0
@@ -62,8 +64,9 @@ class Unit(Apart):
     def run(self, plain: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The planned forward."""
         self.fired += 1
-        if self.observer is not None:
-            self.observer(self, args, kwargs)
+        observe = self.observer() if self.observer is not None else None
+        if observe is not None:
+            observe(self, args, kwargs)
         return run_unit(plain, self.settings, self.site, args, kwargs, self.count_replay)
 
 

@@ -55,7 +55,11 @@ class _CapturedTicket:
         raise NotImplementedError
 
     def drop(self) -> None:
-        """Nothing is held."""
+        """Its place is free."""
+        self._store.note_drop(self._number)
+
+    def __del__(self) -> None:
+        self._store.note_drop(self._number)
 
 
 class CapturedStore:
@@ -66,12 +70,17 @@ class CapturedStore:
 
     def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]]) -> None:
         self.transfers: list[Transfer] = []
+        self.dropped: dict[int, int] = {}  # by ticket, the op that came next
         self._now, self._tickets = now, 0
 
     def note(self, ticket: int, nbytes: int, out: bool) -> None:
         """Record a transfer."""
         op, modules = self._now()
         self.transfers.append(Transfer(op, ticket, nbytes, out, modules))
+
+    def note_drop(self, ticket: int) -> None:
+        """Record that a place is free."""
+        self.dropped.setdefault(ticket, self._now()[0])
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
         """Let go of a tensor."""

@@ -4,12 +4,13 @@ Knows nothing of plans, units or autograd: bytes go out by `DiskStore.put` and c
 """
 
 from ullage.offload._bandwidth import measure_bandwidth
-from ullage.offload._extents import whole_blocks
+from ullage.offload._extents import BLOCK, whole_blocks
 from ullage.offload._facts import Bandwidth, Stats, endurance_note
 from ullage.offload._protocol import Store, Ticket
 from ullage.offload._store import DiskStore, DiskTicket
 
 __all__ = [
+    "BLOCK",
     "Bandwidth",
     "DiskStore",
     "DiskTicket",

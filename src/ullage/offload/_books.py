@@ -136,6 +136,11 @@ class Books:
             self._release(record)
         return failure
 
+    def forget_source(self, record: Record) -> None:
+        """A source that is written, and has been modified in place since then, is not what was put: it is read back."""
+        record.phase, record.keep = Phase.DISK, False
+        self._release(record)
+
     def hand_out(self, record: Record) -> Tensor:
         """Return what is held. It is the caller's from now on, but for a source that is still being written."""
         tensor = record.held
@@ -154,8 +159,8 @@ class Books:
     def finish(self, record: Record, moved: int, failure: Failure | None) -> None:
         """A thread is done with a part, of which it moved so many bytes."""
         record.left -= 1
-        if record.phase is Phase.OUT:
-            record.note_modified()
+        if record.phase is Phase.OUT and record.was_written_to:
+            record.modified = True
         record.failure = record.failure or failure
         if record.phase is Phase.OUT:
             self.count(bytes_written=moved)

@@ -93,8 +93,10 @@ class Engine:
                     raise self._error(self.books.take_failure(record))
                 if not record.parts:
                     return torch.empty(0, dtype=torch.uint8, device="cpu")
-                if record.phase is Phase.OUT:
-                    record.note_modified()
+                if record.was_written_to and record.phase is Phase.OUT:
+                    record.modified = True
+                elif record.was_written_to and record.phase in (Phase.READY, Phase.DISK):
+                    self.books.forget_source(record)
                 if record.modified:
                     raise modified(self.mover.file.directory, record.nbytes)
                 if record.is_here:

@@ -80,7 +80,6 @@ class Record:
         self.weight = 0  # bytes of the storage of `held`
         self.version = source._version
         self.modified = False  # in place, before it was written
-        self.version = source._version
         self.charge = Charge.NONE
         self.keep = False  # prefetched while on its way out: stays in memory once written
         self.asked = False  # prefetched since the last get
@@ -92,11 +91,6 @@ class Record:
     def was_written_to(self) -> bool:
         """Whether the source has been modified in place since it was put."""
         return self.original and self.held is not None and self.held._version != self.version
-
-    def note_modified(self) -> None:
-        """See whether the source, while it is held, has been modified in place since it was put."""
-        if self.original and self.held is not None and self.held._version != self.version:
-            self.modified = True
 
     @property
     def is_here(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,9 +22,9 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from ullage._bytes import parse_budget
-from ullage._errors import ArgumentError, DeviceError
-from ullage.offload import measure_bandwidth
+from ullage._bytes import format_bytes, parse_budget
+from ullage._errors import ArgumentError, BudgetError, DeviceError, OffloadError
+from ullage.offload import BLOCK, measure_bandwidth
 from ullage.planner._channels import COMPUTE, IN, OUT, Channels, Event, Overlap, overlap
 from ullage.planner._device import choose_device
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel, nanoseconds
@@ -133,7 +134,12 @@ def choose_disk(
         raise DeviceError(
             f"disk_budget: saved tensors on {kind.name} can't go to disk yet, only those of a model on the CPU"
         )
-    capacity = parse_budget(budget, "disk_budget").resolve(0, None)
+    capacity = parse_budget(budget, "disk_budget").bytes
+    if capacity is None or capacity < BLOCK:
+        raise BudgetError(
+            f"disk_budget={budget!r}: give at least {BLOCK} bytes, or a size with its unit such as '64GiB'"
+        )
+    _check_room(directory, capacity)
     if progress is not None:
         progress(f"measuring how fast {directory} is")
     speed = measure_bandwidth(directory, min(capacity, MEASURED_BYTES))
@@ -143,6 +149,21 @@ def choose_disk(
         write_bytes_per_second=speed.write_bytes_per_s,
         read_bytes_per_second=speed.read_bytes_per_s,
     )
+
+
+def _check_room(directory: str | Path, capacity: int) -> None:
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise OffloadError(
+            f"disk_directory {directory}: {error.strerror or error}; name one that is there", str(directory)
+        ) from error
+    if free < capacity:
+        raise OffloadError(
+            f"disk_budget: {format_bytes(capacity)}, but {directory} has {format_bytes(free)} free; free some, or lower it",
+            str(directory),
+            capacity,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,27 +187,40 @@ class Pace:
 
 
 def events_of(model: StepModel, pace: Pace, schedule: Schedule) -> list[Event]:
-    """A step as the channels see it: a unit sends at the end of its forward and asks at the start of its backward."""
+    """A step as the channels see it: a unit sends evenly through its forward, and asks evenly through its backward.
+
+    What it sends is taken to be tensors of the largest one's size, and a rest.
+    """
     facts = dict(_facts(model, schedule))
     units, n = range(len(model.units)), pace.passes
     extra = _extra(model, schedule)
     events: list[Event] = [(COMPUTE, pace.rest_seconds / 2, 0)]
     ticket = 0
     for _ in range(n):
-        sent: dict[int, int] = {}
+        sent: dict[int, list[int]] = {}
         for u in units:
-            events.append((COMPUTE, pace.forward_seconds[u] / n, 0))
-            if u in facts and facts[u].sent_bytes:
-                ticket += 1
-                sent[u] = ticket
-                events.append((OUT, ticket, facts[u].sent_bytes // n))
+            sizes = _sizes(facts[u].sent_bytes // n if u in facts else 0, pace.largest_bytes)
+            sent[u] = []
+            for size in sizes or (0,):
+                events.append((COMPUTE, pace.forward_seconds[u] / n / max(len(sizes), 1), 0))
+                if size:
+                    ticket += 1
+                    sent[u].append(ticket)
+                    events.append((OUT, ticket, size))
         events.append((COMPUTE, pace.middle_seconds / n, 0))
         for u in reversed(units):
-            if u in sent:
-                events.append((IN, sent[u], 0))
-            events.append((COMPUTE, (pace.backward_seconds[u] + extra[u]) / n, 0))
+            seconds = (pace.backward_seconds[u] + extra[u]) / n
+            for back in reversed(sent[u]):
+                events += [(IN, back, 0), (COMPUTE, seconds / len(sent[u]), 0)]
+            if not sent[u]:
+                events.append((COMPUTE, seconds, 0))
     events.append((COMPUTE, pace.rest_seconds / 2, 0))
     return events
+
+
+def _sizes(nbytes: int, largest: int) -> list[int]:
+    whole, rest = divmod(nbytes, max(largest, 1))
+    return [largest] * whole + ([rest] if rest else [])
 
 
 def _facts(model: StepModel, items: tuple[Item, ...]) -> Iterator[tuple[int, OptionFacts]]:

@@ -45,10 +45,7 @@ def finish(
     """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
     first, later = s.execute_fresh(assignment)
     if s.disk is not None and not s.fits_disk(later):
-        raise BudgetError(
-            f"disk_budget: {format_bytes(s.disk.capacity_bytes)}, but {format_bytes(s.file_bytes(later))} are on disk at once "
-            f"under policy {policy!r} with these pins; raise it, or pin fewer units"
-        )
+        raise too_much_on_disk(s, later, f"under policy {policy!r}{' with these pins' if pinned else ''}")
     predicted = forecast(s, first, later)
     recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
@@ -121,3 +118,12 @@ def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:
 
 def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
     return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])
+
+
+def too_much_on_disk(s: Study, capture: StepCapture, why: str) -> BudgetError:
+    """The file is too small for what a step sends."""
+    assert s.disk is not None
+    there, needed = format_bytes(s.disk.capacity_bytes), format_bytes(s.file_bytes(capture))
+    return BudgetError(
+        f"disk_budget: {there}, but {needed} are on disk at once {why}; raise it, or have fewer units on disk"
+    )

@@ -242,7 +242,7 @@ def check_actions(plan: Plan, where: str) -> None:
             d.settings()
     except ValueError as error:
         raise PlanError(
-            f"{where}: unknown action {error}; known: keep, recompute, select:LEVEL, offload:disk"
+            f"{where}: unknown action {error}; known: keep, recompute, offload:disk, select:LEVEL or calls of ops such as select:mm[0,2]@disk"
         ) from error
 
 

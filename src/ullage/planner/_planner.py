@@ -15,7 +15,7 @@ from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._disk import Disk, DiskRequest, choose_disk, solve_with_disk, without_disk
-from ullage.planner._finish import finish, forecast
+from ullage.planner._finish import finish, forecast, too_much_on_disk
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -157,7 +157,9 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     assignment, bound = _choose(s, limit, policy, baseline)
     if restriction is None:
         return finish(s, assignment, limit, policy, baseline, bound, {})
+    windows = dict(s.windows)  # a solver that is asked for something else notes others
     pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, limit, policy, baseline))
+    s.windows = windows
     notes = []
     if restriction.overrides.tolerance and limit is not None:
         room = limit - s.reserve_bytes
@@ -246,7 +248,11 @@ def _smallest(s: Study) -> StepCapture:
     if s.disk is not None:
         candidates.append(s.execute(_assignment(model, smallest(without_disk(model)).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    return min(filter(s.fits_disk, candidates), key=s.peak_with_update)
+    fitting = [c for c in candidates if s.fits_disk(c)]
+    if not fitting:
+        least = min(candidates, key=s.file_bytes)
+        raise too_much_on_disk(s, least, "with these pins")
+    return min(fitting, key=s.peak_with_update)
 
 
 def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
@@ -278,16 +284,19 @@ def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
     What is simulated while choosing is coarser than what is then executed. So that a disk never makes a step slower, a
     choice that sends something is compared with the best one that sends nothing.
     """
-    chosen, bound = _confirmed(s, limit, disk=True)
-    if chosen is None:
-        chosen = _smallest(s)
-        if _fresh_peak(s, chosen.assignment) > limit:
-            raise _infeasible(s, limit + s.reserve_bytes, chosen)
-    found = [_whole(s, chosen, limit)]
-    if any(o.offloads for o in found[0].values()) and (without := _confirmed(s, limit, disk=False)[0]) is not None:
-        found.append(_whole(s, without, limit))
-        found.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
-    return found[0], bound
+    confirmed, bound = _confirmed(s, limit, disk=True)
+    found = [confirmed]
+    if s.disk is not None and (confirmed is None or any(o.offloads for o in confirmed.assignment.values())):
+        found.append(_confirmed(s, limit, disk=False)[0])
+    chosen = [c for c in found if c is not None]
+    if not chosen:
+        chosen = [_smallest(s)]
+        if _fresh_peak(s, chosen[0].assignment) > limit:
+            raise _infeasible(s, limit + s.reserve_bytes, chosen[0])
+    whole = [_whole(s, c, limit) for c in chosen]
+    if len(whole) > 1:
+        whole.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
+    return whole[0], bound
 
 
 def _confirmed(s: Study, limit: int, disk: bool) -> tuple[StepCapture | None, float]:
@@ -305,7 +314,7 @@ def _confirmed(s: Study, limit: int, disk: bool) -> tuple[StepCapture | None, fl
             break
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
             return trial, bound
-        target -= over
+        target = min(target - over, solution.peak_bytes - 1)  # not the same again
     return None, bound or 0.0
 
 

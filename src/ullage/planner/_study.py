@@ -7,6 +7,7 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,16 +135,19 @@ class Study:
         return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
 
     def file_bytes(self, capture: StepCapture) -> int:
-        """The most bytes of its file that a captured step takes at any moment; what never comes back stays to the end."""
-        moved, held = self.transfers(capture), dict[int, int]()
-        last = {t.ticket: k for k, t in enumerate(moved) if not t.out}
+        """The most bytes of its file that a captured step takes at any moment."""
+        dropped = capture.session.store.dropped
+        held: list[tuple[int, int]] = []  # (op at which its place is free again, bytes)
         most = now = 0
-        for k, t in enumerate(moved):
-            if t.out:
-                now += held.setdefault(t.ticket, whole_blocks(t.nbytes))
-                most = max(most, now)
-            elif last[t.ticket] == k:
-                now -= held[t.ticket]
+        for t in self.transfers(capture):
+            if not t.out:
+                continue
+            while held and held[0][0] < t.op:
+                now -= heapq.heappop(held)[1]
+            size = whole_blocks(t.nbytes)
+            heapq.heappush(held, (dropped.get(t.ticket, capture.ops.stop), size))
+            now += size
+            most = max(most, now)
         return most
 
     def fits_disk(self, capture: StepCapture) -> bool:

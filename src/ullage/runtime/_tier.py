@@ -4,7 +4,10 @@ What is moved is a storage, once, however many saved tensors are views of it; ea
 one buffer. Which tensors of a unit may go:
 
 - not leaves that require grad (parameters) nor views of them, nor what the unit's module or its other arguments hold;
-- not what is smaller than a block of the store, nor anything but plain strided tensors.
+- not what is smaller than a block of the store, nor anything but plain strided tensors, nor subclasses.
+
+One storage may have several version counters (the chunks of `unsafe_chunk`, as cells of recurrent networks make them; `.data`). That it has left
+already counts only for who shares the counter of the tensor that sent it.
 
 Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order;
 the store bounds how many bytes come ahead of their use.
@@ -19,6 +22,8 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten
 
 from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
@@ -30,19 +35,22 @@ if TYPE_CHECKING:
     from ullage.runtime._site import Site
 
 LEAST_BYTES = 4096  # a block of the disk store
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_set_versions = torch._C._autograd._unsafe_set_version_counter
 _MOST_PREFETCHES = 64  # asked for ahead, so that a step of thousands of tensors has no long queue
 
 
 class Parcel:
     """One storage that has left. Its place is given back when nobody holds it any more."""
 
-    __slots__ = ("__weakref__", "_back", "_left", "number", "site", "ticket", "users")
+    __slots__ = ("__weakref__", "_left", "_version", "back", "number", "site", "ticket", "users")
 
     def __init__(self, ticket: Ticket, number: int, site: Site) -> None:
         self.ticket, self.number, self.site = ticket, number, site
         self.users = 0  # saved tensors in this storage
         self._left = 0  # of these, how many have not asked for it since it came back
-        self._back: Tensor | None = None
+        self.back: Tensor | None = None  # while some of them have not asked
+        self._version = 0
 
     def fetch(self) -> Tensor:
         """The bytes, flat uint8. They come back once for all saved tensors in them and are held until the last has asked.
@@ -50,12 +58,13 @@ class Parcel:
         Raises:
             OffloadError: they can't be had.
         """
-        if self._back is None:
-            self._back, self._left = self.ticket.get(), self.users
-        flat = self._back
+        if self.back is None or self.back._version != self._version:
+            self.back, self._left = self.ticket.get(), self.users
+            self._version = self.back._version
+        flat = self.back
         self._left -= 1
         if self._left <= 0:
-            self._back = None
+            self.back = None
         return flat
 
 
@@ -92,6 +101,25 @@ def _flat(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.dtype.itemsize,), (1,), 0).view(torch.uint8)
 
 
+class _Counter:
+    """A tensor's version counter, without its memory."""
+
+    __slots__ = ("_witness",)
+
+    def __init__(self, x: Tensor) -> None:
+        self._witness = x.detach()
+        self._witness.data = torch.empty(0, dtype=x.dtype, device=x.device)  # the counter stays, the storage goes
+
+    def is_of(self, x: Tensor) -> bool:
+        """Does this tensor have the same counter? Seen by moving it, and putting it back."""
+        before, mine = x._version, self._witness._version
+        _set_versions((self._witness,), (mine + 1,))
+        try:
+            return x._version != before
+        finally:
+            _set_versions((self._witness,), (mine,))
+
+
 class Tier(Apart):
     """A store as units see it.
 
@@ -101,7 +129,7 @@ class Tier(Apart):
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._parcels: dict[int, tuple[ReferenceType[UntypedStorage], ReferenceType[Parcel], int]] = {}
+        self._parcels: dict[int, tuple[ReferenceType[UntypedStorage], ReferenceType[Parcel], int, _Counter]] = {}
         self._order: list[ReferenceType[Parcel]] = []
         self._front = 0  # from this number on all have been prefetched or asked for
         self._lock = threading.Lock()
@@ -112,7 +140,7 @@ class Tier(Apart):
         Raises:
             OffloadError: the store can't take it.
         """
-        if x.layout is not torch.strided or x.is_conj() or x.is_neg() or x.is_quantized:
+        if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_conj() or x.is_neg() or x.is_quantized:
             return None
         storage = x.untyped_storage()
         size = storage.nbytes()
@@ -121,17 +149,19 @@ class Tier(Apart):
         key = storage._cdata
         with quiet(), torch.no_grad():
             known = self._parcels.get(key)
-            if known is not None and known[0]() is storage and known[2] == x._version:
+            if known is not None and known[0]() is storage and known[2] == x._version and known[3].is_of(x):
                 parcel = known[1]()
                 if parcel is not None:
                     return Away(self, parcel, x)
             ticket = self.store.put(_flat(x))  # which sees by the version whether somebody writes to it meanwhile
+            counter = _Counter(x)
         site.sent_bytes += size
         totals.sent += size
         with self._lock:
             parcel = Parcel(ticket, self._append(), site)
             self._order.append(ref(parcel))
-            self._parcels[key] = ref(storage, lambda _: self._parcels.pop(key, None)), ref(parcel), x._version
+            gone = ref(storage, lambda _: self._parcels.pop(key, None))
+            self._parcels[key] = gone, ref(parcel), x._version, counter
         return Away(self, parcel, x)
 
     def _append(self) -> int:
@@ -151,7 +181,7 @@ class Tier(Apart):
             while self._front > least:
                 self._front -= 1
                 before = self._order[self._front]() if self._front < parcel.number else None
-                if before is not None:
+                if before is not None and before.back is None:
                     todo.append(before)
         for before in todo:
             before.ticket.prefetch()
@@ -201,7 +231,7 @@ def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], k
     """
     if site.tier is None:
         raise OffloadError(f"{site.name}: its saved tensors are to be kept on disk, but no store was given")
-    resident = resident_keys(roots_of(call), (*args, *kwargs.values()))
+    resident = resident_keys(roots_of(call), tree_flatten((args, kwargs))[0])
 
     def pack(x: Tensor) -> Any:
         away = site.send(x) if movable(x, resident) else None
