@@ -52,7 +52,18 @@ from ullage.planner import (
     plan,
     profile,
 )
-from ullage.report import Baseline, Comparison, Gate, Overview, Timeline, check, compare, report, timeline
+from ullage.report import (
+    Baseline,
+    Comparison,
+    Gate,
+    Overview,
+    Timeline,
+    check,
+    compare,
+    record_snapshot,
+    report,
+    timeline,
+)
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
@@ -65,5 +76,5 @@ __all__ = [
     "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
     "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
     "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
-    "measure", "measure_bandwidth", "parse_budget", "plan", "profile", "report", "timeline", "verify",
+    "measure", "measure_bandwidth", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import json_option, load, show, target_options
+from ullage.cli._options import json_option, load, output_file, show, target_options
 from ullage.cli._progress import progress
 
 
@@ -15,11 +15,23 @@ from ullage.cli._progress import progress
 @target_options
 @click.option("--plan", "plan_path", type=click.Path(), help="A plan file; default: the plain step.")
 @click.option("--steps", type=click.IntRange(1), default=7, show_default=True, help="Timed steps.")
+@click.option(
+    "--snapshot",
+    type=click.Path(dir_okay=False),
+    callback=output_file,
+    help="Write PyTorch's memory snapshot of two more real steps there, for pytorch.org/memory_viz.",
+)
 @json_option
-def measure(as_json: bool, plan_path: str | None, steps: int, **options: Any) -> None:
+def measure(as_json: bool, plan_path: str | None, steps: int, snapshot: str | None, **options: Any) -> None:
     """Run real steps: peak bytes and step times."""
     plan = ul.Plan.load(plan_path) if plan_path is not None else None
     with progress() as report:
         report("building the model")
-        result = ul.measure(load(options).build(), plan, steps, progress=report)
+        work = load(options).build()
+        result = ul.measure(work, plan, steps, progress=report)
+        if snapshot is not None:
+            report("recording a memory snapshot")
+            ul.record_snapshot(work, plan, snapshot)
     show(result, as_json)
+    if snapshot is not None and not as_json:
+        click.echo(f"written to {snapshot}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler import profile, record_function
@@ -15,6 +16,35 @@ class MemoryEvent:
 
     time_ns: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class BlockEvent:
+    """One allocation (positive) or free (negative) of a block; `ops` are the calls it happens in, the innermost first."""
+
+    time_ns: int
+    nbytes: int
+    address: int
+    ops: tuple[str, ...]
+
+
+def record_blocks(call: Callable[[], None], steps: int) -> list[BlockEvent]:
+    """As `record_steps`, of all runs together, with each block's address and the ops around it."""
+    with profile(use_cpu=True, profile_memory=True) as prof:
+        for _ in range(steps):
+            call()
+    assert prof.kineto_results is not None
+    found = []
+    todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in prof.kineto_results.experimental_event_tree()]
+    while todo:
+        node, ops = todo.pop()
+        fields = node.extra_fields
+        if node.name == "[memory]":
+            if fields.device.type == "cpu":
+                found.append(BlockEvent(node.start_time_ns, fields.alloc_size, fields.ptr, ops))
+            continue
+        todo.extend((child, (node.name, *ops)) for child in node.children)
+    return sorted(found, key=lambda e: e.time_ns)
 
 
 def record_allocations(call: Callable[[], None]) -> list[MemoryEvent]:

@@ -6,6 +6,7 @@ from ullage.report._compare import Comparison, UnitRow, compare
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
 from ullage.report._overview import Measured, Overview
+from ullage.report._recorded import record_snapshot
 from ullage.report._records import Allocation, Allocations, Event, Events, Transfer
 from ullage.report._report import report
 from ullage.report._rows import Row
@@ -33,6 +34,7 @@ __all__ = [
     "check",
     "check_export",
     "compare",
+    "record_snapshot",
     "report",
     "timeline",
 ]
