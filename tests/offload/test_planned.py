@@ -25,7 +25,7 @@ from ullage.runtime import Site, Tier, run_offloaded
 from ullage.workload import run_step
 
 CAPACITY = "64MiB"
-FAST = "gpt", "resnet", "lstm"
+FAST = "gpt", "lstm"
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def test_what_is_kept_of_a_block_on_disk(tmp_path: Path) -> None:
     assert plan.predicted.peak_bytes < plain.predicted.peak_bytes
 
 
-@pytest.mark.parametrize("part", [0.25, 0.6])
+@pytest.mark.parametrize("part", [0.25, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_a_budget_is_a_promise(part: float, tmp_path: Path) -> None:
     work = zoo.workload("gpt")
     plain, disk = ul.plan(work, policy="none").predicted.peak_bytes, {"disk_directory": tmp_path, "disk_budget": "1GiB"}

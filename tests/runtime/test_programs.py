@@ -30,7 +30,7 @@ def test_many_programs(programs: int) -> None:
     assert skipped >= 0.9 * selective, (skipped, selective)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_program(data: st.DataObject) -> None:
     program = program_from(lambda n: data.draw(st.integers(0, n - 1)))
