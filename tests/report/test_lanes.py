@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 
 import ullage as ul
-from tests.report.test_page import CHROMIUM, Opened, browser, pytestmark  # noqa: F401 (fixture and marks)
+from tests.report import test_page
+from tests.report.test_page import Opened, browser  # noqa: F401 (a fixture)
 from tests.small import tiny
 from ullage.report import Overview, Transfer
+
+
+def in_a_browser(test: Any) -> Any:
+    for mark in test_page.pytestmark:
+        test = mark(test)
+    return test
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,7 @@ def test_lanes_of_the_trace(shown: Overview, tmp_path: Path) -> None:
         assert [e["dur"] for e in slices] == pytest.approx([1e6 * x.seconds for x in wanted], abs=2e-3)
 
 
+@in_a_browser
 def test_lanes_of_the_page(shown: Overview, browser: Any, tmp_path: Path) -> None:  # noqa: F811
     shown.export(tmp_path / "report.html")
     opened = Opened(browser, tmp_path / "report.html")
