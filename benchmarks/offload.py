@@ -180,7 +180,11 @@ def main() -> int:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     (results / "offload.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    lines = [f"{MODEL}, plain step {rows[0].get('plain_seconds', 0):.2f} s.", "", *table(rows)]
+    lines = [
+        f"{MODEL}, plain step {next((r['plain_seconds'] for r in rows if 'plain_seconds' in r), 0.0):.2f} s.",
+        "",
+        *table(rows),
+    ]
     (results / "offload.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     for line in (broken := faults(rows)):
