@@ -24,7 +24,8 @@ from ullage.mechanisms import OFFLOAD
 from ullage.runtime import Site, Tier, run_offloaded
 from ullage.workload import run_step
 
-CAPACITY = "64MiB"
+CAPACITY = "32MiB"
+LARGE = "256MiB"  # of whole families
 FAST = "gpt", "lstm"
 
 
@@ -52,29 +53,29 @@ def squares(out: Tensor, _: Tensor) -> Tensor:
     return out.square().mean()
 
 
-def offload(work: ul.Workload, at: Path, **options: Any) -> ul.Plan:
-    return ul.plan(work, policy="offload", disk_directory=at, disk_budget=CAPACITY, **options)
+def offload(work: ul.Workload, at: Path, size: str = CAPACITY, **options: Any) -> ul.Plan:
+    return ul.plan(work, policy="offload", disk_directory=at, disk_budget=size, **options)
 
 
-def mixed(work: ul.Workload, at: Path) -> ul.Plan:
+def mixed(work: ul.Workload, at: Path, size: str = CAPACITY) -> ul.Plan:
     """Of three blocks one on disk, one recomputed, one with the outputs of its first matmul on disk, where they can be."""
     able = {d.unit for d in ul.plan(work, policy="every_block").decisions if d.action == "recompute"}
-    units = [d.unit for d in offload(work, at).decisions if d.action == OFFLOAD.name]
+    units = [d.unit for d in offload(work, at, size).decisions if d.action == OFFLOAD.name]
     pins = {u: "recompute" for u in units[1::3] if u in able}
     for u in units[2::3]:
         for level in ("addmm[0]@disk", "mm[0]@disk", "convolution[0]@disk", "bmm[0]@disk"):
             try:
-                offload(work, at, pin={u: f"select:{level}"})
+                offload(work, at, size, pin={u: f"select:{level}"})
             except ul.ArgumentError:
                 continue
             pins[u] = f"select:{level}"
             break
-    return offload(work, at, pin=pins)
+    return offload(work, at, size, pin=pins)
 
 
 def check_family(family: str, at: Path, steps: int) -> None:
     work = zoo.workload(family)
-    plan = mixed(work, at)
+    plan = mixed(work, at, LARGE)
     assert plan.predicted.traffic is not None and plan.predicted.traffic.sent_bytes > 0
     found = ul.verify(work, plan, steps=steps)
     assert found.ok, str(found)
