@@ -12,9 +12,10 @@ from msgspec import structs
 
 from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
 from ullage.planner._channels import COMPUTE, IN, OUT, Channels, Event, overlap
-from ullage.planner._disk import WINDOWS, Disk, Pace, events_of, solve_with_disk
+from ullage.planner._disk import Disk
 from ullage.planner._instance import OptionFacts, StepModel
 from ullage.planner._schedule import Single, flat
+from ullage.planner._with_disk import WINDOWS, Pace, events_of, solve_with_disk
 
 WRITE, READ = 2, 1  # bytes a tick
 

@@ -50,7 +50,9 @@ class UnitReport:
 class Report:
     """Planned beside observed.
 
-    `store`: what the store did so far, None if the plan sends nothing to disk. `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
+    `store`: what the store did so far, None if the plan sends nothing to disk.
+
+    `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
     statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
     """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, UntypedStorage
 
+from ullage._errors import OffloadError
 from ullage.offload import Stats
 
 
@@ -51,8 +52,8 @@ class _CapturedTicket:
         return torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
 
     def recover(self) -> Tensor:
-        """Writes do not fail here."""
-        raise NotImplementedError
+        """See `Ticket.recover`: no write fails here."""
+        raise OffloadError("a captured store: nothing to recover: no write fails there")
 
     def drop(self) -> None:
         """Its place is free."""

@@ -47,6 +47,44 @@ def finish(
     if s.disk is not None and not s.fits_disk(later):
         raise too_much_on_disk(s, later, f"under policy {policy!r}{' with these pins' if pinned else ''}")
     predicted = forecast(s, first, later)
+    notes = list(s.plain_session.values.assumptions)
+    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
+    if s.device.estimate:
+        notes.append(
+            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
+        )
+    model = first.session.inst.model if s.work.factory is not None else s.work.model
+    return Plan(
+        version=VERSION,
+        budget_bytes=limit,
+        policy=policy,
+        device=s.device.name,
+        costs=s.costs_mode,
+        estimate=s.device.estimate,
+        predicted=predicted,
+        baseline=baseline,
+        lower_bound_seconds=min(bound, predicted.step_seconds),
+        gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
+        decisions=_decisions(s, assignment, first, later, policy, pinned),
+        shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
+        model=fingerprint(model),
+        notes=notes,
+        environment=environment(),
+        headroom_bytes=s.headroom_bytes,
+        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
+        disk=s.disk_for(assignment),
+    )
+
+
+def _decisions(
+    s: Study,
+    assignment: Mapping[str, Option],
+    first: StepCapture,
+    later: StepCapture,
+    policy: str,
+    pinned: Mapping[str, str],
+) -> list[Decision]:
+    """What is done with each unit, what that frees and costs, and why."""
     recomputed = recomputed_in(s, later)
     facts = model_of(s) if len(s.captures) > 1 else None
     rows = []
@@ -77,33 +115,7 @@ def finish(
                 place=option.place,
             )
         )
-    notes = list(s.plain_session.values.assumptions)
-    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
-    if s.device.estimate:
-        notes.append(
-            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
-        )
-    model = first.session.inst.model if s.work.factory is not None else s.work.model
-    return Plan(
-        version=VERSION,
-        budget_bytes=limit,
-        policy=policy,
-        device=s.device.name,
-        costs=s.costs_mode,
-        estimate=s.device.estimate,
-        predicted=predicted,
-        baseline=baseline,
-        lower_bound_seconds=min(bound, predicted.step_seconds),
-        gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
-        decisions=rows,
-        shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
-        model=fingerprint(model),
-        notes=notes,
-        environment=environment(),
-        headroom_bytes=s.headroom_bytes,
-        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
-        disk=s.disk_for(assignment),
-    )
+    return rows
 
 
 def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:

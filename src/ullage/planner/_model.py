@@ -18,10 +18,10 @@ from typing import Any
 from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import whole_blocks
-from ullage.planner._disk import Pace
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
 from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
+from ullage.planner._with_disk import Pace
 
 
 @dataclass

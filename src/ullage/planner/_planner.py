@@ -14,7 +14,7 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._disk import Disk, DiskRequest, choose_disk, solve_with_disk, without_disk
+from ullage.planner._disk import Disk, DiskRequest, choose_disk
 from ullage.planner._finish import finish, forecast, too_much_on_disk
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
@@ -31,6 +31,7 @@ from ullage.planner._simple import fewer_actions
 from ullage.planner._solve import Solution, smallest
 from ullage.planner._solve import solve as solve_anew
 from ullage.planner._study import StepCapture, Study, key_of, study
+from ullage.planner._with_disk import solve_with_disk, without_disk
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10

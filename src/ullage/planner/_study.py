@@ -34,8 +34,9 @@ from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
-    from ullage.planner._disk import Disk, Pace
+    from ullage.planner._disk import Disk
     from ullage.planner._instance import StepModel
+    from ullage.planner._with_disk import Pace
 
 OWN_STEP_BYTES = 64
 FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
