@@ -87,3 +87,9 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "never happened"
         time.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of plans' stores are overwritten when they are let go of."""
+    monkeypatch.setenv("ULLAGE_POISON", "1")
