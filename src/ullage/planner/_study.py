@@ -222,16 +222,9 @@ class Study:
         return found
 
     def seconds(self, capture: StepCapture) -> float:
-        """The predicted time of a captured step."""
-        again = recomputed_in(self, capture) if key_of(capture.assignment) else {}
-        replays = sum(
-            self.replay_seconds(fqn, option, again[fqn][0])
-            for fqn, option in capture.assignment.items()
-            if fqn in again
-        )
+        """The predicted time of a captured step, waits for transfers included."""
         moved = self.overlap(capture)
-        stalled = moved.stalled_seconds if moved is not None else 0.0
-        return float(self.timeline(capture.session).seconds[capture.ops].sum()) + replays + stalled
+        return float(self.op_seconds(capture).sum()) + (moved.stalled_seconds if moved is not None else 0.0)
 
     @cached_property
     def host_cost(self) -> HostCost:
