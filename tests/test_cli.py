@@ -114,7 +114,7 @@ def test_an_infeasible_budget(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failed_check_and_a_failing_step(plan_file: str, monkeypatch: Any, capsys: Any) -> None:
-    with without_rng(monkeypatch):
+    with without_rng(monkeypatch), pytest.warns(ul.UllageWarning, match="its replay gave other values"):
         assert run(["verify", FACTORY, "--plan", plan_file, "--steps", "1"]) == 1
     assert "FAILED" in capsys.readouterr().out
     Path("bad.py").write_text(

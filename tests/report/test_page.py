@@ -182,7 +182,10 @@ def test_colours_follow_the_system_and_the_button(opened: Opened) -> None:
     ink = "() => document.getElementById('timeline').layout.font.color"
     shades = {}
     for scheme in ("dark", "light"):
+        before = opened.js(ink)
         opened.page.emulate_media(color_scheme=scheme)
+        # the browser tells the page of it when it draws its next frame
+        opened.page.wait_for_function(f"before => ({ink})() !== before", arg=before)
         shades[scheme] = opened.js(back), opened.js(ink)
     assert shades["light"][0] != shades["dark"][0] and shades["light"][1] != shades["dark"][1]
     button = opened.page.locator("#theme")
