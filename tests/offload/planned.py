@@ -43,7 +43,7 @@ def offload(work: ul.Workload, at: Path, size: str = CAPACITY, **options: Any) -
 def mixed(work: ul.Workload, at: Path, size: str = CAPACITY) -> ul.Plan:
     """Of three blocks one on disk, one recomputed, one with the outputs of its first matmul on disk, where they can be."""
     able = {d.unit for d in ul.plan(work, policy="every_block").decisions if d.action == "recompute"}
-    units = [d.unit for d in offload(work, at, size).decisions if d.action == OFFLOAD.name]
+    units = [d.unit for d in offload(work, at, size).decisions if d.action == OFFLOAD["disk"].name]
     pins = {u: "recompute" for u in units[1::3] if u in able}
     for u in units[2::3]:
         for level in ("addmm[0]@disk", "mm[0]@disk", "convolution[0]@disk", "bmm[0]@disk"):

@@ -12,10 +12,10 @@ from msgspec import structs
 
 from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
 from ullage.planner._channels import COMPUTE, IN, OUT, Channels, Event, overlap
-from ullage.planner._disk import Disk
 from ullage.planner._instance import OptionFacts, StepModel
 from ullage.planner._schedule import Single, flat
-from ullage.planner._with_disk import WINDOWS, Pace, events_of, solve_with_disk
+from ullage.planner._tiers import Disk
+from ullage.planner._with_tier import WINDOWS, Pace, events_of, solve_with_tier
 
 WRITE, READ = 2, 1  # bytes a tick
 
@@ -162,7 +162,7 @@ def test_what_a_simulation_says() -> None:
 
 def random_model(rng: random.Random) -> tuple[StepModel, Pace]:
     n = rng.randint(2, 5)
-    kinds = [Option("select", "mm[0]@disk"), OFFLOAD, RECOMPUTE, KEEP, Option("select", "mm[0]")]
+    kinds = [Option("select", "mm[0]@disk"), OFFLOAD["disk"], RECOMPUTE, KEEP, Option("select", "mm[0]")]
     facts, forward, backward = [], [], []
     for _ in range(n):
         full = 2 * rng.randint(2, 12)
@@ -172,7 +172,12 @@ def random_model(rng: random.Random) -> tuple[StepModel, Pace]:
             if option != KEEP:
                 rows.append(
                     OptionFacts(
-                        option, held, rng.randint(0, 30), 0.0 if option == OFFLOAD else rng.randint(1, 40), None, sent
+                        option,
+                        held,
+                        rng.randint(0, 30),
+                        0.0 if option == OFFLOAD["disk"] else rng.randint(1, 40),
+                        None,
+                        sent,
                     )
                 )
         facts.append(tuple(rows))
@@ -230,7 +235,7 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
             buffer_bytes=2,
         )
         budget = rng.randint(20, 90)
-        found, wanted = solve_with_disk(model, pace, budget, disk), best_of_all(model, pace, budget, disk)
+        found, wanted = solve_with_tier(model, pace, budget, disk), best_of_all(model, pace, budget, disk)
         if found is None:
             assert wanted is None
             infeasible += 1

@@ -80,7 +80,7 @@ def test_a_plan_takes_no_more_than_the_file_holds(tmp_path: Path) -> None:
     options = {"disk_directory": tmp_path, "disk_budget": "256KiB"}
     with pytest.raises(ul.BudgetInfeasible):
         ul.plan(work, plan.predicted.peak_bytes, forbid=["recompute", "select"], **options)
-    with pytest.raises(ul.BudgetError, match="disk_budget: 256.00 KiB, but 2.44 MiB are on disk at once"):
+    with pytest.raises(ul.BudgetError, match="disk_budget: 256.00 KiB, but 2.44 MiB are offloaded at once"):
         ul.plan(work, policy="offload", **options)
 
 
@@ -103,7 +103,13 @@ def test_a_plan_takes_no_more_than_the_file_holds(tmp_path: Path) -> None:
             "disk_budget: 921600.00 GiB, but /tmp has",
         ),
         ({"host_budget": "1GiB"}, ul.DeviceError, "the CPU, which has none beside it"),
-        ({"host_budget": "1GiB", "device": "h200"}, ul.DeviceError, "not there yet"),
+        ({"host_budget": "1GiB", "device": "cpu"}, ul.DeviceError, "the CPU, which has none beside it"),
+        ({"host_budget": "1KiB", "device": "h200"}, ul.BudgetError, "host_budget='1KiB': give at least 4096 bytes"),
+        (
+            {"host_budget": "1GiB", "device": "h200", "disk_directory": "/tmp", "disk_budget": "1MiB"},
+            ul.ArgumentError,
+            "host_budget and disk_budget: .*one of them",
+        ),
         ({"device": "h200", "disk_directory": "/tmp", "disk_budget": "1MiB"}, ul.DeviceError, "h200 can't go to disk"),
         ({"policy": "offload"}, ul.ArgumentError, "policy 'offload': .*disk_directory"),
         ({"pin": {"0": "offload:disk"}}, ul.ArgumentError, "pin '0'='offload:disk': .*disk_directory"),
@@ -116,9 +122,10 @@ def test_arguments_that_mean_nothing(options: dict[str, Any], kind: type[Excepti
         ul.plan(tower(1), **{"budget": "1MiB", **options})
 
 
-def test_only_plans_have_a_disk() -> None:
-    with pytest.raises(ul.ArgumentError, match="only a plan has a disk"):
-        ul.checkpoint(nn.Linear(4, 4), torch.ones(4, 4), keep="addmm[0]@disk")
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_only_plans_have_tensors_leave(tier: str) -> None:
+    with pytest.raises(ul.ArgumentError, match=f"only a plan has tensors leave memory .*leave `@{tier}` out"):
+        ul.checkpoint(nn.Linear(4, 4), torch.ones(4, 4), keep=f"addmm[0]@{tier}")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -181,14 +188,14 @@ def test_two_backwards_of_one_step_have_room(tmp_path: Path) -> None:
         optimizer.zero_grad()
 
     both = ul.Workload(work.model, work.batch, step=step)
-    with pytest.raises(ul.BudgetError, match="on disk at once"):
+    with pytest.raises(ul.BudgetError, match="offloaded at once"):
         ul.plan(both, policy="offload", disk_directory=tmp_path, disk_budget="3MiB")
     plan = ul.plan(both, policy="offload", disk_directory=tmp_path, disk_budget="6MiB")
     assert ul.verify(both, plan, steps=2).ok
 
 
 def test_pins_that_the_file_can_not_hold(tmp_path: Path) -> None:
-    with pytest.raises(ul.BudgetError, match="disk_budget: 64.00 KiB, but .* on disk at once"):
+    with pytest.raises(ul.BudgetError, match="disk_budget: 64.00 KiB, but .* are offloaded at once"):
         ul.plan(tower(), "100GiB", pin={"*": "offload:disk"}, disk_directory=tmp_path, disk_budget="64KiB")
 
 

@@ -1,4 +1,4 @@
-"""What goes to disk and comes back, as the timeline, the trace and the page show it."""
+"""What leaves memory and comes back, as the timeline, the trace and the page show it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_lanes_of_the_trace(shown: Overview, tmp_path: Path) -> None:
     shown.planned.export(tmp_path / "t.json")
     events: list[dict[str, Any]] = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert (names[4], names[5]) == ("to disk", "from disk")
+    assert (names[4], names[5]) == ("offloaded", "brought back")
     for tid, out in ((4, True), (5, False)):
         slices = [e for e in events if e["ph"] == "X" and e["tid"] == tid]
         wanted = [*of(shown, "first", out), *of(shown, "later", out)]
@@ -76,7 +76,7 @@ def test_lanes_of_the_page(shown: Overview, browser: Any, tmp_path: Path) -> Non
     step = "first" if first else "later"
     assert bars == [["out", len(of(shown, step, True))], ["back", len(of(shown, step, False))]]
     said = opened.page.locator("#lanes-said")
-    assert said.inner_text().startswith("to disk ") and f"{len(of(shown, step, True))} tensors" in said.inner_text()
+    assert said.inner_text().startswith("offloaded ") and f"{len(of(shown, step, True))} tensors" in said.inner_text()
     opened.page.get_by_role("button", name="Plain", exact=True).click()
     assert not said.is_visible()
     opened.page.get_by_role("button", name="Planned", exact=True).click()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from torch.utils._pytree import tree_flatten
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, PlanMismatch, UllageWarning
 from ullage.apply._existing import refuse_existing
+from ullage.apply._open import open_store
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
 from ullage.mechanisms import Sites, UnitSettings
-from ullage.offload import DiskStore, Stats
+from ullage.offload import DiskStore, HostStore, Stats
 from ullage.runtime import Tier
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class UnitReport:
 class Report:
     """Planned beside observed.
 
-    `store`: what the store did so far, None if the plan sends nothing to disk.
+    `store`: what the store did so far, None if the plan has nothing leave memory. `tier`: "host" or "disk".
 
     `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
     statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
@@ -62,6 +62,7 @@ class Report:
     budget_bytes: int | None
     larger_batches: int
     store: Stats | None = None
+    tier: str = ""
 
     def __str__(self) -> str:
         seen = self.observed_peak_bytes
@@ -70,7 +71,7 @@ class Report:
             f"planned peak {format_bytes(self.planned_peak_bytes)}{observed}; batches larger than planned: {self.larger_batches}"
         ]
         if self.store is not None:
-            lines.append(f"disk: {_said(self.store)}")
+            lines.append(f"{self.tier}: {_said(self.store)}")
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
@@ -80,7 +81,7 @@ class Report:
 
 
 def _said(s: Stats) -> str:
-    moved = f"{format_bytes(s.bytes_written)} written, {format_bytes(s.bytes_read)} read, {format_bytes(s.forwarded_bytes)} taken on its way out"
+    moved = f"{format_bytes(s.bytes_written)} written, {format_bytes(s.bytes_read)} read back, {format_bytes(s.forwarded_bytes)} taken on its way out"
     waits = f"{format_seconds(s.stalled_write_seconds)} waited for writes, {format_seconds(s.stalled_read_seconds)} for reads"
     return f"{moved}; {waits}; late {s.late_prefetches} of {s.reads} reads"
 
@@ -88,7 +89,7 @@ def _said(s: Stats) -> str:
 class Handle:
     """A plan in force. `remove()` undoes it; also a context manager."""
 
-    def __init__(self, plan: Plan, units: list[Unit], store: DiskStore | None = None) -> None:
+    def __init__(self, plan: Plan, units: list[Unit], store: DiskStore | HostStore | None = None) -> None:
         self.plan = plan
         self._units = units
         self._store = store
@@ -140,11 +141,12 @@ class Handle:
             self.plan.budget_bytes,
             larger,
             self._store.stats if self._store is not None else self._stats,
+            self.plan.tier.name if self.plan.tier is not None else "",
         )
 
     def _observed_peak(self) -> int | None:
         modules = [m for u in self._units if (m := u.owner()) is not None]
-        device = next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
+        device = _device_of(*modules)
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
@@ -188,7 +190,9 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         PlanMismatch: the model is not the one that was planned.
         ApplyError: a plan is applied already.
         AlreadyCheckpointed: the model recomputes by itself.
-        OffloadError: the plan sends tensors to a directory in which its file can't be made.
+        OffloadError: the plan has tensors leave to a directory in which its file can't be made, or to memory that can't be
+            pinned.
+        DeviceError: the plan has them leave to host memory, and the model is on a CPU.
     """
     if not isinstance(model, nn.Module):
         raise ApplyError(f"model: expected the torch.nn.Module that was planned, got {type(model).__name__}")
@@ -201,8 +205,8 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     plan.check_model(model)
     modules = _modules(plan, model)
     units: list[Unit] = []
-    sends = not disabled() and any(settings.option.offloads for _, settings, _ in modules)
-    store = _open(plan) if sends else None
+    tiers = {settings.option.tier for _, settings, _ in modules} - {""}
+    store = open_store(plan, tiers, _device_of(model)) if tiers and not disabled() else None
     handle = _in_force[model] = Handle(plan, units, store)
     if disabled():
         return handle
@@ -214,19 +218,8 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     return handle
 
 
-def _open(plan: Plan) -> DiskStore:
-    disk = plan.disk
-    if disk is None:
-        raise ApplyError("the plan keeps saved tensors on disk but has no `disk`, which says where; plan again")
-    return DiskStore(
-        disk.directory,
-        disk.capacity_bytes,
-        threads=disk.threads,
-        buffer_bytes=disk.buffer_bytes,
-        backlog_bytes=disk.window_bytes,
-        ahead_bytes=disk.window_bytes,
-        poison=os.environ.get("ULLAGE_POISON", "") not in ("", "0"),
-    )
+def _device_of(*modules: nn.Module) -> torch.device:
+    return next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
 
 
 def _modules(plan: Plan, model: nn.Module) -> list[tuple[str, UnitSettings, nn.Module]]:

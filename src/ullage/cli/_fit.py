@@ -7,7 +7,16 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import budget_value, cost_options, json_option, output_file, show, target_options
+from ullage.cli._options import (
+    budget_value,
+    cost_options,
+    json_option,
+    output_file,
+    show,
+    taken_tier,
+    target_options,
+    tier_options,
+)
 from ullage.cli._progress import progress
 from ullage.workload import target_along
 
@@ -28,6 +37,7 @@ from ullage.workload import target_along
     type=click.IntRange(1),
     help="The largest; default: 65536 for batch, 1048576 for seq, else 1024 steps.",
 )
+@tier_options
 @cost_options
 @click.option(
     "-o",
@@ -54,6 +64,7 @@ def fit(
 
     Exit code 3: not even the smallest value fits; the smallest budget that would do is said.
     """
+    tier = taken_tier(options)
     with progress() as report:
         result = ul.fit(
             target_along(target, axis, **options),
@@ -65,6 +76,7 @@ def fit(
             at_least=at_least,
             at_most=at_most,
             progress=report,
+            **tier,
         )
     if output is not None:
         result.plan.save(output)

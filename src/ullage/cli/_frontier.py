@@ -7,7 +7,17 @@ from typing import Any
 import click
 
 import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, show_plot, target_options
+from ullage.cli._options import (
+    cost_options,
+    json_option,
+    load,
+    output_file,
+    show,
+    show_plot,
+    taken_tier,
+    target_options,
+    tier_options,
+)
 from ullage.cli._progress import progress
 
 
@@ -23,6 +33,7 @@ def _picture(context: click.Context, parameter: click.Parameter, value: str | No
 @click.command()
 @target_options
 @click.option("--points", type=click.IntRange(2), default=12, show_default=True, help="Budgets to plan for.")
+@tier_options
 @cost_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write it there, plans included."
@@ -40,8 +51,9 @@ def frontier(
     """
     from ullage.planner._draw import terminal
 
+    tier = taken_tier(options)
     with progress() as report:
-        result = ul.frontier(load(options), points, device, costs=costs, progress=report)
+        result = ul.frontier(load(options), points, device, costs=costs, progress=report, **tier)
     if output is not None:
         result.save(output)
     if picture is not None:

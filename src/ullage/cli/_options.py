@@ -72,6 +72,38 @@ def json_option(command: Command) -> Command:
     return _JSON(command)
 
 
+_TIER = (
+    click.option(
+        "--disk-directory",
+        type=click.Path(exists=True, file_okay=False),
+        help="Saved tensors may go to a file there while others are computed; --disk-budget says how large it is.",
+    ),
+    click.option("--disk-budget", metavar="BYTES", help="Bytes of that file, such as '64GiB'."),
+    click.option(
+        "--host-budget",
+        metavar="BYTES",
+        help="Saved tensors of a CUDA device may go to so much pinned host memory while others are computed.",
+    ),
+)
+
+
+def tier_options(command: Command) -> Command:
+    """Where saved tensors may leave to; `taken_tier` reads what was given."""
+    for option in reversed(_TIER):
+        command = option(command)
+    return command
+
+
+def taken_tier(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what `tier_options` give out of a command's options: keywords of `ullage.plan`, `frontier` and `fit`."""
+    found = {"disk_directory": options.pop("disk_directory")}
+    return found | {name: _value(options.pop(name)) for name in ("disk_budget", "host_budget")}
+
+
+def _value(text: str | None) -> int | str | None:
+    return budget_value(text) if text is not None else None
+
+
 def load(options: dict[str, Any]) -> Workload:
     """The workload that the options of `target_options` name."""
     return load_target(**options)

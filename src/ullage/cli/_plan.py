@@ -15,12 +15,14 @@ from ullage.cli._options import (
     show,
     show_plot,
     small_plot,
+    taken_tier,
     target_options,
+    tier_options,
 )
 from ullage.cli._progress import progress
-from ullage.planner._disk import DiskRequest
 from ullage.planner._overrides import Overrides
 from ullage.planner._planner import study_and_plan
+from ullage.planner._tiers import TierRequest
 
 
 @click.command()
@@ -37,20 +39,14 @@ from ullage.planner._planner import study_and_plan
     "pins",
     multiple=True,
     metavar="GLOB=ACTION",
-    help="Give the units of this name an action: keep, recompute, select, select:LEVEL or offload:disk. May be repeated.",
+    help="Give the units of this name an action: keep, recompute, select, select:LEVEL, offload:host or offload:disk. May be repeated.",
 )
 @click.option("--forbid", multiple=True, metavar="ACTION", help="An action that no unit gets. May be repeated.")
 @click.option("--headroom", metavar="BYTES", help="Leave this much of the budget free, written as the budget is.")
 @click.option(
     "--simple", is_flag=True, help="Prefer fewer distinct actions, if that costs 1 % of the step time at most."
 )
-@click.option(
-    "--disk-directory",
-    type=click.Path(exists=True, file_okay=False),
-    help="Saved tensors may go to a file there while others are computed; --disk-budget says how large it is.",
-)
-@click.option("--disk-budget", metavar="BYTES", help="Bytes of that file, such as '64GiB'.")
-@click.option("--host-budget", metavar="BYTES", help="Pinned host memory beside a CUDA device: refused as yet.")
+@tier_options
 @cost_options
 @click.option("-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write the plan there.")
 @json_option
@@ -62,20 +58,17 @@ def plan(
     forbid: tuple[str, ...],
     headroom: str | None,
     simple: bool,
-    disk_directory: str | None,
-    disk_budget: str | None,
-    host_budget: str | None,
     device: str | None,
     costs: str,
     output: str | None,
     **options: Any,
 ) -> None:
-    """Decide what to keep, recompute, select or have on disk so that the step fits the budget.
+    """Decide what to keep, recompute, select or offload so that the step fits the budget.
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
     overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
-    disk = DiskRequest(disk_directory, _size(disk_budget), _size(host_budget))
+    tier = TierRequest(**taken_tier(options))
     with progress() as report:
         study, result = study_and_plan(
             load(options),
@@ -84,7 +77,7 @@ def plan(
             policy,
             costs,
             overrides=overrides,
-            disk=disk,
+            tier=tier,
             progress=report,
         )
         if output is not None:

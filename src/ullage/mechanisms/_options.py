@@ -1,11 +1,11 @@
-"""Options of a unit: keep everything, have it on disk, recompute everything, or keep selected ops' outputs and recompute the rest."""
+"""Options of a unit: keep everything, have it leave memory, recompute everything, or keep selected ops' outputs and recompute the rest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ullage.runtime import Place
-from ullage.runtime._keep import named_rule
+from ullage.runtime._keep import TIERS, named_rule
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Option:
 
     Attributes:
         action: keep, recompute, select or offload.
-        level: for select, what is kept: a level or single calls of ops, some of them on disk; for offload, the tier.
+        level: for select, what is kept: a level or single calls of ops, some of them in a tier; for offload, the tier.
         place: where the unit is among units that are rebuilt together; None where each is rebuilt alone.
     """
 
@@ -24,16 +24,24 @@ class Option:
 
     @property
     def name(self) -> str:
-        """`keep`, `recompute`, `offload:disk`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]@disk`."""
+        """`keep`, `recompute`, `offload:TIER`, `select:LEVEL` or `select:CALLS`, such as `select:gelu[0]+mm[0,2]@disk`."""
         return f"{self.action}:{self.level}" if self.level else self.action
+
+    @property
+    def tier(self) -> str:
+        """Where to something leaves memory, "host" or "disk"; "" if nothing does."""
+        if self.action == "offload":
+            return self.level
+        return self.level.rpartition("@")[2].partition("+")[0] if "@" in self.level else ""
 
     @property
     def offloads(self) -> bool:
         """Does anything leave memory?"""
-        return self.action == "offload" or "@" in self.level
+        return bool(self.tier)
 
 
-KEEP, RECOMPUTE, OFFLOAD = Option("keep"), Option("recompute"), Option("offload", "disk")
+KEEP, RECOMPUTE = Option("keep"), Option("recompute")
+OFFLOAD = {tier: Option("offload", tier) for tier in TIERS}
 
 
 def option_from_name(name: str) -> Option:
@@ -41,8 +49,8 @@ def option_from_name(name: str) -> Option:
     action, _, level = name.partition(":")
     if not level and action in ("keep", "recompute"):
         return Option(action)
-    if name == OFFLOAD.name:
-        return OFFLOAD
+    if action == "offload" and level in OFFLOAD:
+        return OFFLOAD[level]
     if not level or action != "select":
         raise ValueError(name)
     try:

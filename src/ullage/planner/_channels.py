@@ -1,6 +1,6 @@
 """How long a step takes when tensors leave memory and come back while it computes: a simulation of its events.
 
-Two channels, one out and one in, each with its own bandwidth and first come, first served, as `ullage.offload.DiskStore` has
+Two channels, one out and one in, each with its own bandwidth and first come, first served, as the stores of `ullage.offload` have
 them, and with its bounds: `put` waits while the backlog is full, and tensors come ahead of their use only as far as the
 read-ahead reaches. What is asked for while it is still on its way out is handed back at once.
 """

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from msgspec import structs
+
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._disk import Traffic
 from ullage.planner._live import peak_moment
 from ullage.planner._model import model_of
 from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._study import StepCapture, Study, recomputed_in
+from ullage.planner._tiers import Disk, Host, OffloadTier, Traffic
 
 
 def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
@@ -44,9 +46,9 @@ def finish(
 ) -> Plan:
     """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
     first, later = s.execute_fresh(assignment)
-    if s.disk is not None and not s.fits_disk(later):
-        raise too_much_on_disk(s, later, f"under policy {policy!r}{' with these pins' if pinned else ''}")
-    predicted = forecast(s, first, later)
+    if s.tier is not None and not s.fits_tier(larger := max(first, later, key=s.offloaded_bytes)):
+        raise too_much_offloaded(s, larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
+    predicted, tier = forecast(s, first, later), _tier(s, assignment, first, later)
     notes = list(s.plain_session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
     if s.device.estimate:
@@ -72,8 +74,17 @@ def finish(
         environment=environment(),
         headroom_bytes=s.headroom_bytes,
         bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
-        disk=s.disk_for(assignment),
+        disk=tier if isinstance(tier, Disk) else None,
+        host=tier if isinstance(tier, Host) else None,
     )
+
+
+def _tier(s: Study, assignment: Mapping[str, Option], *steps: StepCapture) -> OffloadTier | None:
+    """The tier as a handle makes it: a file as large as was said, of pinned memory what the steps need."""
+    tier = s.tier_for(assignment)
+    if not isinstance(tier, Host):
+        return tier
+    return structs.replace(tier, capacity_bytes=max(map(s.offloaded_bytes, steps)))
 
 
 def _decisions(
@@ -132,10 +143,10 @@ def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
     return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])
 
 
-def too_much_on_disk(s: Study, capture: StepCapture, why: str) -> BudgetError:
-    """The file is too small for what a step sends."""
-    assert s.disk is not None
-    there, needed = format_bytes(s.disk.capacity_bytes), format_bytes(s.file_bytes(capture))
+def too_much_offloaded(s: Study, capture: StepCapture, why: str) -> BudgetError:
+    """The tier is too small for what a step sends."""
+    assert s.tier is not None
+    there, needed = format_bytes(s.tier.capacity_bytes), format_bytes(s.offloaded_bytes(capture))
     return BudgetError(
-        f"disk_budget: {there}, but {needed} are on disk at once {why}; raise it, or have fewer units on disk"
+        f"{s.tier.argument}: {there}, but {needed} are offloaded at once {why}; raise it, or offload fewer units"
     )

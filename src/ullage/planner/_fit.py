@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from ullage.planner._plan import Plan
 from ullage.planner._planner import decide, execute_choice, prepare
 from ullage.planner._solve import smallest
 from ullage.planner._study import Study
+from ullage.planner._tiers import TierRequest, choose_tier
 from ullage.workload import Workload, check_axis
 
 STEPS = {"batch": 1, "seq": 128}  # sequences: what kernels tile by
@@ -85,8 +87,10 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class _Search:
     """Tries values and remembers what came of them."""
 
-    def __init__(self, make: Callable[..., Workload], axis: str, budget: Budget, given: dict[str, Any]) -> None:
-        self.make, self.axis, self.budget, self.given = make, axis, budget, given
+    def __init__(
+        self, make: Callable[..., Workload], axis: str, budget: Budget, request: TierRequest, given: dict[str, Any]
+    ) -> None:
+        self.make, self.axis, self.budget, self.request, self.given = make, axis, budget, request, given
         self.say: Callable[[str], None] = given.pop("progress") or (lambda _: None)
         self.tried: dict[int, Tried] = {}
         self.plans: dict[int, Plan] = {}
@@ -108,7 +112,10 @@ class _Search:
 
     def _plan(self, value: int) -> Tried:
         self.say(f"{self.axis}={value}")
-        s = prepare(self._made(value), progress=lambda text: self.say(f"{self.axis}={value}: {text}"), **self.given)
+        work = self._made(value)
+        if "tier" not in self.given:  # measured once
+            self.given["tier"] = choose_tier(self.request, work, self.given["device"], self.say)
+        s = prepare(work, progress=lambda text: self.say(f"{self.axis}={value}: {text}"), **self.given)
         limit = self.budget.resolve(0, s.device.memory_bytes)
         try:
             execute_choice(s, limit)
@@ -188,6 +195,9 @@ def fit(
     step: int | None = None,
     at_least: int | None = None,
     at_most: int | None = None,
+    disk_directory: str | Path | None = None,
+    disk_budget: int | str | None = None,
+    host_budget: int | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Find the largest value of `axis` that fits the budget with its best plan, and the tried one that is fastest.
@@ -208,12 +218,13 @@ def fit(
         step: only multiples of it are tried; default: 1, along seq 128.
         at_least: the smallest value to try; default: `step`.
         at_most: the largest; default: 65,536 for batch, 1,048,576 for seq, else 1,024 steps.
+        disk_directory, disk_budget, host_budget: where saved tensors may go, see `plan`.
         progress: called with a line at each stage.
 
     Raises:
-        ArgumentError: no such axis, or a number that is not a whole one above zero.
+        ArgumentError: no such axis, a number that is not a whole one above zero, or a tier that is only half named.
         BudgetError: the budget can't be read. BudgetInfeasible: the smallest value does not fit.
-        CaptureError, WorkloadError, DeviceError: as `plan`, at the smallest value.
+        CaptureError, WorkloadError, DeviceError, OffloadError: as `plan`, at the smallest value.
     """
     check_axis(make_work, axis)
     for name, given in (("step", step), ("at_least", at_least), ("at_most", at_most)):
@@ -229,7 +240,8 @@ def fit(
     last = (at_most or MOST.get(axis, MOST_STEPS * step)) // step * step
     if first > last:
         raise ArgumentError(f"{axis}: no multiple of step={step} lies from {at_least or step} to {at_most}")
-    search = _Search(make_work, axis, wanted, {"device": device, "costs": costs, "units": units, "progress": progress})
+    alike = {"device": device, "costs": costs, "units": units, "progress": progress}
+    search = _Search(make_work, axis, wanted, TierRequest(disk_directory, disk_budget, host_budget), alike)
     value, bound_by = search.largest(first, last, step)
     rates = {v: t.throughput for v, t in sorted(search.tried.items()) if t.throughput is not None}
     fastest = max(rates, key=lambda v: rates[v])

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds, parse_budget
-from ullage._errors import ArgumentError, BudgetInfeasible, CaptureError, PlanError
+from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, PlanError
 from ullage._files import write_whole
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP
@@ -16,6 +16,7 @@ from ullage.planner._plan import Plan, check_actions
 from ullage.planner._planner import decide, execute_choice, prepare, smallest_bytes
 from ullage.planner._profile import Profile
 from ullage.planner._study import Study
+from ullage.planner._tiers import TierRequest, choose_tier
 from ullage.workload import Workload
 
 VERSION = 1
@@ -135,6 +136,9 @@ def frontier(
     costs: str = "auto",
     profile: Profile | None = None,
     units: Sequence[str] | None = None,
+    disk_directory: str | Path | None = None,
+    disk_budget: int | str | None = None,
+    host_budget: int | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Frontier:
     """Plan for budgets from the smallest that is possible to the plain step's peak.
@@ -150,14 +154,16 @@ def frontier(
         costs: "auto" or "roofline".
         profile: take op costs from this profile.
         units: FQN globs of the modules to plan over.
+        disk_directory, disk_budget, host_budget: where saved tensors may go, see `plan`; policy `offload` is shown too then.
         progress: called with a line at each stage.
 
     Raises:
-        ArgumentError: `points` is not a whole number of 2 or more.
-        CaptureError, WorkloadError, DeviceError: see their docstrings.
+        ArgumentError: `points` is not a whole number of 2 or more, or a tier is only half named.
+        CaptureError, WorkloadError, DeviceError, OffloadError: see their docstrings.
     """
     check_points(points)
-    return frontier_of(prepare(work, device, costs, profile, units, progress), points)
+    tier = choose_tier(TierRequest(disk_directory, disk_budget, host_budget), work, device, progress)
+    return frontier_of(prepare(work, device, costs, profile, units, progress, tier), points)
 
 
 def check_points(points: int) -> None:
@@ -172,7 +178,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]
     policies = []
-    for name in POLICIES:
+    for name in (*POLICIES, *(["offload"] if s.tier is not None else [])):
         s.progress(f"policy {name}")
         point, plan = _policy(s, name)
         policies.append(point)
@@ -234,7 +240,7 @@ def _within(s: Study, limit: int) -> Plan | None:
 def _policy(s: Study, name: str) -> tuple[PolicyPoint, Plan | None]:
     try:
         plan = decide(s, None, name)
-    except CaptureError as error:
+    except (CaptureError, BudgetError) as error:
         return PolicyPoint(policy=name, peak_bytes=None, step_seconds=None, reason=str(error)), None
     peak, memory = plan.predicted.peak_bytes, s.device.memory_bytes
     reason = f"over the memory of {s.device.name}" if memory is not None and peak > memory else ""

@@ -17,11 +17,13 @@ MOST_LEVELS = 8  # each is run on fake tensors
 def find_levels(s: Study, fqns: Sequence[str]) -> dict[str, list[Option]]:
     """Per unit its selective options, from the fewest bytes kept to the most. Twins have the same.
 
+    What the calls that they name hold is noted in `s.call_bytes`.
+
     Args:
         s: a study whose session has run these units selectively.
         fqns: the units.
     """
-    known: dict[int, list[Option]] = {}
+    known: dict[int, tuple[list[Option], dict[tuple[str, int], int]]] = {}
     facts = {u.fqn: u for u in s.units}
     found: dict[str, list[Option]] = {}
     for fqn in fqns:
@@ -31,16 +33,16 @@ def find_levels(s: Study, fqns: Sequence[str]) -> dict[str, list[Option]]:
         learnt = max(logs, key=lambda entry: len(entry.log.ops))  # of several input signatures; a rule holds for all
         if id(learnt) not in known:
             known[id(learnt)] = _levels_of(s, learnt, facts[fqn].routing)
-        found[fqn] = known[id(learnt)]
+        found[fqn], s.call_bytes[fqn] = known[id(learnt)]
     return found
 
 
-def _levels_of(s: Study, learnt: Learnt, routing: bool) -> list[Option]:
+def _levels_of(s: Study, learnt: Learnt, routing: bool) -> tuple[list[Option], dict[tuple[str, int], int]]:
     seconds = _seconds(s, s.session, learnt)
     base = level_rule("", True) if routing else None
     graph = graph_of(learnt.log, seconds, s.device.round_bytes, base)
     texts = [rule_for(graph, level.kept, routing).text for level in levels(graph, MOST_LEVELS)]
-    return [Option("select", text) for text in texts if text]
+    return [Option("select", text) for text in texts if text], {g.call: g.nbytes for g in graph.groups}
 
 
 def _seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:

@@ -21,7 +21,7 @@ from ullage.offload import whole_blocks
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
 from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
-from ullage.planner._with_disk import Pace
+from ullage.planner._with_tier import Pace
 
 
 @dataclass

@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
@@ -16,7 +16,12 @@ from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
 from ullage.runtime import ATTENTION, MATMUL, ROUTING
 from ullage.runtime._keep import OpsRule, kind_of, named_rule
+from ullage.runtime._tier import LEAST_BYTES
 
+if TYPE_CHECKING:
+    from ullage.planner._tiers import OffloadTier
+
+Calls = frozenset[tuple[str, int]]
 MATMULS = Option("select", "matmul_attention")
 
 
@@ -24,9 +29,9 @@ def find_options(s: Study) -> None:
     """Note which units have routing outputs or must be kept, and the options of each."""
     s.units = [_with_routing(s.session, u) for u in s.units]
     s.options = {u.fqn: _possible(s, u) for u in s.units}
-    if s.disk is not None:  # nothing is run again, so every unit can do that
+    if s.tier is not None:  # nothing is run again, so every unit can do that
         for options in s.options.values():
-            options.append(OFFLOAD)
+            options.append(OFFLOAD[s.tier.name])
 
 
 def _ops_of(session: Session, fqn: str) -> list[Signature]:
@@ -66,8 +71,9 @@ def capture_options(s: Study) -> None:
         return
     s.options_captured = True
     _capture(s, RECOMPUTE.name, lambda fqn: _like(s.options[fqn], RECOMPUTE))
-    if s.disk is not None:
-        _capture(s, OFFLOAD.name, lambda fqn: _like(s.options[fqn], OFFLOAD))
+    if s.tier is not None:
+        whole = OFFLOAD[s.tier.name]
+        _capture(s, whole.name, lambda fqn: _like(s.options[fqn], whole))
     able = [u.fqn for u in s.units if RECOMPUTE in s.options[u.fqn]]
     if not able:
         return
@@ -79,25 +85,43 @@ def capture_options(s: Study) -> None:
             s.levels[fqn] = found
     for k in range(max(map(len, s.levels.values()), default=0)):
         _capture(s, f"level {k}", functools.partial(_level, s, k))
-    if s.disk is not None:
-        _capture_sent(s)
+    if s.tier is not None:
+        _capture_sent(s, s.tier)
     for parity in {k % 2 for k in linkable(s)}:
         _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
 
 
-def _capture_sent(s: Study) -> None:
-    """Levels of which everything that is kept leaves memory."""
-    sent = {f: [_sent(o) for o in found] for f, found in s.levels.items()}
-    for fqn, options in sent.items():
-        s.options[fqn] += [o for o in options if o not in s.options[fqn]]
-    for k in range(max(map(len, sent.values()), default=0)):
-        _capture(s, f"level {k} on disk", functools.partial(_level_of, s, sent, k))
+def _capture_sent(s: Study, tier: OffloadTier) -> None:
+    """Levels of which what is kept leaves memory: all of it, or as much as leaves while the unit's forward computes."""
+    for label, which in (("offloaded", _everything), ("offloaded in part", _hidden)):
+        sent = {f: _sent(found, tier, functools.partial(which, s, f, tier)) for f, found in s.levels.items()}
+        for fqn, options in sent.items():
+            s.options[fqn] += [o for o in options if o not in s.options[fqn]]
+        for k in range(max(map(len, sent.values()), default=0)):
+            _capture(s, f"level {k} {label}", functools.partial(_level_of, s, sent, k))
 
 
-def _sent(option: Option) -> Option:
-    rule = named_rule(option.level, False)
-    assert isinstance(rule, OpsRule)
-    return Option("select", rule.sent().text)
+def _sent(levels: Sequence[Option], tier: OffloadTier, which: Callable[[Calls], Calls]) -> list[Option]:
+    """Of these levels the calls that `which` names leave; a level of which it names none is left out."""
+    rules = [named_rule(o.level, False) for o in levels]
+    sent = [r.sent(tier.name, leaving) for r in rules if isinstance(r, OpsRule) and (leaving := which(r.calls))]
+    return [Option("select", r.text) for r in sent]
+
+
+def _everything(s: Study, fqn: str, tier: OffloadTier, calls: Calls) -> Calls:
+    return calls
+
+
+def _hidden(s: Study, fqn: str, tier: OffloadTier, calls: Calls) -> Calls:
+    """The largest calls that, together, leave while the unit's forward computes."""
+    sizes, leaving = s.call_bytes[fqn], set()
+    passes = max(s.plain_session.inst.accumulate, 1)
+    room = s.forward_seconds.get(fqn, 0.0) / passes * tier.write_bytes_per_second
+    for call in sorted(calls, key=lambda c: (-sizes.get(c, 0), c)):
+        if LEAST_BYTES <= sizes.get(call, 0) <= room:
+            leaving.add(call)
+            room -= sizes[call]
+    return frozenset(leaving)
 
 
 def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from ullage.planner._study import Study
 Options = dict[str, list[Option]]
 Assignment = Mapping[str, Option]
 SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
-_KNOWN = "keep, recompute, select (any level), select:LEVEL, offload (any), offload:disk"
+_KNOWN = "keep, recompute, select (any level), select:LEVEL, offload (any), offload:host, offload:disk"
 
 
 class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,7 +77,7 @@ class Overrides:
         return None if given is None or nothing else parse_budget(given, "headroom")
 
     @property
-    def needs_disk(self) -> str:
+    def needs_tier(self) -> str:
         """The first pin that has tensors leave memory, or ""."""
         for glob, action in self.pin.items():
             if action == "offload" or (action != "select" and option_from_name(action).offloads):

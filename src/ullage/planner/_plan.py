@@ -17,9 +17,9 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
-from ullage.planner._disk import Disk, Traffic
 from ullage.planner._overrides import PinCost, describe
 from ullage.planner._peak import Bounds
+from ullage.planner._tiers import Disk, Host, OffloadTier, Traffic
 from ullage.runtime import Place
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ VERSION = 1
 class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A step's peak in bytes and time in seconds; peaks of the first step and of a later one apart.
 
-    `traffic`: what is moved between memory and disk, None if nothing is.
+    `traffic`: what leaves memory and comes back, None if nothing does.
     """
 
     peak_bytes: int
@@ -134,6 +134,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     pins: list[PinCost] = []
     bounds: Bounds | None = None
     disk: Disk | None = None
+    host: Host | None = None
+
+    @property
+    def tier(self) -> OffloadTier | None:
+        """Where saved tensors leave to, if any do."""
+        return self.host if self.host is not None else self.disk
 
     @property
     def digest(self) -> str:
@@ -217,7 +223,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
             f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
             f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
-            *([_moves(p.traffic, self.disk)] if p.traffic is not None and self.disk is not None else []),
+            *([_moves(p.traffic, self.tier)] if p.traffic is not None and self.tier is not None else []),
             "  decisions",
         ]
         lines += [f"    {row}" for row in _grouped(self.decisions)]
@@ -228,11 +234,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return "\n".join(lines)
 
 
-def _moves(t: Traffic, disk: Disk) -> str:
-    """What goes to disk and comes back in a step."""
+def _moves(t: Traffic, tier: OffloadTier) -> str:
+    """What leaves memory and comes back in a step."""
     times = f"{format_seconds(t.hidden_seconds)} hidden, {format_seconds(t.stalled_seconds)} stalled"
     sizes = f"{format_bytes(t.sent_bytes)} out, {format_bytes(t.fetched_bytes)} in"
-    return f"  disk       {sizes}: {times}; {disk.directory}, {format_bytes(disk.capacity_bytes)}"
+    return f"  {tier.name:<10} {sizes}: {times}; {tier}"
 
 
 def check_actions(plan: Plan, where: str) -> None:
@@ -242,7 +248,7 @@ def check_actions(plan: Plan, where: str) -> None:
             d.settings()
     except ValueError as error:
         raise PlanError(
-            f"{where}: unknown action {error}; known: keep, recompute, offload:disk, select:LEVEL or calls of ops such as select:mm[0,2]@disk"
+            f"{where}: unknown action {error}; known: keep, recompute, offload:host, offload:disk, select:LEVEL or calls of ops such as select:mm[0,2]@host"
         ) from error
 
 

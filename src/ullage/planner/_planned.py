@@ -40,12 +40,12 @@ def study_plan(
         names = [d.unit for d in plan.decisions]
         if names != [u.fqn for u in s.units]:  # it was made with units= of its own
             s.units = unit_facts(s.session, saved_bytes(s), names)
-        s.disk = plan.disk
+        s.tier = plan.tier
     find_options(s)
     assignment = {u.fqn: KEEP for u in s.units}
     assignment |= {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
-    if plan is not None and plan.disk is not None:
-        s.windows[key_of(assignment)] = plan.disk.window_bytes
+    if plan is not None and plan.tier is not None:
+        s.windows[key_of(assignment)] = plan.tier.window_bytes
     return s, assignment
 
 

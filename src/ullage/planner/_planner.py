@@ -14,8 +14,7 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._disk import Disk, DiskRequest, choose_disk
-from ullage.planner._finish import finish, forecast, too_much_on_disk
+from ullage.planner._finish import finish, forecast, too_much_offloaded
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -31,7 +30,9 @@ from ullage.planner._simple import fewer_actions
 from ullage.planner._solve import Solution, smallest
 from ullage.planner._solve import solve as solve_anew
 from ullage.planner._study import StepCapture, Study, key_of, study
-from ullage.planner._with_disk import solve_with_disk, without_disk
+from ullage.planner._tiers import OffloadTier, TierRequest, choose_tier
+from ullage.planner._window import choose_window
+from ullage.planner._with_tier import solve_with_tier, without_tier
 from ullage.workload import Workload
 
 MAX_TIGHTENINGS = 10
@@ -39,7 +40,7 @@ RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax singl
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
 
 solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
-with_disk = lru_cache(maxsize=4)(solve_with_disk)
+with_tier = lru_cache(maxsize=4)(solve_with_tier)
 
 
 @leaves_rng
@@ -78,18 +79,19 @@ def plan(
         simple: True: of the plans within 1 % of the best step time, one with the fewest distinct actions; or that share.
         disk_directory: where saved tensors may go, an existing directory on this machine, whose speed is measured.
         disk_budget: bytes or a string: of a file that is made there while the plan is applied.
-        host_budget: the same of pinned memory beside a CUDA device; refused as yet.
+        host_budget: bytes or a string: of pinned host memory that saved tensors of a CUDA device may go to; of these the
+            plan takes what it needs. Either this or a disk.
         progress: called with a line at each stage.
 
     Raises:
         BudgetError: the budget or the headroom can't be read. BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
-    overrides, disk = (
+    overrides, tier = (
         Overrides(pin or {}, forbid, headroom, simple),
-        DiskRequest(disk_directory, disk_budget, host_budget),
+        TierRequest(disk_directory, disk_budget, host_budget),
     )
-    return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, disk, progress)[1]
+    return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, tier, progress)[1]
 
 
 @leaves_rng
@@ -102,22 +104,22 @@ def study_and_plan(
     profile: Profile | None = None,
     units: Sequence[str] | None = None,
     overrides: Overrides | None = None,
-    disk: DiskRequest | None = None,
+    tier: TierRequest | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Study, Plan]:
     """`plan`, and the study it comes from: for who shows more of the step than the plan does."""
     check_policy(policy)
-    overrides, disk = overrides or Overrides(), disk or DiskRequest()
-    sends = "policy 'offload'" if policy == "offload" else overrides.needs_disk
-    if sends and disk.directory is None:
+    overrides, tier = overrides or Overrides(), tier or TierRequest()
+    sends = "policy 'offload'" if policy == "offload" else overrides.needs_tier
+    if sends and not tier.given:
         raise ArgumentError(
-            f"{sends}: has tensors leave memory, and disk_directory, with disk_budget, does not say where to"
+            f"{sends}: has tensors leave memory, and neither disk_directory with disk_budget nor host_budget says where to"
         )
     overrides.check(policy, budget is not None)
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
-    s = prepare(work, device, costs, profile, units, progress, choose_disk(disk, work, device, progress))
+    s = prepare(work, device, costs, profile, units, progress, choose_tier(tier, work, device, progress))
     s.explains = True
     plain = _fresh_peak(s, {})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
@@ -132,12 +134,12 @@ def prepare(
     profile: Profile | None = None,
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
-    disk: Disk | None = None,
+    tier: OffloadTier | None = None,
 ) -> Study:
     """What all decisions about one workload share: the plain step and the options of its units."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
-    s = study(work, device, mode, units, known, progress, disk)
+    s = study(work, device, mode, units, known, progress, tier)
     find_options(s)
     return s
 
@@ -180,6 +182,7 @@ def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tup
         peak = _fresh_peak(s, assignment)
         if limit is not None and peak > limit - s.reserve_bytes:
             raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
+        choose_window(s, assignment, None if limit is None else limit - s.reserve_bytes)
         return assignment, 0.0
     assert limit is not None
     if _plain_fits(s, limit, baseline):
@@ -203,14 +206,14 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     return _assignment(model, (_solution(s, limit - s.reserve_bytes) or smallest(model)).schedule)
 
 
-def _solution(s: Study, target: int, disk: bool = True) -> Solution | None:
-    """What the solver finds within `target` bytes; with a disk, the window that goes with it is noted."""
+def _solution(s: Study, target: int, offload: bool = True) -> Solution | None:
+    """What the solver finds within `target` bytes; where tensors may leave, the window that goes with it is noted."""
     model = model_of(s)
-    if s.disk is None or s.pace is None:
+    if s.tier is None or s.pace is None:
         return solve(model, target)
-    if not disk:
-        return solve(without_disk(model), target)
-    found = with_disk(model, s.pace, target, s.disk)
+    if not offload:
+        return solve(without_tier(model), target)
+    found = with_tier(model, s.pace, target, s.tier)
     if found is None:
         return None
     s.windows[key_of(_assignment(model, found[0].schedule))] = found[1].window_bytes
@@ -246,13 +249,13 @@ def _smallest(s: Study) -> StepCapture:
     model = model_of(s)
     candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
     candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
-    if s.disk is not None:
-        candidates.append(s.execute(_assignment(model, smallest(without_disk(model)).schedule)))
+    if s.tier is not None:
+        candidates.append(s.execute(_assignment(model, smallest(without_tier(model)).schedule)))
     candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    fitting = [c for c in candidates if s.fits_disk(c)]
+    fitting = [c for c in candidates if s.fits_tier(c)]
     if not fitting:
-        least = min(candidates, key=s.file_bytes)
-        raise too_much_on_disk(s, least, "with these pins")
+        least = min(candidates, key=s.offloaded_bytes)
+        raise too_much_offloaded(s, least, "with these pins")
     return min(fitting, key=s.peak_with_update)
 
 
@@ -282,36 +285,38 @@ def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> Budge
 def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
     """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds.
 
-    What is simulated while choosing is coarser than what is then executed. So that a disk never makes a step slower, a
+    What is simulated while choosing is coarser than what is then executed. So that offload never makes a step slower, a
     choice that sends something is compared with the best one that sends nothing.
     """
-    confirmed, bound = _confirmed(s, limit, disk=True)
+    confirmed, bound = _confirmed(s, limit, offload=True)
     found = [confirmed]
-    if s.disk is not None and (confirmed is None or any(o.offloads for o in confirmed.assignment.values())):
-        found.append(_confirmed(s, limit, disk=False)[0])
+    if s.tier is not None and (confirmed is None or any(o.offloads for o in confirmed.assignment.values())):
+        found.append(_confirmed(s, limit, offload=False)[0])
     chosen = [c for c in found if c is not None]
     if not chosen:
         chosen = [_smallest(s)]
         if _fresh_peak(s, chosen[0].assignment) > limit:
             raise _infeasible(s, limit + s.reserve_bytes, chosen[0])
     whole = [_whole(s, c, limit) for c in chosen]
+    for assignment in whole:
+        choose_window(s, assignment, limit)
     if len(whole) > 1:
         whole.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
     return whole[0], bound
 
 
-def _confirmed(s: Study, limit: int, disk: bool) -> tuple[StepCapture | None, float]:
+def _confirmed(s: Study, limit: int, offload: bool) -> tuple[StepCapture | None, float]:
     """What the solver chooses and execution shows to fit, None if there is none; and its lower bound."""
     model, target, bound = model_of(s), limit, None
     for _ in range(MAX_TIGHTENINGS):
-        solution = _solution(s, target, disk)
+        solution = _solution(s, target, offload)
         if solution is None:
             break
         bound = solution.lower_bound if bound is None else bound
         trial = s.execute(_assignment(model, solution.schedule))
         s.progress("confirming the plan")
         over = s.peak_with_update(trial) - limit
-        if not s.fits_disk(trial):  # the model says less than what is sent
+        if not s.fits_tier(trial):  # the model says less than what is sent
             break
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
             return trial, bound

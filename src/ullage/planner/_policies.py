@@ -28,7 +28,7 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
     - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, which
       rebuilds runs of blocks together.)
     - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
-    - offload: everything that blocks save is on disk; needs one.
+    - offload: everything that blocks save leaves memory; needs a place to go to.
 
     Raises:
         ArgumentError: no such policy.
@@ -47,7 +47,7 @@ def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str,
     elif policy == "selective":
         wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
     elif policy == "offload":
-        wanted = dict.fromkeys(blocks, OFFLOAD)
+        wanted = {f: next((o for o in OFFLOAD.values() if o in options[f]), KEEP) for f in blocks}
     else:
         raise ArgumentError(f"policy={policy!r}: expected one of {NAMES}")
     return {u.fqn: nearest(wanted.get(u.fqn, KEEP), options[u.fqn]) for u in units}

@@ -34,9 +34,9 @@ from ullage.planner._device import DeviceChoice, choose_device
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
-    from ullage.planner._disk import Disk
     from ullage.planner._instance import StepModel
-    from ullage.planner._with_disk import Pace
+    from ullage.planner._tiers import OffloadTier
+    from ullage.planner._with_tier import Pace
 
 OWN_STEP_BYTES = 64
 FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
@@ -63,6 +63,9 @@ class Study:
     units: list[UnitFacts] = field(default_factory=list)
     options: dict[str, list[Option]] = field(default_factory=dict)
     levels: dict[str, list[Option]] = field(default_factory=dict)
+    call_bytes: dict[str, dict[tuple[str, int], int]] = field(
+        default_factory=dict
+    )  # per unit, of calls that levels name
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
     captures: dict[str, StepCapture] = field(default_factory=dict)
     plain_steps: list[slice] = field(default_factory=list)
@@ -70,7 +73,7 @@ class Study:
     options_captured: bool = False
     model: StepModel | None = None
     pace: Pace | None = None
-    disk: Disk | None = None  # where tensors may go
+    tier: OffloadTier | None = None  # where tensors may go
     windows: dict[frozenset[tuple[str, Option]], int] = field(default_factory=dict)  # bytes, per assignment
     times_given: bool = False
     explains: bool = False  # plans and errors say what holds the peak, which takes a step or two more
@@ -122,21 +125,21 @@ class Study:
 
     def workspace_bytes(self, assignment: Mapping[str, Option]) -> int:
         """What is held all the time beside tensors: cuBLAS's workspace, and what a store's transfers may hold."""
-        disk = self.disk_for(assignment)
-        return self.device.facts.blas_workspace_bytes + (disk.reserved_bytes if disk is not None else 0)
+        tier = self.tier_for(assignment)
+        return self.device.facts.blas_workspace_bytes + (tier.reserved_bytes if tier is not None else 0)
 
-    def disk_for(self, assignment: Mapping[str, Option]) -> Disk | None:
-        """The disk that an assignment uses, with its window; None if nothing is sent there."""
-        if self.disk is None or not any(o.offloads for o in assignment.values()):
+    def tier_for(self, assignment: Mapping[str, Option]) -> OffloadTier | None:
+        """The tier that an assignment uses, with its window; None if nothing is sent there."""
+        if self.tier is None or not any(o.offloads for o in assignment.values()):
             return None
-        return structs.replace(self.disk, window_bytes=self.windows.get(key_of(assignment), 0))
+        return structs.replace(self.tier, window_bytes=self.windows.get(key_of(assignment), 0))
 
     def transfers(self, capture: StepCapture) -> list[Transfer]:
         """What left memory and came back in a captured step."""
         return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
 
-    def file_bytes(self, capture: StepCapture) -> int:
-        """The most bytes of its file that a captured step takes at any moment."""
+    def offloaded_bytes(self, capture: StepCapture) -> int:
+        """The most bytes of its tier that a captured step takes at any moment, in whole blocks."""
         dropped = capture.session.store.dropped
         held: list[tuple[int, int]] = []  # (op at which its place is free again, bytes)
         most = now = 0
@@ -151,14 +154,14 @@ class Study:
             most = max(most, now)
         return most
 
-    def fits_disk(self, capture: StepCapture) -> bool:
-        """Does the file hold what a captured step sends?"""
-        return self.disk is None or self.file_bytes(capture) <= self.disk.capacity_bytes
+    def fits_tier(self, capture: StepCapture) -> bool:
+        """Does the tier hold what a captured step sends?"""
+        return self.tier is None or self.offloaded_bytes(capture) <= self.tier.capacity_bytes
 
     def overlap(self, capture: StepCapture) -> Overlap | None:
         """How the transfers of a captured step fit into its computing; None if there are none."""
-        disk, moved = self.disk_for(capture.assignment), self.transfers(capture)
-        if disk is None or not moved:
+        tier, moved = self.tier_for(capture.assignment), self.transfers(capture)
+        if tier is None or not moved:
             return None
         done = np.concatenate([[0.0], np.cumsum(self.op_seconds(capture))])
         events: list[Event] = []
@@ -169,7 +172,7 @@ class Study:
             events.append((OUT if t.out else IN, t.ticket, t.nbytes))
             at = k
         events.append((COMPUTE, float(done[-1] - done[at]), 0))
-        return overlap(events, disk.channels)
+        return overlap(events, tier.channels)
 
     def peak_with_update(self, capture: StepCapture) -> int:
         """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""
@@ -254,6 +257,18 @@ class Study:
         return counts
 
     @cached_property
+    def forward_seconds(self) -> dict[str, float]:
+        """Per module, the time of the ops of its forwards in the plain step."""
+        session, ops = self.plain_session, self.plain_steps[1]
+        trace, stacks, found = session.trace, session.tracker.stacks, dict[str, float]()
+        seconds = self.timeline(session).seconds
+        for i in range(ops.start, ops.stop):
+            if trace.phase[i] == "forward":
+                for fqn in stacks[trace.stack[i]]:
+                    found[fqn] = found.get(fqn, 0.0) + float(seconds[i])
+        return found
+
+    @cached_property
     def forward_calls(self) -> Counter[str]:
         """Per module, its calls in the plain step."""
         ops = self.plain_steps[1]
@@ -332,7 +347,7 @@ def study(
     units: Sequence[str] | None = None,
     known_costs: Mapping[str, OpCost] | None = None,
     progress: Progress | None = None,
-    disk: Disk | None = None,
+    tier: OffloadTier | None = None,
 ) -> Study:
     """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
     if not isinstance(work, Workload):
@@ -348,7 +363,7 @@ def study(
     session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
     refuse_existing(session.inst.model)
     session.run(steps=2)
-    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, disk=disk)
+    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
     result.times_given = known_costs is not None
     a, b = session.trace.marks
     result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]

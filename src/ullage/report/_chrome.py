@@ -1,6 +1,6 @@
 """The timeline in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing read.
 
-Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of what goes to disk and comes back, a counter track per category of live
+Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of what leaves memory and comes back, a counter track per category of live
 bytes, one for their sum, one for the budget, and a mark at the peak. Times are in µs, with three decimals; slices of a lane nest, as the
 format asks for.
 """
@@ -19,7 +19,7 @@ from ullage.report._records import PHASES, Array, where
 from ullage.report._timeline import Timeline
 
 PID = 1
-LANES = {1: "phases", 2: "modules", 3: "recomputed", 4: "to disk", 5: "from disk"}
+LANES = {1: "phases", 2: "modules", 3: "recomputed", 4: "offloaded", 5: "brought back"}
 LIVE, TOTAL, BUDGET = "live bytes", "live bytes, all", "budget"
 Level = tuple[Hashable, str]  # what tells it from the one before, and its name
 

@@ -100,14 +100,14 @@ def _step(t: Timeline, name: str, at: Array, modules: Array, ops: Array, sources
 
 
 def _lanes(t: Timeline, name: str) -> list[dict[str, Any]]:
-    """What goes to disk and what comes back in a step, each as columns; seconds from the step's begin."""
+    """What leaves memory and what comes back in a step, each as columns; seconds from the step's begin."""
     begin = float(t.start_seconds[t.steps[name].start])
     lanes = []
     for out in (True, False):
         some = [x for x in t.transfers if x.step == name and x.out == out]
         lanes.append(
             {
-                "name": "to disk" if out else "from disk",
+                "name": "offloaded" if out else "brought back",
                 "start": [_short(x.start_seconds - begin) for x in some],
                 "seconds": [_short(x.seconds) for x in some],
                 "bytes": [x.nbytes for x in some],

@@ -43,7 +43,7 @@ class Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A tensor on its way to disk or back, as simulated.
+    """A tensor on its way out of memory or back, as simulated.
 
     Attributes:
         out: it leaves.

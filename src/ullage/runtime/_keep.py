@@ -88,23 +88,26 @@ class OpsRule:
     Attributes:
         calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
         routing: routing outputs are kept too, as at a level.
-        leaving: of the calls, those whose outputs are kept on disk (`@disk`).
+        leaving: of the calls, those whose outputs leave memory (`@host`, `@disk`).
+        tier: where to.
     """
 
     calls: frozenset[tuple[str, int]]
     routing: bool = False
     leaving: frozenset[tuple[str, int]] = frozenset()
+    tier: str = ""
 
     @classmethod
     def from_text(cls, text: str, routing: bool = False) -> OpsRule:
         """Read what `text` gives.
 
         Raises:
-            ValueError: it is no such text, or names an op that torch does not have. Ops of other libraries are not looked up:
-                they may come later.
+            ValueError: it is no such text, names two tiers, or an op that torch does not have. Ops of other libraries are
+                not looked up: they may come later.
         """
         staying: set[tuple[str, int]] = set()
         leaving: set[tuple[str, int]] = set()
+        tiers: set[str] = set()
         for part in text.split("+"):
             found = _CALLS.fullmatch(part)
             if found is None:
@@ -120,17 +123,20 @@ class OpsRule:
                     raise ValueError(f"{part!r} in {text!r}: {run} is no range")
                 named = {(name, n) for n in range(int(first), int(last or first) + 1)}
                 (leaving if found["tier"] else staying).update(named)
+                tiers.update({found["tier"]} - {None})
         for name, n in sorted(staying & leaving):
-            raise ValueError(f"{text!r}: {name}[{n}] is to be kept in memory and on disk")
-        return cls(frozenset(staying | leaving), routing, frozenset(leaving))
+            raise ValueError(f"{text!r}: {name}[{n}] is to stay in memory and to leave it")
+        if len(tiers) > 1:
+            raise ValueError(f"{text!r}: names {' and '.join(sorted(tiers))}; tensors leave to one of them")
+        return cls(frozenset(staying | leaving), routing, frozenset(leaving), *tiers)
 
-    def sent(self) -> OpsRule:
-        """The same calls, all of them on disk."""
-        return OpsRule(self.calls, self.routing, self.calls)
+    def sent(self, tier: str, leaving: frozenset[tuple[str, int]]) -> OpsRule:
+        """The same calls, of which these leave memory."""
+        return OpsRule(self.calls, self.routing, leaving, tier)
 
     @property
     def moves(self) -> OpsRule | None:
-        """The rule of what is kept on disk; None if nothing is."""
+        """The rule of what leaves memory; None if nothing does."""
         return OpsRule(self.leaving) if self.leaving else None
 
     @property
@@ -138,7 +144,7 @@ class OpsRule:
         """The calls by op, sorted: equal for equal calls. "" if there are none."""
         by_op: dict[tuple[str, str], list[int]] = {}
         for name, n in sorted(self.calls):
-            by_op.setdefault((name, "@disk" if (name, n) in self.leaving else ""), []).append(n)
+            by_op.setdefault((name, f"@{self.tier}" if (name, n) in self.leaving else ""), []).append(n)
         return "+".join(f"{name}[{_runs(ns)}]{tier}" for (name, tier), ns in by_op.items())
 
     @property
@@ -156,8 +162,11 @@ class OpsRule:
         return op
 
 
+TIERS = "host", "disk"  # where tensors may leave to
 _RUN = r"\d{1,6}(-\d{1,6})?"
-_CALLS = re.compile(rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\](?P<tier>@disk)?", re.ASCII)
+_CALLS = re.compile(
+    rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\](@(?P<tier>{'|'.join(TIERS)}))?", re.ASCII
+)
 _TORCHS = ("aten", "prims")
 
 
@@ -236,7 +245,7 @@ def rule_of(keep: Keep) -> Rule:
 def _in_memory(rule: OpsRule) -> OpsRule:
     if rule.leaving:
         raise ArgumentError(
-            f"keep={rule.text!r}: only a plan has a disk (`plan(..., disk_directory=)`); leave `@disk` out"
+            f"keep={rule.text!r}: only a plan has tensors leave memory (`plan(..., host_budget=)`, `disk_directory=`); leave `@{rule.tier}` out"
         )
     return rule
 

@@ -230,7 +230,7 @@ def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], k
         OffloadError: there is no store, or it can't take it; in backward, if it can't give it back.
     """
     if site.tier is None:
-        raise OffloadError(f"{site.name}: its saved tensors are to be kept on disk, but no store was given")
+        raise OffloadError(f"{site.name}: its saved tensors are to leave memory, but no store was given")
     resident = resident_keys(roots_of(call), tree_flatten((args, kwargs))[0])
 
     def pack(x: Tensor) -> Any:

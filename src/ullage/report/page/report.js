@@ -118,7 +118,7 @@ function drawTimeline() {
     `The ${shown.step} step, ${shown.view}: at most ${bytes(total[step.peak])} (${exact(total[step.peak])} bytes).${thinned}${budget}`;
 }
 
-// What goes to disk and what comes back, on the time axis of the step.
+// What leaves memory and what comes back, on the time axis of the step.
 function drawLanes() {
   const view = views[shown.view], div = document.getElementById("lanes");
   if (!div || !view.transfers) return;

@@ -1,11 +1,16 @@
 """Which plans to consider when tensors may leave memory.
 
-The solver (`_solve`) knows costs that add up; time on a shared channel does not. So it is asked several times, with a price
-per byte that leaves and comes back, from nothing (all of it is hidden behind compute) to what both ways take (none is), and
-for several sizes of the window: tensors on their way that are in memory still or already. Each schedule it finds is simulated
-(`_channels`), and so are its neighbours, one unit changed at a time. Of all of them and the best one without offload the
-fastest is taken: a plan that uses the disk is never slower, as predicted, than the one that does not.
-Models of few assignments are gone through whole.
+The solver (`_solve`) knows costs that add up; time on a shared channel does not. So it is asked several times, for several
+sizes of the window (tensors on their way that are in memory still or already), and in two ways:
+
+- with a price per byte that leaves and comes back, from nothing (all of it is hidden behind compute) to what both ways take
+  (none is). Blocks that are alike are then all treated alike, since what pays for one of them pays for all;
+- with every unit, every second, third, ... one alone able to send: what these send costs nothing as far as it moves while
+  they and those up to the next of them compute.
+
+Each schedule it finds is simulated (`_channels`), and so are its neighbours, one unit changed at a time. Of all of them and
+the best one without offload the fastest is taken: a plan that has tensors leave is never slower, as predicted, than the one
+that does not. Models of few assignments are gone through whole.
 """
 
 from __future__ import annotations
@@ -18,13 +23,15 @@ from itertools import product
 from msgspec import structs
 
 from ullage.planner._channels import COMPUTE, IN, OUT, Event, overlap
-from ullage.planner._disk import Disk
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel, nanoseconds
 from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate, flat
 from ullage.planner._solve import Solution, solve
+from ullage.planner._tiers import OffloadTier
 
 PRICES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of what a byte takes to leave and come back
-WINDOWS = (0, 0.5, 1, 2, 4)  # times the largest tensor that leaves
+EVERY = (1, 2, 3, 4, 8)  # units of which one may send
+SCARCE = (2.0, 5.0, 20.0)  # the same, where more would leave than the tier holds
+WINDOWS = (0, 0.5, 1, 1.5, 2, 4)  # times the largest tensor that leaves
 MOST_WHOLE = 1000  # assignments that are gone through one by one
 MOST_LOOKS = 8000  # schedules after which no more neighbours are looked at
 
@@ -109,12 +116,14 @@ def _extra(model: StepModel, schedule: Schedule) -> list[float]:
     return extra
 
 
-def solve_with_disk(model: StepModel, pace: Pace, budget: int, disk: Disk) -> tuple[Solution, Disk] | None:
-    """The fastest schedule within `budget` bytes that was found, and the disk with its window; None if there is none.
+def solve_with_tier(
+    model: StepModel, pace: Pace, budget: int, tier: OffloadTier
+) -> tuple[Solution, OffloadTier] | None:
+    """The fastest schedule within `budget` bytes that was found, and the tier with its window; None if there is none.
 
-    The solution's seconds are simulated ones, and its lower bound is that of a disk that takes no time and no memory.
+    The solution's seconds are simulated ones, and its lower bound is that of a tier that takes no time and no memory.
     """
-    return _Choice(model, pace, budget, disk).best()
+    return _Choice(model, pace, budget, tier).best()
 
 
 @dataclass(frozen=True)
@@ -133,14 +142,14 @@ class _Found:
 
 
 class _Choice:
-    def __init__(self, model: StepModel, pace: Pace, budget: int, disk: Disk) -> None:
-        self.model, self.pace, self.budget, self.disk = model, pace, budget, disk
-        self.idle = overlap(events_of(model, pace, ()), disk.channels).seconds  # the plain step, as events
+    def __init__(self, model: StepModel, pace: Pace, budget: int, tier: OffloadTier) -> None:
+        self.model, self.pace, self.budget, self.tier = model, pace, budget, tier
+        self.idle = overlap(events_of(model, pace, ()), tier.channels).seconds  # the plain step, as events
         self.windows = sorted({int(w * pace.largest_bytes) for w in WINDOWS})
         self.seen: dict[tuple[Schedule, int], _Found | None] = {}
 
-    def best(self) -> tuple[Solution, Disk] | None:
-        bound, without = solve(self.model, self.budget), solve(without_disk(self.model), self.budget)
+    def best(self) -> tuple[Solution, OffloadTier] | None:
+        bound, without = solve(self.model, self.budget), solve(without_tier(self.model), self.budget)
         if bound is None:
             return None
         found = [f for window in self.windows for f in self._candidates(window)]
@@ -151,16 +160,54 @@ class _Choice:
         best = self._neighbours(min(found, key=lambda f: f.rank))
         seconds = best.cost / 10**9
         solution = Solution(best.schedule, seconds, min(bound.lower_bound, seconds), best.peak)
-        return solution, structs.replace(self.disk, window_bytes=best.window)
+        return solution, structs.replace(self.tier, window_bytes=best.window)
 
     def _candidates(self, window: int) -> Iterator[_Found]:
-        room = self.budget - structs.replace(self.disk, window_bytes=window).reserved_bytes
-        a_byte = 1 / self.disk.write_bytes_per_second + 1 / self.disk.read_bytes_per_second
-        solved = (solve(_priced(self.model, price * a_byte), room) for price in PRICES)
-        schedules = [s.schedule for s in solved if s is not None]
+        room = self.budget - structs.replace(self.tier, window_bytes=window).reserved_bytes
+        a_byte = 1 / self.tier.write_bytes_per_second + 1 / self.tier.read_bytes_per_second
+        schedules = list(self._priced(room, [price * a_byte for price in PRICES]))
+        schedules += self._spread(room)
+        if any(self._sent(s) > self.tier.capacity_bytes for s in schedules):
+            schedules += self._priced(room, [price * a_byte for price in SCARCE])
         if math.prod(map(len, self.model.options)) <= MOST_WHOLE:
             schedules += [flat(c) for c in product(*(range(len(o)) for o in self.model.options))]
         yield from filter(None, (self._look(s, window) for s in schedules))
+
+    def _priced(self, room: int, prices: list[float]) -> Iterator[Schedule]:
+        """What the solver finds within `room` bytes if a byte that leaves costs so many seconds."""
+        solved = (solve(_priced(self.model, price), room) for price in prices)
+        yield from (s.schedule for s in solved if s is not None)
+
+    def _spread(self, room: int) -> Iterator[Schedule]:
+        """What the solver finds within `room` bytes if one of so many units may send, in the time that all of them take."""
+        for every in EVERY:
+            if every <= len(self.model.units):
+                found = solve(self._alone(every), room)
+                if found is not None:
+                    yield found.schedule
+
+    def _alone(self, every: int) -> StepModel:
+        pace, tier = self.pace, self.tier
+        changed = []
+        for u, options in enumerate(self.model.options):
+            near = slice(u - u % every, u - u % every + every)
+            forward, backward = sum(pace.forward_seconds[near]), sum(pace.backward_seconds[near])
+            sends = u % every == every - 1
+            changed.append(
+                tuple(
+                    o
+                    if not o.sent_bytes
+                    else replace(o, seconds=o.seconds + _excess(o, tier, forward, backward))
+                    if sends
+                    else _never(o)
+                    for o in options
+                )
+            )
+        return replace(self.model, options=tuple(changed))
+
+    def _sent(self, schedule: Schedule) -> int:
+        """Bytes that leave in a pass."""
+        return sum(o.sent_bytes for _, o in _facts(self.model, schedule)) // self.pace.passes
 
     def _look(self, schedule: Schedule, window: int) -> _Found | None:
         """Simulate a schedule that sends something; None if it does not fit."""
@@ -170,14 +217,13 @@ class _Choice:
         return self.seen[key]
 
     def _simulate(self, schedule: Schedule, window: int) -> _Found | None:
-        disk = structs.replace(self.disk, window_bytes=window)
-        sent = sum(o.sent_bytes for _, o in _facts(self.model, schedule))
-        if not sent or sent // self.pace.passes > disk.capacity_bytes:
+        tier = structs.replace(self.tier, window_bytes=window)
+        if not 0 < self._sent(schedule) <= tier.capacity_bytes:
             return None
-        peak = evaluate(self.model, schedule)[0] + disk.reserved_bytes
+        peak = evaluate(self.model, schedule)[0] + tier.reserved_bytes
         if peak > self.budget:
             return None
-        seconds = overlap(events_of(self.model, self.pace, schedule), disk.channels).seconds - self.idle
+        seconds = overlap(events_of(self.model, self.pace, schedule), tier.channels).seconds - self.idle
         return _Found(nanoseconds(seconds), window, schedule, peak)
 
     def _neighbours(self, best: _Found) -> _Found:
@@ -196,14 +242,21 @@ class _Choice:
         return best
 
 
-def without_disk(model: StepModel) -> StepModel:
+def _excess(option: OptionFacts, tier: OffloadTier, forward: float, backward: float) -> float:
+    """Seconds that what an option sends moves for beyond these of its unit and its neighbours."""
+    out, back = option.sent_bytes / tier.write_bytes_per_second, option.sent_bytes / tier.read_bytes_per_second
+    return max(out - forward, 0.0) + max(back - backward, 0.0)
+
+
+def _never(option: OptionFacts) -> OptionFacts:
+    return replace(option, own_peak_bytes=NEVER_FITS)
+
+
+def without_tier(model: StepModel) -> StepModel:
     """The same options, of which those that send something never fit."""
     return replace(
         model,
-        options=tuple(
-            tuple(replace(o, own_peak_bytes=NEVER_FITS) if o.sent_bytes else o for o in options)
-            for options in model.options
-        ),
+        options=tuple(tuple(_never(o) if o.sent_bytes else o for o in options) for options in model.options),
     )
 
 

@@ -1,0 +1,55 @@
+"""The store of a plan that has saved tensors leave memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from ullage._errors import ApplyError
+from ullage.offload import DiskStore, HostStore
+
+if TYPE_CHECKING:
+    from ullage.planner._plan import Plan
+
+
+def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> DiskStore | HostStore:
+    """Make the store.
+
+    Args:
+        plan: which tier, and how large.
+        tiers: those that its decisions name.
+        device: of the model.
+
+    Raises:
+        ApplyError: the decisions name a tier that the plan does not have.
+        OffloadError: its file can't be made, or its memory not pinned. DeviceError: not for this device.
+    """
+    have = plan.tier.name if plan.tier is not None else ""
+    for missing in sorted(set(tiers) - {have}):
+        raise ApplyError(
+            f"the plan's decisions have saved tensors leave to {missing}, but it has no `{missing}`, which says where; plan again"
+        )
+    poison = os.environ.get("ULLAGE_POISON", "") not in ("", "0")
+    if plan.host is not None:
+        host = plan.host
+        return HostStore(
+            host.capacity_bytes,
+            device=device,
+            backlog_bytes=host.window_bytes,
+            ahead_bytes=host.window_bytes,
+            poison=poison,
+        )
+    disk = plan.disk
+    assert disk is not None
+    return DiskStore(
+        disk.directory,
+        disk.capacity_bytes,
+        threads=disk.threads,
+        buffer_bytes=disk.buffer_bytes,
+        backlog_bytes=disk.window_bytes,
+        ahead_bytes=disk.window_bytes,
+        poison=poison,
+    )

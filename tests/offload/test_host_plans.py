@@ -1,0 +1,170 @@
+"""Plans that have saved tensors go to pinned host memory, made for a CUDA device that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ullage as ul
+from tests.offload.planned import squares, tower
+from ullage.cost import find_device
+from ullage.mechanisms._options import Option, option_from_name
+from ullage.offload import whole_blocks
+from ullage.planner._model import model_of
+from ullage.planner._options import find_options
+from ullage.planner._planner import prepare
+from ullage.planner._tiers import Host, TierRequest, choose_tier
+from ullage.runtime._keep import OpsRule
+
+ROWS = 8 * 32  # of a tower's input
+FIRST = (
+    4 * ROWS * (64 + 256 + 256)
+)  # what the first block saves, but for the batch: the normed input, two of its MLP's middle
+
+
+def planned(work: ul.Workload, budget: int | str | None = None, host: str = "64MiB", **options: Any) -> ul.Plan:
+    return ul.plan(work, budget, device="h200", host_budget=host, **options)
+
+
+def sizes(work: ul.Workload) -> dict[str, int]:
+    return {p: ul.plan(work, policy=p, device="h200").predicted.peak_bytes for p in ("none", "every_block")}
+
+
+def test_the_offload_policy_and_its_memory() -> None:
+    plan = planned(tower(), policy="offload")
+    assert {d.action for d in plan.decisions} == {"offload:host"}
+    link = find_device("h200").host_link_bytes_per_s
+    assert plan.host == Host(
+        capacity_bytes=plan.host.capacity_bytes if plan.host else 0,
+        write_bytes_per_second=link,
+        read_bytes_per_second=link,
+    )
+    t = plan.predicted.traffic
+    assert plan.disk is None and plan.tier is plan.host and t is not None
+    assert t.sent_bytes == t.fetched_bytes == plan.host.capacity_bytes  # all at once, none of it asked for early
+    assert f"  host       {t.sent_bytes / 2**20:.2f} MiB out, " in str(plan) and " pinned" in str(plan)
+    # without a window a tensor is out before the next op, and back only when it is asked for
+    assert t.stalled_seconds == pytest.approx(2 * t.sent_bytes / link)
+
+
+def test_a_file_of_it_reads_back(tmp_path: Path) -> None:
+    plan = planned(tower(), policy="offload")
+    plan.save(tmp_path / "plan.json")
+    again = ul.Plan.load(tmp_path / "plan.json")
+    assert again == plan and again.digest == plan.digest
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_with_host_memory_no_plan_is_slower(share: float) -> None:
+    work = tower(6)
+    ends = sizes(work)
+    budget = int(ends["every_block"] + share * (ends["none"] - ends["every_block"]))
+    without = ul.plan(work, budget, device="h200")
+    for host in ("64KiB", "1MiB", "64MiB"):
+        plan = planned(work, budget, host)
+        assert plan.predicted.peak_bytes <= budget
+        assert plan.predicted.step_seconds <= without.predicted.step_seconds * (1 + 1e-9)
+        if plan.host is not None:
+            assert plan.host.capacity_bytes <= {"64KiB": 2**16, "1MiB": 2**20, "64MiB": 2**26}[host]
+
+
+def large(blocks: int = 6) -> ul.Workload:
+    """Wide enough that what is saved moves in the time of a matmul or two."""
+    torch.manual_seed(0)
+    from tests.offload.planned import Block
+
+    model = torch.nn.Sequential(*(Block(512) for _ in range(blocks)))
+    return ul.Workload(model, torch.randn(64, 64, 512), loss=squares, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+def test_a_slow_recompute_and_a_fast_link() -> None:
+    """Below what recomputing reaches, the plan has tensors leave."""
+    work = large()
+    with pytest.raises(ul.BudgetInfeasible) as least:
+        ul.plan(work, "1MiB", device="h200")
+    budget = least.value.smallest_bytes - 1
+    plan = planned(work, budget, "1GiB")
+    assert plan.predicted.peak_bytes <= budget and plan.host is not None
+    assert any("@host" in d.action or d.action == "offload:host" for d in plan.decisions)
+
+
+def test_the_window_is_part_of_the_peak() -> None:
+    work = large()
+    ends = sizes(work)
+    plan = planned(work, (ends["none"] + ends["every_block"]) // 2, "1GiB", forbid=["recompute", "select"])
+    assert plan.host is not None and plan.bounds is not None
+    blas = find_device("h200").blas_workspace_bytes
+    assert plan.bounds.by_category["library workspace"] == blas + 2 * plan.host.window_bytes
+
+
+def test_parts_of_levels_that_hide_behind_a_forward() -> None:
+    """Of a level the largest calls leave that, together, move while the unit's forward computes."""
+    work = large()
+    tier = choose_tier(TierRequest(host_budget="1GiB"), work, "h200")
+    assert tier is not None
+    s = prepare(work, "h200", tier=tier)
+    model_of(s)
+    room = s.forward_seconds["3"] * tier.write_bytes_per_second
+    parts = [r for o in s.options["3"] if (r := _rule(o)) is not None and 0 < len(r.leaving) < len(r.calls)]
+    assert parts
+    for rule in parts:
+        sent = sum(s.call_bytes["3"][c] for c in rule.leaving)
+        assert 0 < sent <= room
+        staying = rule.calls - rule.leaving
+        assert all(s.call_bytes["3"][c] > room - sent for c in staying if s.call_bytes["3"][c] >= 4096)
+
+
+def _rule(option: Option) -> OpsRule | None:
+    return OpsRule.from_text(option.level) if "@" in option.level and option.action == "select" else None
+
+
+def test_pins_name_the_tier() -> None:
+    work = tower(3)
+    pins = {"0": "offload:host", "1": "select:addmm[0]@host"}
+    plan = planned(work, policy="none", pin=pins)
+    assert [d.action for d in plan.decisions] == ["offload:host", "select:addmm[0]@host", "keep"]
+    t = plan.predicted.traffic
+    assert t is not None and t.sent_bytes == FIRST + 4 * ROWS * 256
+    assert plan.host is not None and plan.host.capacity_bytes == whole_blocks(t.sent_bytes)
+    with pytest.raises(ul.ArgumentError, match="pin '0'=offload:disk: 0 can't have it: .*possible: .*offload:host"):
+        planned(work, policy="none", pin={"0": "offload:disk"})
+
+
+def test_one_unit_has_one_tier() -> None:
+    assert option_from_name("select:gelu[0]+mm[0,2]@host").tier == "host"
+    with pytest.raises(ValueError, match="names disk and host; tensors leave to one of them"):
+        option_from_name("select:gelu[0]@disk+mm[0,2]@host")
+    with pytest.raises(ValueError, match=r"gelu\[0\] is to stay in memory and to leave it"):
+        option_from_name("select:gelu[0]@host+gelu[0]")
+
+
+def test_a_cpu_has_no_host_tier(tmp_path: Path) -> None:
+    """The plan is for another device; the model is as it was."""
+    work = tower(2)
+    plan = planned(work, policy="offload")
+    forwards = [m.forward.__func__ for m in work.model]
+    with pytest.raises(ul.DeviceError, match="cpu"):
+        plan.apply(work.model)
+    assert [m.forward.__func__ for m in work.model] == forwards
+    with ul.plan(work, policy="none").apply(work.model):
+        pass
+
+
+def test_decisions_and_the_tier_have_to_match() -> None:
+    import msgspec
+
+    work = tower(2)
+    plan = msgspec.structs.replace(planned(work, policy="offload"), host=None)
+    with pytest.raises(ul.ApplyError, match="leave to host, but it has no `host`"):
+        plan.apply(work.model)
+
+
+def test_levels_are_found_once() -> None:
+    """`find_options` is what a plan that is read is checked by: it offers the tier's own action only."""
+    work = tower(2)
+    s = prepare(work, "h200", tier=choose_tier(TierRequest(host_budget="1MiB"), work, "h200"))
+    find_options(s)
+    assert [o.name for o in s.options["0"] if o.offloads] == ["offload:host"]
