@@ -46,7 +46,7 @@ class _CapturedTicket:
     def prefetch(self) -> None:
         """Nothing: when it starts is the simulation's to say."""
 
-    def get(self) -> Tensor:
+    def get(self, late: Callable[[], None] | None = None) -> Tensor:
         """A new tensor, as a read would make."""
         self._store.note(self._number, self.nbytes, out=False)
         return torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)

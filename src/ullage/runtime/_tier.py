@@ -59,7 +59,13 @@ class Parcel:
             OffloadError: they can't be had.
         """
         if self.back is None or self.back._version != self._version:
-            self.back, self._left = self.ticket.get(), self.users
+            site = self.site  # a store may call later: that must not hold the parcel
+
+            def late() -> None:
+                site.late += 1
+                totals.late += 1
+
+            self.back, self._left = self.ticket.get(late), self.users
             self._version = self.back._version
         flat = self.back
         self._left -= 1
@@ -87,11 +93,7 @@ class Away:
         """
         with quiet(), torch.no_grad():
             self._tier.foresee(self.parcel)
-            late = self._tier.store.stats.late_prefetches
             flat = self.parcel.fetch()
-            if self._tier.store.stats.late_prefetches > late:
-                self.parcel.site.late += 1
-                totals.late += 1
             dtype, stride, offset = self._layout
             return flat.view(dtype).as_strided(self.shape, stride, offset)
 
