@@ -31,7 +31,7 @@ from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
 from ullage.monitor import Monitor, MonitorSummary
-from ullage.offload import DiskStore, HostStore, measure_bandwidth
+from ullage.offload import DiskStore, HostStore, measure_bandwidth, measure_link
 from ullage.planner import (
     Bounds,
     Decision,
@@ -76,5 +76,5 @@ __all__ = [
     "HostStore", "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
     "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
     "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
-    "measure", "measure_bandwidth", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
+    "measure", "measure_bandwidth", "measure_link", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
 ]  # fmt: skip

@@ -32,11 +32,20 @@ class Event:
 
 
 class Stream:
-    """Work that waits: events to wait for, and calls that return how many seconds they take."""
+    """Work that waits: from when on it may run, and an event to wait for or a call that returns how many seconds it takes."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.queue: deque[Event | Callable[[], float]] = deque()
+        self.name, self.time = name, 0.0  # when what has run was over
+        self.queue: deque[tuple[float, Event | Callable[[], float]]] = deque()
+
+    def start(self, earliest: float, work: Event | Callable[[], float]) -> None:
+        """Run a piece of work."""
+        if isinstance(work, Event):
+            assert work.at is not None
+            self.time = max(self.time, earliest, work.at)
+        else:
+            self.time = max(self.time, earliest)
+            self.time += work()
 
     def __repr__(self) -> str:
         return f"<{self.name}: {len(self.queue)} queued>"
@@ -50,7 +59,10 @@ class _Raw:
 
 
 class SimulatedLink:
-    """A `Link` whose device tensors are on the CPU. A byte takes a second to copy, other work what it is given.
+    """A `Link` whose device tensors are on the CPU.
+
+    A byte takes a second to copy, other work none if nothing is said, and the host none at all. How long things take does not depend on
+    the order in which streams go on here: each has a clock of its own, and waits bring them together.
 
     Args:
         seed: of the order in which streams go on.
@@ -61,7 +73,7 @@ class SimulatedLink:
     device = torch.device("cpu")
 
     def __init__(self, seed: int = 0, eager: bool = False) -> None:
-        self.chance, self.eager, self.now = random.Random(seed), eager, 0.0
+        self.chance, self.eager, self.host = random.Random(seed), eager, 0.0
         self.main, self.side, self.out, self.into = map(Stream, ("main", "side", "out", "in"))
         self.streams = (self.main, self.side, self.out, self.into)
         self.pinned: list[Tensor] = []
@@ -75,12 +87,21 @@ class SimulatedLink:
 
     def step(self, stream: Stream) -> bool:
         """Run what is first in a stream; False if there is nothing, or it waits."""
-        if not stream.queue or (isinstance(stream.queue[0], Event) and stream.queue[0].at is None):
+        if not stream.queue:
             return False
-        work = stream.queue.popleft()
-        if not isinstance(work, Event):
-            self.now += work()
+        earliest, work = stream.queue[0]
+        if isinstance(work, Event) and work.at is None:
+            return False
+        stream.queue.popleft()
+        stream.start(earliest, work)
         return True
+
+    def _queue(self, stream: Stream, work: Event | Callable[[], float]) -> None:
+        if self.eager and stream is self._current:
+            stream.start(self.host, work)
+            self.host = stream.time
+        else:
+            stream.queue.append((self.host, work))
 
     def go_on(self, steps: int) -> None:
         """Run some of what can run, in an order drawn by chance."""
@@ -102,18 +123,14 @@ class SimulatedLink:
             self.go_on(1)
             assert [len(stream.queue) for stream in self.streams] != before, f"deadlock: {self.streams}"
 
-    def launch(self, work: Callable[[], object], seconds: float = 1.0, stream: Stream | None = None) -> None:
+    def launch(self, work: Callable[[], object], seconds: float = 0.0, stream: Stream | None = None) -> None:
         """Queue work on a stream, as a kernel."""
 
         def run() -> float:
             work()
             return seconds
 
-        stream = stream or self._current
-        if self.eager and stream is self._current:
-            self.now += run()
-        else:
-            stream.queue.append(run)
+        self._queue(stream or self._current, run)
 
     @contextlib.contextmanager
     def use(self, stream: Stream) -> Iterator[None]:
@@ -152,7 +169,7 @@ class SimulatedLink:
 
     def _freed(self, memory: np.ndarray, address: int, stream: Stream) -> None:
         for user in self._users[address]:
-            stream.queue.append(self.mark(user))
+            self._queue(stream, self.mark(user))
         self.launch(lambda: memory.fill(FREED), stream=stream)
         self._pool[stream, len(memory)].append(memory)
 
@@ -193,27 +210,23 @@ class SimulatedLink:
 
     def fill(self, target: Tensor, value: int, stream: Stream) -> None:
         memory = self._at(target)
-        self.launch(lambda: memory().fill(value), 0.0, stream)
+        self.launch(lambda: memory().fill(value), stream=stream)
 
     def mark(self, stream: Stream) -> Event:
         event = Event()
 
         def reached() -> float:
-            event.at = self.now
+            event.at = stream.time
             return 0.0
 
-        if self.eager and stream is self._current:
-            reached()
-        else:
-            stream.queue.append(reached)
+        self._queue(stream, reached)
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
         self.waits.append((stream.name, event))
         if self.eager and stream is self._current:
             self.synchronize(event)
-        else:
-            stream.queue.append(event)
+        self._queue(stream, event)
 
     def copy_out(self, source: Tensor, slab: Tensor, parts: Sequence[Part], after: Iterable[Event]) -> Event:
         memory, host = self._at(source), slab.numpy()
@@ -232,7 +245,7 @@ class SimulatedLink:
     ) -> Event:
         for event in after:
             self.waits.append((stream.name, event))
-            stream.queue.append(event)
+            self._queue(stream, event)
         for part in parts:
             self.launch(lambda part=part: one(part), part.length, stream)  # type: ignore[misc]
         if self.eager:
@@ -240,10 +253,13 @@ class SimulatedLink:
         return self.mark(stream)
 
     def done(self, event: Event) -> bool:
-        return event.at is not None
+        if event.at is None:
+            return False
+        self.host = max(self.host, event.at)  # or it could not have seen it
+        return True
 
     def synchronize(self, event: Event) -> None:
-        while event.at is None:
+        while not self.done(event):
             before = [len(stream.queue) for stream in self.streams]
             self.go_on(1)
             assert [len(stream.queue) for stream in self.streams] != before, f"deadlock: {self.streams}"

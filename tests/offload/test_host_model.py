@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
@@ -119,7 +118,6 @@ class AnyOrder(RuleBasedStateMachine):
             for ticket in list(self.known):
                 self.get(ticket, False)
                 self.drop(ticket)
-            gc.collect()
             self.store.flush()
             self.store.poll()
             assert self.store.free_bytes == CAPACITY and self.store.resident_bytes == self.store.tickets == 0

@@ -3,7 +3,7 @@
 Knows nothing of plans, units or autograd: bytes go out by `Store.put` and come back by `Ticket.get`. See docs/offload.md.
 """
 
-from ullage.offload._bandwidth import measure_bandwidth
+from ullage.offload._bandwidth import measure_bandwidth, measure_link
 from ullage.offload._extents import BLOCK, whole_blocks
 from ullage.offload._facts import Bandwidth, Stats, endurance_note
 from ullage.offload._host import HostStore, HostTicket
@@ -22,5 +22,6 @@ __all__ = [
     "Ticket",
     "endurance_note",
     "measure_bandwidth",
+    "measure_link",
     "whole_blocks",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -123,7 +124,7 @@ class HostStore:
             raise ArgumentError(f"device={str(device)!r}: the link is to {link.device}")
         self._engine = HostEngine(link, limits, poison)
         self.capacity, self.device = limits.capacity, link.device
-        self.notes: tuple[str, ...] = ()
+        self.notes = _notes(self.capacity)
         self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
 
     def put(self, source: Tensor | UntypedStorage) -> HostTicket:
@@ -206,6 +207,14 @@ class HostStore:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
         return f"<HostStore of {self.device}, {format_bytes(self.capacity)}: {state}>"
+
+
+def _notes(capacity: int) -> tuple[str, ...]:
+    """What is worth saying of so much memory that can't be swapped out."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if capacity <= there // 2:
+        return ()
+    return (f"{format_bytes(capacity)} of this machine's {format_bytes(there)} are locked until the store is closed",)
 
 
 def _as_protocols(store: HostStore, ticket: HostTicket) -> tuple[Store, Ticket]:

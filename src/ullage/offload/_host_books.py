@@ -60,7 +60,7 @@ class HostBooks(Ledger[HostRecord]):
         extents = self.extents.allocate(record.nbytes)
         if extents is None:
             return None
-        record.lay_out(extents, max(record.nbytes, 1))
+        record.lay_out(extents, self.limits.capacity)  # a part per extent
         try:
             if record.parts:
                 self._send(record, source)

@@ -95,7 +95,7 @@ class Record:
         self.weight = tensor.untyped_storage().nbytes()
 
     def lay_out(self, extents: tuple[Extent, ...], most: int) -> None:
-        """Cut the tensor into parts of at most `most` bytes, each in one extent."""
+        """Cut the tensor into parts of at most `most` bytes, in whole blocks, each in one extent."""
         parts, start = [], 0
         for extent in extents:
             for offset in range(extent.offset, extent.end, most):
