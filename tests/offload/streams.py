@@ -67,12 +67,14 @@ class SimulatedLink:
     Args:
         seed: of the order in which streams go on.
         eager: ops of the current stream are torch's own: they have run when they return. A wait of that stream then has
-            the others go on until it is over; they go on by chance at each call too.
+            the others go on until it is over; they go on by chance at each copy too.
+        steps: how many steps at most.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, seed: int = 0, eager: bool = False) -> None:
+    def __init__(self, seed: int = 0, eager: bool = False, steps: int = 7) -> None:
+        self.steps = steps
         self.chance, self.eager, self.host = random.Random(seed), eager, 0.0
         self.main, self.side, self.out, self.into = map(Stream, ("main", "side", "out", "in"))
         self.streams = (self.main, self.side, self.out, self.into)
@@ -249,7 +251,7 @@ class SimulatedLink:
         for part in parts:
             self.launch(lambda part=part: one(part), part.length, stream)  # type: ignore[misc]
         if self.eager:
-            self.go_on(self.chance.randrange(8))
+            self.go_on(self.chance.randint(0, self.steps))
         return self.mark(stream)
 
     def done(self, event: Event) -> bool:

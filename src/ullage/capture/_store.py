@@ -66,7 +66,7 @@ class _CapturedTicket:
 class CapturedStore:
     """See the module's docstring. `now` gives the index of the op that comes next, and the modules that run."""
 
-    resident_bytes = staging_bytes = 0
+    get_blocks, resident_bytes, staging_bytes = False, 0, 0
     stats = Stats()
 
     def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]]) -> None:

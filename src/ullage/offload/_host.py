@@ -153,6 +153,11 @@ class HostStore:
         return self._engine.wait_at_most(nbytes)
 
     @property
+    def get_blocks(self) -> bool:
+        """See `Store.get_blocks`."""
+        return False
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the device's memory that are there because of the store: not yet let go of, and read ahead."""
         return self._engine.resident_bytes

@@ -64,6 +64,10 @@ class Store(Protocol):
         """Wait for writes until `resident_bytes` is at most `nbytes`; False if no write that is left can do it."""
 
     @property
+    def get_blocks(self) -> bool:
+        """Whether the thread that calls `get` waits in it. If not, reads run in the order of the calls: ask for what is needed now first."""
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of memory that are there because of the store."""
 

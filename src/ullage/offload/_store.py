@@ -168,6 +168,11 @@ class DiskStore:
         return self._engine.wait_at_most(nbytes)
 
     @property
+    def get_blocks(self) -> bool:
+        """See `Store.get_blocks`."""
+        return True
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of memory that are there because of the store: staging, not yet let go of, and read ahead."""
         return self._engine.resident_bytes

@@ -10,7 +10,8 @@ One storage may have several version counters (the chunks of `unsafe_chunk`, as 
 already counts only for who shares the counter of the tensor that sent it.
 
 Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order;
-the store bounds how many bytes come ahead of their use.
+the store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
+what is needed now, which would queue behind them.
 """
 
 from __future__ import annotations
@@ -92,8 +93,12 @@ class Away:
             OffloadError: it can't be had.
         """
         with quiet(), torch.no_grad():
-            self._tier.foresee(self.parcel)
+            blocks = self._tier.store.get_blocks
+            if blocks:
+                self._tier.foresee(self.parcel)
             flat = self.parcel.fetch()
+            if not blocks:
+                self._tier.foresee(self.parcel)
             dtype, stride, offset = self._layout
             return flat.view(dtype).as_strided(self.shape, stride, offset)
 
