@@ -31,7 +31,7 @@ from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
 from ullage.monitor import Monitor, MonitorSummary
-from ullage.offload import DiskStore, measure_bandwidth
+from ullage.offload import DiskStore, HostStore, measure_bandwidth, measure_link
 from ullage.planner import (
     Bounds,
     Decision,
@@ -73,8 +73,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
     "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
-    "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
+    "HostStore", "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
     "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
     "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
-    "measure", "measure_bandwidth", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
+    "measure", "measure_bandwidth", "measure_link", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
 ]  # fmt: skip

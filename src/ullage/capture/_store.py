@@ -46,7 +46,7 @@ class _CapturedTicket:
     def prefetch(self) -> None:
         """Nothing: when it starts is the simulation's to say."""
 
-    def get(self) -> Tensor:
+    def get(self, late: Callable[[], None] | None = None) -> Tensor:
         """A new tensor, as a read would make."""
         self._store.note(self._number, self.nbytes, out=False)
         return torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
@@ -66,7 +66,7 @@ class _CapturedTicket:
 class CapturedStore:
     """See the module's docstring. `now` gives the index of the op that comes next, and the modules that run."""
 
-    resident_bytes = staging_bytes = 0
+    get_blocks, resident_bytes, staging_bytes = False, 0, 0
     stats = Stats()
 
     def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]]) -> None:

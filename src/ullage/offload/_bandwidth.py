@@ -1,9 +1,10 @@
-"""How fast a directory takes and gives bytes, by the code that will do it."""
+"""How fast a directory, or the host memory of a device, takes and gives bytes, by the code that will do it."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,13 @@ from ullage._bytes import parse_budget
 from ullage._errors import ArgumentError
 from ullage.offload._extents import BLOCK, whole_blocks
 from ullage.offload._facts import Bandwidth
+from ullage.offload._host import HostStore, HostTicket
+from ullage.offload._link import CudaLink, Event, Link
+from ullage.offload._protocol import Ticket
 from ullage.offload._store import DiskStore, DiskTicket
 
 _TENSOR_BYTES = 16 * 2**20
+_COPY_BYTES = 64 * 2**20  # so large that what a copy costs by itself does not show
 _AT_ONCE = 4  # tensors on their way, so that no thread waits for one
 
 
@@ -34,9 +39,7 @@ def measure_bandwidth(directory: str | Path, nbytes: int | str = "512MiB", *, th
         ArgumentError: `nbytes` is no size, or less than 4 KiB.
         OffloadError: as for `DiskStore`, or a transfer failed.
     """
-    total = parse_budget(nbytes, "nbytes").bytes
-    if total is None or total < BLOCK:
-        raise ArgumentError(f"nbytes={nbytes!r}: give at least {BLOCK} bytes, or a size with its unit such as '512MiB'")
+    total = _total(nbytes)
     size = min(_TENSOR_BYTES, total)
     count = total // size
     # random: some drives and filesystems compress. The same block each time: its content does not matter
@@ -54,6 +57,60 @@ def measure_bandwidth(directory: str | Path, nbytes: int | str = "512MiB", *, th
         return Bandwidth(count * size / (wrote - began), count * size / (read - wrote), store.direct)
 
 
+def measure_link(device: torch.device | str, nbytes: int | str = "512MiB", *, link: Link | None = None) -> Bandwidth:
+    """Copy `nbytes` out and back in tensors of up to 64 MiB through a `HostStore`, timed by the device's events.
+
+    The current stream of the device has the copies to itself if nothing else is queued: measure while nothing else runs, or with
+    what will run on the same links.
+
+    Args:
+        device: a CUDA device.
+        nbytes: how much, a number or a text such as "512MiB"; this much host memory is pinned, and given back.
+        link: as for the store.
+
+    Raises:
+        ArgumentError: `nbytes` is no size, or less than 4 KiB.
+        DeviceError, OffloadError: as for `HostStore`.
+    """
+    total = _total(nbytes)
+    size = min(_COPY_BYTES, total)
+    count, room = total // size, _AT_ONCE * size
+    link = CudaLink(device) if link is None else link
+    with HostStore(count * whole_blocks(size), device=device, backlog_bytes=room, ahead_bytes=room, link=link) as store:
+        block = link.empty(size)
+        link.fill(block, 0, link.current())
+        _copy_out(store, link, block, count)  # the first copies come while clocks are still low
+        tickets, out = _copy_out(store, link, block, count)
+        del block
+        began = link.mark(link.current())
+        _read(tickets)
+        back = _seconds_since(began, link)
+        return Bandwidth(count * size / out, count * size / back, direct=True)
+
+
+def _total(nbytes: int | str) -> int:
+    total = parse_budget(nbytes, "nbytes").bytes
+    if total is None or total < BLOCK:
+        raise ArgumentError(f"nbytes={nbytes!r}: give at least {BLOCK} bytes, or a size with its unit such as '512MiB'")
+    return total
+
+
+def _copy_out(store: HostStore, link: Link, block: torch.Tensor, count: int) -> tuple[list[HostTicket], float]:
+    began = link.mark(link.current())
+    tickets = [store.put(block) for _ in range(count)]
+    store.wait_until_resident_at_most(0)
+    return tickets, _seconds_since(began, link)
+
+
+def _seconds_since(began: Event, link: Link) -> float:
+    """Waits until all that the current stream was given is over."""
+    ended = link.mark(link.current())
+    link.synchronize(ended)
+    seconds = link.seconds_between(began, ended)
+    assert seconds is not None
+    return seconds
+
+
 def _write(store: DiskStore, block: torch.Tensor, count: int) -> list[DiskTicket]:
     tickets = [store.put(block) for _ in range(count)]
     store.flush()
@@ -64,7 +121,7 @@ def _write(store: DiskStore, block: torch.Tensor, count: int) -> list[DiskTicket
     return tickets
 
 
-def _read(tickets: list[DiskTicket]) -> None:
+def _read(tickets: Sequence[Ticket]) -> None:
     for ticket in tickets:
         ticket.prefetch()
     for ticket in tickets:

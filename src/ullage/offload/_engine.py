@@ -11,40 +11,37 @@ import contextlib
 import os
 import threading
 import time
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ullage._errors import OffloadError
-from ullage.offload._books import Books, Limits
+from ullage.offload._books import Books
 from ullage.offload._file import cause_of, hint_for
+from ullage.offload._guard import Guard
+from ullage.offload._ledger import Limits
 from ullage.offload._queues import URGENT
-from ullage.offload._record import Charge, Failure, Mover, Phase, Record
+from ullage.offload._record import Charge, Failure, FileRecord, Mover, Phase
 from ullage.offload._staging import Staging
 from ullage.offload._words import failed, full, modified, refused
 
 
-class Engine:
+class Engine(Guard[FileRecord]):
     """What a `DiskStore` and its tickets call; the store adds arguments and words. Owns the file."""
 
     def __init__(self, mover: Mover, staging: Staging, limits: Limits) -> None:
         self.mover, self.staging = mover, staging
         self.books = Books(limits, mover.poison)
+        super().__init__(mover.file.directory, self.books)
         self.failure_said = False
-        self.closing = False
         self._abandoned = False
-        self._closed = False
-        self._pid = os.getpid()
-        self._changed = threading.Condition(threading.Lock())
         self._threads = [
             threading.Thread(target=_work, args=(self, buffer), name=f"ullage-offload-{i}", daemon=True)
             for i, buffer in enumerate(staging.buffers)
         ]
         self._working = len(self._threads)
-        _ENGINES.add(self)
         try:
             for thread in self._threads:
                 thread.start()
@@ -52,21 +49,21 @@ class Engine:
             self.closing = True
             raise
 
-    def put(self, source: Tensor) -> Record:
+    def put(self, source: Tensor) -> FileRecord:
         """Start a write; waits for room in the backlog."""
-        record, books = Record(source), self.books
+        record, books = FileRecord(source), self.books
         with self._entered():
             self._check_usable()
             while not (books.has_room(record) and books.place(record)):
                 if books.has_room(record) and not books.dying:
-                    raise full(self.mover.file.directory, record.nbytes, books.extents)
+                    raise full(self._where, record.nbytes, books.extents)
                 self._wait_for_writes()
             self._changed.notify_all()
             if books.goes_through(record) and record.parts:
                 self._write_through(record)
         return record
 
-    def _write_through(self, record: Record) -> None:
+    def _write_through(self, record: FileRecord) -> None:
         try:
             while record.phase is Phase.OUT:
                 self._wait_for_writes(usable=False)  # another tensor's failed write is no reason to stop
@@ -76,37 +73,45 @@ class Engine:
             self.books.drop(record)
             raise
 
-    def prefetch(self, record: Record) -> None:
+    def prefetch(self, record: FileRecord) -> None:
         """Start a read, now or when there is room."""
         with self._entered(record):
             self._check_open(record)
             self.books.want(record)
             self._changed.notify_all()
 
-    def get(self, record: Record) -> Tensor:
-        """Return the bytes; waits for them."""
-        waited = False
+    def get(self, record: FileRecord, late: Callable[[], None] | None = None) -> Tensor:
+        """Return the bytes; waits for them. `late`: see `Ticket.get`."""
+        tensor, was_late = self._get(record)
+        if was_late and late is not None:
+            late()
+        return tensor
+
+    def _get(self, record: FileRecord) -> tuple[Tensor, bool]:
+        """The bytes, and whether they were waited for though asked for ahead."""
+        waited = was_late = False
         with self._entered(record):
             while True:
                 self._check_open(record)
-                if record.failure and record.phase in (Phase.FAILED, Phase.DISK):
+                if record.failure and record.phase in (Phase.FAILED, Phase.AWAY):
                     raise self._error(self.books.take_failure(record))
                 if not record.parts:
-                    return torch.empty(0, dtype=torch.uint8, device="cpu")
+                    return torch.empty(0, dtype=torch.uint8, device="cpu"), False
                 if record.was_written_to and record.phase is Phase.OUT:
                     record.modified = True
-                elif record.was_written_to and record.phase in (Phase.READY, Phase.DISK):
+                elif record.was_written_to and record.phase in (Phase.READY, Phase.AWAY):
                     self.books.forget_source(record)
                 if record.modified:
-                    raise modified(self.mover.file.directory, record.nbytes)
+                    raise modified(self._where, record.nbytes)
                 if record.is_here:
                     tensor = self.books.hand_out(record)
                     if self.books.start_wanted():
                         self._changed.notify_all()
-                    return tensor
+                    return tensor, was_late
                 if not waited and record.asked:
+                    was_late = True
                     self.books.count(late_prefetches=1)
-                if record.phase is Phase.DISK:
+                if record.phase is Phase.AWAY:
                     record.wanted = False
                     self.books.read(record, URGENT)
                     self._changed.notify_all()
@@ -115,17 +120,15 @@ class Engine:
                 waited = True
                 self._wait("stalled_read_seconds", record)
 
-    def recover(self, record: Record) -> Tensor:
+    def recover(self, record: FileRecord) -> Tensor:
         """Return the source of a failed write."""
         with self._entered():
             self._check_open(record)
             if record.phase is not Phase.FAILED or record.held is None:
-                raise refused(
-                    self.mover.file.directory, "nothing to recover: no write of this tensor failed; call get()"
-                )
+                raise refused(self._where, "nothing to recover: no write of this tensor failed; call get()")
             return record.held
 
-    def drop(self, record: Record) -> None:
+    def drop(self, record: FileRecord) -> None:
         """Free a place; does nothing after `close` or in another process."""
         if self._forked or self.closing:
             return
@@ -134,21 +137,6 @@ class Engine:
                 self.books.drop(record)
                 self.books.start_wanted()
                 self._changed.notify_all()
-
-    def orphan(self, record: Record) -> None:
-        """Drop the record of a ticket that nobody holds: now, or soon if the lock is taken. Never waits.
-
-        The garbage collector calls this anywhere, also in a thread that holds the lock, and after the interpreter's end
-        has begun: `closing` is looked at first, as it needs no module.
-        """
-        if self.closing or self._forked:
-            return
-        self.books.orphans.append(record)
-        if self._changed.acquire(blocking=False):
-            try:
-                self.books.reap()
-            finally:
-                self._changed.release()
 
     def poll(self) -> None:
         """Let go of what can be let go of."""
@@ -178,17 +166,16 @@ class Engine:
         return self.staging.nbytes + self.books.held[Charge.BACKLOG] + self.books.held[Charge.AHEAD]
 
     @contextlib.contextmanager
-    def _entered(self, spared: Record | None = None) -> Iterator[None]:
+    def _entered(self, spared: FileRecord | None = None) -> Iterator[None]:
         """Hold the lock; what is overdue is done first."""
-        if self._forked:
-            raise refused(self.mover.file.directory, f"was made in process {self._pid}, this is a fork; make another")
+        self._check_process()
         with self._changed:
             self.books.reap(spared)
             if self.books.start_wanted():
                 self._changed.notify_all()
             yield
 
-    def _wait(self, counter: str, spared: Record | None = None) -> None:
+    def _wait(self, counter: str, spared: FileRecord | None = None) -> None:
         began = time.perf_counter()
         try:
             self._changed.wait()
@@ -203,16 +190,6 @@ class Engine:
         else:
             self._check_open()
 
-    @property
-    def _forked(self) -> bool:
-        return os.getpid() != self._pid
-
-    def _check_open(self, record: Record | None = None) -> None:
-        if self.closing:
-            raise refused(self.mover.file.directory, "is closed; make another")
-        if record and record.dropped:
-            raise refused(self.mover.file.directory, "this tensor was dropped; get it before")
-
     def _check_usable(self) -> None:
         self._check_open()
         if self.books.failure:
@@ -220,11 +197,11 @@ class Engine:
 
     def _error(self, failure: Failure) -> OffloadError:
         self.failure_said |= failure.action == "write"
-        return failed(self.mover.file.directory, failure)
+        return failed(self._where, failure)
 
     # the threads
 
-    def take(self) -> tuple[Record, int] | None:
+    def take(self) -> tuple[FileRecord, int] | None:
         """Wait for a part to move; None when it is time to go."""
         with self._changed:
             while not self.closing:
@@ -234,7 +211,7 @@ class Engine:
                 self._changed.wait()
         return None
 
-    def move(self, record: Record, number: int, staging: np.ndarray) -> None:
+    def move(self, record: FileRecord, number: int, staging: np.ndarray) -> None:
         """Move a part and book it."""
         out, part, moved, failure = record.phase is Phase.OUT, record.parts[number], 0, None
         try:
@@ -295,14 +272,3 @@ def _work(engine: Engine, staging: np.ndarray) -> None:
             del job  # so that it keeps nothing while the thread waits
     finally:
         engine.leave()
-
-
-_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for engine in list(_ENGINES):
-        engine.close_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork)

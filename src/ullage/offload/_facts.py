@@ -1,4 +1,4 @@
-"""What a store did, and how fast a directory is: plain facts."""
+"""What a store did, and how fast one is: plain facts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ class Stats:
     """Counts since a store was opened. The difference of two is what happened between: `store.stats - before`.
 
     Attributes:
-        bytes_written: bytes of tensors that went to the file (each is padded to 4 KiB there), broken-off writes included.
-        bytes_read: bytes of tensors that came from the file.
+        bytes_written: bytes of tensors that went to the store (each is padded to 4 KiB there), broken-off writes included.
+        bytes_read: bytes of tensors that came from the store.
         forwarded_bytes: bytes that `get` handed back without I/O, because the original was still in memory.
         writes: tensors written whole.
         reads: tensors read whole.
         late_prefetches: calls of `get` that had to wait although `prefetch` had been called.
         stalled_write_seconds: time that `put`, `flush` and `wait_until_resident_at_most` waited.
         stalled_read_seconds: time that `get` waited.
+
+    In a `HostStore` copies count when they are queued; it is streams that wait, and their waits count once they are over.
     """
 
     bytes_written: int = 0
@@ -40,12 +42,12 @@ class Stats:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What `measure_bandwidth` found.
+    """What `measure_bandwidth` or `measure_link` found.
 
     Attributes:
-        write_bytes_per_s: bytes per second out to the file.
+        write_bytes_per_s: bytes per second out.
         read_bytes_per_s: bytes per second back.
-        direct: whether the page cache was bypassed; if not, reads may be faster than the drive is.
+        direct: whether the page cache was bypassed, as always in pinned memory; if not, reads may be faster than the drive is.
     """
 
     write_bytes_per_s: float

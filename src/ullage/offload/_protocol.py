@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, UntypedStorage
@@ -23,11 +24,14 @@ class Ticket(Protocol):
         or dropped. An error of the read comes out of `get`.
         """
 
-    def get(self) -> Tensor:
+    def get(self, late: Callable[[], None] | None = None) -> Tensor:
         """Return the bytes, flat uint8; waits until they are there.
 
         While the original has not left memory it is handed back itself, else a new tensor that is the caller's. May
         be called again until `drop`; each call without a prefetch reads anew.
+
+        Args:
+            late: called, now or later, if the caller had to wait though the tensor was asked for ahead.
 
         Raises:
             OffloadError: the bytes could not be written or read back as they were, or the ticket was dropped.
@@ -45,10 +49,10 @@ class Ticket(Protocol):
 
 
 class Store(Protocol):
-    """Holds tensors outside of memory. Safe for threads."""
+    """Holds tensors outside of the memory that is short. Safe for threads."""
 
     def put(self, source: Tensor | UntypedStorage) -> Ticket:
-        """Take a tensor: flat contiguous uint8 on the CPU, or a storage; it must not be written to until `drop`."""
+        """Take a tensor: flat contiguous uint8 on the store's device, or a storage; it must not be written to until `drop`."""
 
     def poll(self) -> None:
         """Let go of tensors that have been written. Cheap."""
@@ -58,6 +62,10 @@ class Store(Protocol):
 
     def wait_until_resident_at_most(self, nbytes: int) -> bool:
         """Wait for writes until `resident_bytes` is at most `nbytes`; False if no write that is left can do it."""
+
+    @property
+    def get_blocks(self) -> bool:
+        """Whether the thread that calls `get` waits in it. If not, reads run in the order of the calls: ask for what is needed now first."""
 
     @property
     def resident_bytes(self) -> int:

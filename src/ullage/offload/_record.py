@@ -21,9 +21,9 @@ class Phase(Enum):
     """Where a tensor is."""
 
     OUT = "on its way out"  # its source is held
-    DISK = "on disk"  # nothing is held, but for a source that the caller has yet to let go of
+    AWAY = "in the store"  # nothing is held, but for a source that the caller has yet to let go of
     IN = "on its way in"  # its target is held
-    READY = "in memory"  # held and whole, and on disk too
+    READY = "in memory"  # held and whole, and in the store too
     FAILED = "not written"  # its source is held
 
 
@@ -37,7 +37,7 @@ class Charge(Enum):
 
 @dataclass(frozen=True)
 class Part:
-    """`length` bytes at `start` of a tensor, at `offset` of the file."""
+    """`length` bytes at `start` of a tensor, at `offset` of the store."""
 
     offset: int
     start: int
@@ -71,11 +71,8 @@ class Record:
         self.phase = Phase.OUT
         self.extents: tuple[Extent, ...] = ()
         self.parts: tuple[Part, ...] = ()
-        self.sums: list[int] = []
-        self.left = 0  # parts that are queued or under way
         self.failure: Failure | None = None
         self.held: Tensor | None = None
-        self.array: np.ndarray | None = None  # the same memory as `held`
         self.original = True  # `held` is what was put
         self.weight = 0  # bytes of the storage of `held`
         self.version = source._version
@@ -92,27 +89,42 @@ class Record:
         """Whether the source has been modified in place since it was put."""
         return self.original and self.held is not None and self.held._version != self.version
 
+    def hold(self, tensor: Tensor, original: bool) -> None:
+        """Keep a tensor alive."""
+        self.held, self.original = tensor, original
+        self.weight = tensor.untyped_storage().nbytes()
+
+    def lay_out(self, extents: tuple[Extent, ...], most: int) -> None:
+        """Cut the tensor into parts of at most `most` bytes, in whole blocks, each in one extent."""
+        parts, start = [], 0
+        for extent in extents:
+            for offset in range(extent.offset, extent.end, most):
+                length = min(most, extent.end - offset, self.nbytes - start)
+                parts.append(Part(offset, start, length))
+                start += length
+        self.extents, self.parts = extents, tuple(parts)
+
+
+class FileRecord(Record):
+    """One whose parts threads move."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.array: np.ndarray | None = None  # the same memory as `held`
+        self.sums: list[int] = []
+        self.left = 0  # parts that are queued or under way
+        super().__init__(source)
+
     @property
     def is_here(self) -> bool:
         """Whether `held` is the tensor, whole. After a failed read there is a target, which is not."""
         return self.phase in (Phase.OUT, Phase.READY) or (
-            self.phase is Phase.DISK and self.held is not None and self.original
+            self.phase is Phase.AWAY and self.held is not None and self.original
         )
 
     def hold(self, tensor: Tensor, original: bool) -> None:
         """Keep a tensor alive."""
-        self.held, self.array, self.original = tensor, np.asarray(_Bytes(tensor)), original
-        self.weight = tensor.untyped_storage().nbytes()
-
-    def lay_out(self, extents: tuple[Extent, ...]) -> None:
-        """Cut the tensor into parts, each in one extent."""
-        parts, start = [], 0
-        for extent in extents:
-            for offset in range(extent.offset, extent.end, PART_BYTES):
-                length = min(PART_BYTES, extent.end - offset, self.nbytes - start)
-                parts.append(Part(offset, start, length))
-                start += length
-        self.extents, self.parts, self.sums = extents, tuple(parts), [0] * len(parts)
+        super().hold(tensor, original)
+        self.array = np.asarray(_Bytes(tensor))
 
 
 @dataclass(frozen=True)

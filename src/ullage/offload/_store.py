@@ -5,25 +5,27 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor, UntypedStorage
 
-from ullage._bytes import format_bytes, parse_budget
+from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError, UllageWarning
-from ullage.offload._books import Limits
+from ullage.offload._arguments import flat_source, size_of, whole_size
 from ullage.offload._checksum import checksum_maker
 from ullage.offload._engine import Engine
-from ullage.offload._extents import BLOCK
 from ullage.offload._facts import Stats
 from ullage.offload._file import open_file
+from ullage.offload._ledger import Limits
 from ullage.offload._protocol import Store, Ticket
-from ullage.offload._record import Charge, Mover, Record
+from ullage.offload._record import Charge, FileRecord, Mover
 from ullage.offload._staging import Staging
 
 MIB = 2**20
+_CPU = torch.device("cpu")
 
 
 class DiskTicket:
@@ -31,7 +33,7 @@ class DiskTicket:
 
     __slots__ = ("__weakref__", "_record", "_store")
 
-    def __init__(self, store: DiskStore, record: Record) -> None:
+    def __init__(self, store: DiskStore, record: FileRecord) -> None:
         self._store, self._record = store, record
 
     @property
@@ -43,9 +45,9 @@ class DiskTicket:
         """See `Ticket.prefetch`. A tensor that is still on its way out stays in memory instead, if it fits."""
         self._store._engine.prefetch(self._record)
 
-    def get(self) -> Tensor:
-        """See `Ticket.get`."""
-        return self._store._engine.get(self._record)
+    def get(self, late: Callable[[], None] | None = None) -> Tensor:
+        """See `Ticket.get`; `late` is called before it returns."""
+        return self._store._engine.get(self._record, late)
 
     def recover(self) -> Tensor:
         """See `Ticket.recover`."""
@@ -114,14 +116,14 @@ class DiskStore:
         buffer_bytes: int | str = 2 * MIB,
     ) -> None:
         limits = Limits(
-            _whole("capacity", capacity),
-            _size("backlog_bytes", backlog_bytes),
-            _size("ahead_bytes", ahead_bytes),
+            whole_size("capacity", capacity),
+            size_of("backlog_bytes", backlog_bytes),
+            size_of("ahead_bytes", ahead_bytes),
             release_in_caller,
         )
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ArgumentError(f"threads={threads!r}: must be a whole number above zero")
-        staging = Staging(threads, _whole("buffer_bytes", buffer_bytes))
+        staging = Staging(threads, whole_size("buffer_bytes", buffer_bytes))
         file = open_file(os.fspath(directory), limits.capacity, staging.buffers[0])
         try:
             self._engine = Engine(Mover(file, checksum_maker() if checksums else None, poison), staging, limits)
@@ -143,7 +145,7 @@ class DiskStore:
             ArgumentError: not such a tensor.
             OffloadError: no place in the file; a write failed before; closed; or this is a fork.
         """
-        return DiskTicket(self, self._engine.put(_flat(source)))
+        return DiskTicket(self, self._engine.put(flat_source(source, _CPU)))
 
     def poll(self) -> None:
         """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
@@ -164,6 +166,11 @@ class DiskStore:
             OffloadError: a write failed.
         """
         return self._engine.wait_at_most(nbytes)
+
+    @property
+    def get_blocks(self) -> bool:
+        """See `Store.get_blocks`."""
+        return True
 
     @property
     def resident_bytes(self) -> int:
@@ -230,36 +237,3 @@ class DiskStore:
 def _as_protocols(store: DiskStore, ticket: DiskTicket) -> tuple[Store, Ticket]:
     """For the type checker: they are what the protocols say."""
     return store, ticket
-
-
-def _size(name: str, value: int | str) -> int:
-    """Bytes, 0 included."""
-    if value == 0 and not isinstance(value, bool):
-        return 0
-    found = parse_budget(value, name).bytes
-    if found is None:
-        raise ArgumentError(f"{name}={value!r}: give bytes, or a size with its unit such as '6GiB'")
-    return found
-
-
-def _whole(name: str, value: int | str) -> int:
-    """Bytes, rounded down to whole blocks, of which there must be one."""
-    found = _size(name, value) // BLOCK * BLOCK
-    if not found:
-        raise ArgumentError(f"{name}={value!r}: must be at least {BLOCK} bytes")
-    return found
-
-
-def _flat(source: Tensor | UntypedStorage) -> Tensor:
-    if isinstance(source, UntypedStorage):
-        if source.device.type != "cpu":
-            raise ArgumentError(f"source: a storage on {source.device}; copy it to the CPU first")
-        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(source)
-    if not isinstance(source, Tensor):
-        raise ArgumentError(f"source: a {type(source).__name__}; give a tensor or its untyped_storage()")
-    if source.dtype is not torch.uint8 or source.dim() != 1 or not source.is_contiguous():
-        what = f"{source.dtype} of shape {tuple(source.shape)} and strides {source.stride()}"
-        raise ArgumentError(f"source: {what}, not flat contiguous uint8; give its untyped_storage()")
-    if source.device.type != "cpu":
-        raise ArgumentError(f"source: a tensor on {source.device}; copy it to the CPU first")
-    return source.detach()

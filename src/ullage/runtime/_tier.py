@@ -10,7 +10,8 @@ One storage may have several version counters (the chunks of `unsafe_chunk`, as 
 already counts only for who shares the counter of the tensor that sent it.
 
 Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order;
-the store bounds how many bytes come ahead of their use.
+the store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
+what is needed now, which would queue behind them.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ class Parcel:
             OffloadError: they can't be had.
         """
         if self.back is None or self.back._version != self._version:
-            self.back, self._left = self.ticket.get(), self.users
+            site = self.site  # a store may call later: that must not hold the parcel
+
+            def late() -> None:
+                site.late += 1
+                totals.late += 1
+
+            self.back, self._left = self.ticket.get(late), self.users
             self._version = self.back._version
         flat = self.back
         self._left -= 1
@@ -86,12 +93,12 @@ class Away:
             OffloadError: it can't be had.
         """
         with quiet(), torch.no_grad():
-            self._tier.foresee(self.parcel)
-            late = self._tier.store.stats.late_prefetches
+            blocks = self._tier.store.get_blocks
+            if blocks:
+                self._tier.foresee(self.parcel)
             flat = self.parcel.fetch()
-            if self._tier.store.stats.late_prefetches > late:
-                self.parcel.site.late += 1
-                totals.late += 1
+            if not blocks:
+                self._tier.foresee(self.parcel)
             dtype, stride, offset = self._layout
             return flat.view(dtype).as_strided(self.shape, stride, offset)
 

@@ -1,0 +1,227 @@
+"""`HostStore`: the arguments, checks and words around a `HostEngine`."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from ullage._bytes import format_bytes
+from ullage._errors import ArgumentError
+from ullage.offload._arguments import flat_source, size_of, whole_size
+from ullage.offload._facts import Stats
+from ullage.offload._host_books import HostRecord
+from ullage.offload._host_engine import HostEngine
+from ullage.offload._ledger import Limits
+from ullage.offload._link import CudaLink, Link
+from ullage.offload._protocol import Store, Ticket
+from ullage.offload._record import Charge
+
+MIB = 2**20
+
+
+class HostTicket:
+    """A `Ticket` of a `HostStore`."""
+
+    __slots__ = ("__weakref__", "_record", "_store")
+
+    def __init__(self, store: HostStore, record: HostRecord) -> None:
+        self._store, self._record = store, record
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self._record.nbytes
+
+    def prefetch(self) -> None:
+        """See `Ticket.prefetch`. A tensor that is still on its way out stays on the device instead, if it fits."""
+        self._store._engine.prefetch(self._record)
+
+    def get(self, late: Callable[[], None] | None = None) -> Tensor:
+        """See `Ticket.get`. The current stream waits, the host does not; `late` is called in a later call of the store's.
+
+        Raises:
+            OffloadError: the tensor was written to before it had left, or the ticket was dropped.
+            torch.OutOfMemoryError: the device has no memory for it.
+        """
+        return self._store._engine.get(self._record, late)
+
+    def recover(self) -> Tensor:
+        """See `Ticket.recover`: no write fails here but with the device, so it always raises."""
+        return self._store._engine.recover(self._record)
+
+    def drop(self) -> None:
+        """See `Ticket.drop`."""
+        self._store._engine.drop(self._record)
+
+    def __repr__(self) -> str:
+        return f"<HostTicket of {self.nbytes} bytes>"
+
+    def __del__(self) -> None:
+        self._store._engine.orphan(self._record)
+
+
+class HostStore:
+    """Holds tensors of a CUDA device in pinned host memory of fixed size, taken when the store is made.
+
+    ```
+    with HostStore("64GiB", device="cuda") as store:
+        ticket = store.put(activation.untyped_storage())  # returns at once, always
+        del activation
+        ...
+        ticket.prefetch()
+        ...
+        data = ticket.get()  # flat uint8 on the device; the current stream waits for it
+        ticket.drop()
+    ```
+
+    A tensor may be written to, in place, by the stream that was current when it was put; what other streams write must be after
+    a wait for that stream that comes after the write has been queued.
+
+    Args:
+        capacity: bytes of host memory, a number or a text such as "64GiB". Each tensor takes whole blocks of 4 KiB; it fits if
+            their sum does.
+        device: the CUDA device whose tensors are put.
+        backlog_bytes: bytes of tensors that are held because they have not left yet. While there is no room for another, `put`
+            has the current stream wait for the oldest. For a larger one it waits until that has left; with 0, for every one.
+        ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
+        poison: for tests: places that are free, and new tensors before they are filled, hold 0xA5, so that a race shows.
+        link: what copies; None for CUDA's streams.
+
+    Attributes:
+        capacity: as given, in whole blocks.
+        device: as given, with its index.
+        notes: what a person should know about the memory, in sentences.
+
+    Raises:
+        ArgumentError: a size that means nothing, or a device that is not the link's.
+        DeviceError: not a CUDA device, or there is none.
+        OffloadError: the host has not that much memory, or it can't be pinned.
+    """
+
+    def __init__(
+        self,
+        capacity: int | str,
+        *,
+        device: torch.device | str,
+        backlog_bytes: int | str = 256 * MIB,
+        ahead_bytes: int | str = 256 * MIB,
+        poison: bool = False,
+        link: Link | None = None,
+    ) -> None:
+        limits = Limits(
+            whole_size("capacity", capacity),
+            size_of("backlog_bytes", backlog_bytes),
+            size_of("ahead_bytes", ahead_bytes),
+        )
+        if link is None:
+            link = CudaLink(device)
+        elif torch.device(device) != link.device:
+            raise ArgumentError(f"device={str(device)!r}: the link is to {link.device}")
+        self._engine = HostEngine(link, limits, poison)
+        self.capacity, self.device = limits.capacity, link.device
+        self.notes = _notes(self.capacity)
+        self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
+
+    def put(self, source: Tensor | UntypedStorage) -> HostTicket:
+        """Start to copy a tensor out; the current stream waits while the backlog is full.
+
+        Args:
+            source: flat contiguous uint8 tensor on the store's device, or a storage there. The whole storage counts as held
+                until it has left. It must not be written to before the ticket is dropped.
+
+        Raises:
+            ArgumentError: not such a tensor.
+            OffloadError: no place in the store; closed; or this is a fork.
+        """
+        return HostTicket(self, self._engine.put(flat_source(source, self.device)))
+
+    def poll(self) -> None:
+        """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
+        self._engine.poll()
+
+    def flush(self) -> None:
+        """See `Store.flush`. The host waits here, also for streams that wait: then `stats` is whole."""
+        self._engine.flush()
+
+    def wait_until_resident_at_most(self, nbytes: int) -> bool:
+        """See `Store.wait_until_resident_at_most`. Streams wait, the host does not."""
+        return self._engine.wait_at_most(nbytes)
+
+    @property
+    def get_blocks(self) -> bool:
+        """See `Store.get_blocks`."""
+        return False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the device's memory that are there because of the store: not yet let go of, and read ahead."""
+        return self._engine.resident_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """0: nothing is there all the time."""
+        return 0
+
+    @property
+    def backlog_bytes(self) -> int:
+        """The part of `resident_bytes` that is there because it has not left, or was not seen to have left yet."""
+        return self._engine.books.held[Charge.BACKLOG]
+
+    @property
+    def ahead_bytes(self) -> int:
+        """The part of `resident_bytes` that was or is being brought back, or that a prefetch kept from leaving."""
+        return self._engine.books.held[Charge.AHEAD]
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the host memory that are not taken."""
+        return self._engine.books.extents.free_bytes
+
+    @property
+    def tickets(self) -> int:
+        """How many tensors the store has: put, and not dropped. 0 after a step, or something leaks."""
+        return len(self._engine.books.live)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts since the store was opened. Copies count when they are queued, waits when they are over."""
+        return self._engine.stats
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._engine.closing
+
+    def close(self) -> None:
+        """Wait for the copies under way, let go of everything, free the memory. Tickets can't be used after it."""
+        self._finalizer()
+
+    def __enter__(self) -> HostStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
+        return f"<HostStore of {self.device}, {format_bytes(self.capacity)}: {state}>"
+
+
+def _notes(capacity: int) -> tuple[str, ...]:
+    """What is worth saying of so much memory that can't be swapped out."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if capacity <= there // 2:
+        return ()
+    return (f"{format_bytes(capacity)} of this machine's {format_bytes(there)} are locked until the store is closed",)
+
+
+def _as_protocols(store: HostStore, ticket: HostTicket) -> tuple[Store, Ticket]:
+    """For the type checker: they are what the protocols say."""
+    return store, ticket

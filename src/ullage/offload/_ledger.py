@@ -1,0 +1,144 @@
+"""What every store keeps books of: places, what is held and what for, and prefetches that wait for room."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from ullage.offload._extents import Extents
+from ullage.offload._facts import Stats
+from ullage.offload._record import Charge, Phase, Record
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a store.
+
+    Attributes:
+        capacity: bytes of the store, in whole blocks.
+        backlog_bytes: bytes of tensors held because they are not written yet.
+        ahead_bytes: bytes of tensors that were prefetched and not taken yet.
+        release_in_caller: whether written tensors are let go of in a caller's thread.
+    """
+
+    capacity: int
+    backlog_bytes: int
+    ahead_bytes: int
+    release_in_caller: bool = True
+
+
+class Ledger(ABC, Generic[R]):
+    """The state of all tensors of a store. Every method needs the engine's lock."""
+
+    def __init__(self, limits: Limits, poison: bool) -> None:
+        self.limits, self.poison = limits, poison
+        self.extents = Extents(limits.capacity)
+        self.stats = Stats()
+        self.live: set[R] = set()
+        self.orphans: deque[R] = deque()  # of tickets that nobody holds
+        self.held = dict.fromkeys(Charge, 0)  # bytes
+        self._wanted: deque[R] = deque()  # prefetches that wait for room
+
+    def count(self, **more: float) -> None:
+        """Add to the counts."""
+        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + n for name, n in more.items()})
+
+    # out
+
+    def goes_through(self, record: R) -> bool:
+        """Whether a tensor is larger than the backlog may be: then `put` writes it, and it stays the caller's."""
+        return record.weight > self.limits.backlog_bytes
+
+    def has_room(self, record: R) -> bool:
+        """Whether the backlog takes a tensor."""
+        return self.goes_through(record) or self.held[Charge.BACKLOG] + record.weight <= self.limits.backlog_bytes
+
+    # back
+
+    def want(self, record: R) -> None:
+        """Prefetch a tensor, now or when there is room."""
+        if self._is_away(record) and record.parts and not (record.keep or record.wanted):
+            record.asked = record.wanted = True
+            self._wanted.append(record)
+            self.start_wanted()
+
+    @staticmethod
+    def _is_away(record: R) -> bool:
+        return record.phase in (Phase.OUT, Phase.AWAY) and not record.failure  # a failure is for `get` to tell
+
+    def start_wanted(self) -> bool:
+        """Start prefetches that there is room for, in order; those that can never fit are left to `get`.
+
+        Returns whether there is a read to do.
+        """
+        found = False
+        while self._wanted:
+            record = self._wanted[0]
+            needed = record.weight if record.held is not None else record.nbytes
+            if record.wanted and self._is_away(record) and needed <= self.limits.ahead_bytes:
+                if self.held[Charge.AHEAD] + needed > self.limits.ahead_bytes:
+                    break
+                if record.held is None:
+                    self.read_ahead(record)
+                    found = True
+                else:  # what is in memory stays there
+                    self._charge(record, Charge.AHEAD)
+                    record.keep = record.phase is Phase.OUT
+                    record.phase = Phase.OUT if record.keep else Phase.READY
+            record.wanted = False
+            self._wanted.popleft()
+        return found
+
+    @abstractmethod
+    def read_ahead(self, record: R) -> None:
+        """Start to read a tensor that is in the store only."""
+
+    def forget_source(self, record: R) -> None:
+        """A source that is written, and has been modified in place since then, is not what was put: it is read back."""
+        record.phase, record.keep = Phase.AWAY, False
+        self._release(record)
+
+    def hand_out(self, record: R) -> Tensor:
+        """Return what is held. It is the caller's from now on, but for a source that is still being written."""
+        tensor = record.held
+        assert tensor is not None
+        record.asked = record.wanted = record.keep = False
+        if record.original:
+            self.count(forwarded_bytes=record.nbytes)
+        if record.phase in (Phase.READY, Phase.AWAY):
+            record.phase = Phase.AWAY
+            record.held = None  # so that it is not poisoned
+            self._release(record)
+        return tensor
+
+    # done
+
+    @abstractmethod
+    def drop(self, record: R) -> None:
+        """Free what a tensor has."""
+
+    def reap(self, spared: R | None = None) -> None:
+        """Drop orphans. A store lets go of what has been written too, but for what `spared` holds."""
+        while self.orphans:
+            record = self.orphans.popleft()
+            if not record.dropped:
+                self.drop(record)
+
+    def _bury(self, record: R) -> None:
+        self.extents.free(record.extents)
+        record.extents = ()
+
+    def _charge(self, record: R, charge: Charge) -> None:
+        self.held[record.charge] -= record.weight
+        self.held[charge] += record.weight
+        record.charge = charge
+
+    def _release(self, record: R) -> None:
+        self._charge(record, Charge.NONE)
+        record.held = None
