@@ -23,6 +23,7 @@ ROWS = 8 * 32  # of a tower's input
 FIRST = (
     4 * ROWS * (64 + 256 + 256)
 )  # what the first block saves, but for the batch: the normed input, two of its MLP's middle
+TOWER = 4 * (FIRST + 4 * ROWS * 64) - 4 * ROWS * 64
 
 
 def planned(work: ul.Workload, budget: int | str | None = None, host: str = "64MiB", **options: Any) -> ul.Plan:
@@ -37,17 +38,13 @@ def test_the_offload_policy_and_its_memory() -> None:
     plan = planned(tower(), policy="offload")
     assert {d.action for d in plan.decisions} == {"offload:host"}
     link = find_device("h200").host_link_bytes_per_s
-    assert plan.host == Host(
-        capacity_bytes=plan.host.capacity_bytes if plan.host else 0,
-        write_bytes_per_second=link,
-        read_bytes_per_second=link,
-    )
+    assert plan.host is not None
+    speeds = {"write_bytes_per_second": link, "read_bytes_per_second": link}
+    assert plan.host == Host(capacity_bytes=TOWER, window_bytes=4 * ROWS * 256, **speeds)
     t = plan.predicted.traffic
     assert plan.disk is None and plan.tier is plan.host and t is not None
-    assert t.sent_bytes == t.fetched_bytes == plan.host.capacity_bytes  # all at once, none of it asked for early
+    assert t.sent_bytes == TOWER >= t.fetched_bytes  # what is asked for on its way out is not fetched
     assert f"  host       {t.sent_bytes / 2**20:.2f} MiB out, " in str(plan) and " pinned" in str(plan)
-    # without a window a tensor is out before the next op, and back only when it is asked for
-    assert t.stalled_seconds == pytest.approx(2 * t.sent_bytes / link)
 
 
 def test_a_file_of_it_reads_back(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ read-ahead reaches. What is asked for while it is still on its way out is handed
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 # What a step does, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
@@ -71,8 +71,8 @@ class Overlap:
 
 
 class _Step:
-    def __init__(self, channels: Channels, uses: Counter[float]) -> None:
-        self.c = channels
+    def __init__(self, channels: Channels, uses: Counter[float], senders: Mapping[float, Hashable]) -> None:
+        self.c, self.senders = channels, senders
         self.uses = uses  # how often each ticket will still be asked for
         self.now = self.stalled = self.busy = 0.0
         self.out_free = self.in_free = 0.0  # when each channel has done what it was given
@@ -86,7 +86,9 @@ class _Step:
         self.spans: list[Span] = []
         self.order: list[float] = []
         self.number: dict[float, int] = {}
-        self.front = 0  # from this number on all have been asked for
+        self.front = 0  # from this number on all have been asked for, or are of another graph
+        self.prefetched: set[int] = set()
+        self.asked: set[int] = set()
 
     def wait(self, until: float) -> None:
         if until > self.now:
@@ -117,7 +119,7 @@ class _Step:
             self.in_backlog += nbytes
         self.number[ticket] = len(self.order)
         self.order.append(ticket)
-        self.front = len(self.order)
+        self._begin(len(self.order))
         self._see()
 
     def get(self, ticket: float) -> None:
@@ -147,16 +149,28 @@ class _Step:
         self.fetched += self.size[ticket]
 
     def _foresee(self, ticket: float) -> None:
-        """Ask ahead for what left before this."""
-        at = self.number[ticket]
-        self.front = min(self.front, at)
-        least = max(at - self.c.most_ahead, 0)
-        while self.front > least:
-            self.front -= 1
-            before = self.order[self.front]
-            if before not in self.ready and self.uses[before]:
-                self.wanted.append(before)
+        """Ask ahead for what will be asked for after this, as `ullage.runtime._tier` does."""
+        n = self.number[ticket]
+        if n in self.asked or (n >= self.front and n not in self.prefetched):  # another backward has begun
+            self._begin(n + 1)
+        self.asked.add(n)
+        top, least, sender = n + 1, max(n - self.c.most_ahead, 0), self.senders.get(ticket, ticket)
+        while top < len(self.order) and self.senders.get(self.order[top]) == sender:
+            top += 1
+        above = [k for k in range(top - 1, n, -1) if k not in self.prefetched and k not in self.asked]
+        found = above + list(range(min(self.front, n) - 1, least - 1, -1))
+        self.front = min(self.front, least)
+        self.prefetched.update(found)
+        for k in found:
+            other = self.order[k]
+            if other not in self.ready and self.uses[other]:
+                self.wanted.append(other)
         self._start()
+
+    def _begin(self, front: int) -> None:
+        self.front = front
+        self.prefetched.clear()
+        self.asked.clear()
 
     def _start(self) -> None:
         while self.wanted:
@@ -179,10 +193,16 @@ class _Step:
         self.most = max(self.most, self.in_backlog + self.ahead)
 
 
-def overlap(events: Iterable[Event], channels: Channels) -> Overlap:
-    """Go through a step's events; a ticket may be asked for several times, but not before it left."""
+def overlap(events: Iterable[Event], channels: Channels, senders: Mapping[float, Hashable] | None = None) -> Overlap:
+    """Go through a step's events; a ticket may be asked for several times, but not before it left.
+
+    Args:
+        events: in their order.
+        channels: what moves tensors.
+        senders: by ticket, the unit that sent it: those of one unit may be asked for in another order than they left in.
+    """
     events = list(events)
-    step = _Step(channels, Counter(what for kind, what, _ in events if kind == IN))
+    step = _Step(channels, Counter(what for kind, what, _ in events if kind == IN), senders or {})
     waits = []
     for k, (kind, what, nbytes) in enumerate(events):
         before = step.stalled

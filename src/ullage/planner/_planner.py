@@ -182,7 +182,8 @@ def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tup
         peak = _fresh_peak(s, assignment)
         if limit is not None and peak > limit - s.reserve_bytes:
             raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
-        choose_window(s, assignment, None if limit is None else limit - s.reserve_bytes)
+        # without a budget no more than the plain step takes
+        choose_window(s, assignment, (baseline.peak_bytes if limit is None else limit) - s.reserve_bytes)
         return assignment, 0.0
     assert limit is not None
     if _plain_fits(s, limit, baseline):

@@ -172,7 +172,9 @@ class Study:
             events.append((OUT if t.out else IN, t.ticket, t.nbytes))
             at = k
         events.append((COMPUTE, float(done[-1] - done[at]), 0))
-        return overlap(events, tier.channels)
+        units = {u.fqn for u in self.units}
+        senders = {t.ticket: next((m for m in t.modules if m in units), "") for t in moved if t.out}
+        return overlap(events, tier.channels, senders)
 
     def peak_with_update(self, capture: StepCapture) -> int:
         """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""

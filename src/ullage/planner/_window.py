@@ -10,23 +10,22 @@ from ullage.planner._study import Study, key_of
 from ullage.planner._with_tier import WINDOWS
 
 
-def choose_window(s: Study, assignment: Mapping[str, Option], limit: int | None) -> None:
+def choose_window(s: Study, assignment: Mapping[str, Option], limit: int) -> None:
     """Note for an assignment the smallest of the windows with which its step waits for transfers the least.
 
     Args:
         s: the study that executes it.
         assignment: any; nothing is noted if it has nothing leave.
-        limit: bytes of the step's peak, the window included; None for any.
+        limit: bytes of the step's peak, the window included.
     """
     if s.tier_for(assignment) is None:
         return
     first, later = s.execute_fresh(assignment)
     largest = max((t.nbytes for t in s.transfers(later)), default=0)
-    widths, key = {int(w * largest) for w in WINDOWS}, key_of(assignment)
-    if limit is not None:
-        s.windows[key] = 0
-        room = (limit - max(s.peak(first), s.peak(later))) // 2
-        widths = {min(w, max(room, 0)) for w in widths}
+    key = key_of(assignment)
+    s.windows[key] = 0
+    room = max((limit - max(s.peak(first), s.peak(later))) // 2, 0)
+    widths = {min(int(w * largest), room) for w in WINDOWS}
 
     def waits(window: int) -> tuple[int, int]:
         s.windows[key] = window

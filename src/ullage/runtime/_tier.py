@@ -9,8 +9,8 @@ one buffer. Which tensors of a unit may go:
 One storage may have several version counters (the chunks of `unsafe_chunk`, as cells of recurrent networks make them; `.data`). That it has left
 already counts only for who shares the counter of the tensor that sent it.
 
-Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order;
-the store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
+Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order. Inside a unit
+the order may be another one: what left its forward after that one is prefetched first. The store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
 what is needed now, which would queue behind them.
 """
 
@@ -93,11 +93,11 @@ class Away:
             OffloadError: it can't be had.
         """
         with quiet(), torch.no_grad():
-            blocks = self._tier.store.get_blocks
-            if blocks:
+            blocks, first = self._tier.store.get_blocks, self.parcel.back is None
+            if first and blocks:
                 self._tier.foresee(self.parcel)
             flat = self.parcel.fetch()
-            if not blocks:
+            if first and not blocks:
                 self._tier.foresee(self.parcel)
             dtype, stride, offset = self._layout
             return flat.view(dtype).as_strided(self.shape, stride, offset)
@@ -138,7 +138,11 @@ class Tier(Apart):
         self.store = store
         self._parcels: dict[int, tuple[ReferenceType[UntypedStorage], ReferenceType[Parcel], int, _Counter]] = {}
         self._order: list[ReferenceType[Parcel]] = []
-        self._front = 0  # from this number on all have been prefetched or asked for
+        self._front = (
+            0  # from this number on all have been prefetched or asked for in this backward, or are of another graph
+        )
+        self._prefetched: set[int] = set()
+        self._asked: set[int] = set()
         self._lock = threading.Lock()
 
     def pack(self, x: Tensor, site: Site) -> Away | None:
@@ -175,23 +179,37 @@ class Tier(Apart):
         """The next parcel's number: those at the end that are gone are forgotten."""
         while self._order and self._order[-1]() is None:
             self._order.pop()
-        self._front = len(self._order) + 1
+        self._begin(len(self._order) + 1)
         return len(self._order)
+
+    def _begin(self, front: int) -> None:
+        """Another backward: nothing before this number has been prefetched in it."""
+        self._front = front
+        self._prefetched.clear()
+        self._asked.clear()
 
     def foresee(self, parcel: Parcel) -> None:
         """A parcel is about to be asked for: prefetch those that will be asked for after it."""
-        todo = []
         with self._lock:
-            if parcel.number >= self._front:  # another backward has begun
-                self._front = parcel.number
-            least = max(parcel.number - _MOST_PREFETCHES, 0)
-            while self._front > least:
-                self._front -= 1
-                before = self._order[self._front]() if self._front < parcel.number else None
-                if before is not None and before.back is None:
-                    todo.append(before)
-        for before in todo:
-            before.ticket.prefetch()
+            n = parcel.number
+            if n in self._asked or (n >= self._front and n not in self._prefetched):
+                self._begin(n + 1)
+            self._asked.add(n)
+            todo = [other for k in self._next(n, parcel.site) if (other := self._order[k]()) is not None]
+        for other in todo:
+            if other.back is None:
+                other.ticket.prefetch()
+
+    def _next(self, n: int, site: Site) -> list[int]:
+        """The numbers to prefetch when the n-th parcel is asked for: first what its unit sent after it, then what left before it."""
+        top, least = n + 1, max(n - _MOST_PREFETCHES, 0)
+        while top < len(self._order) and (other := self._order[top]()) is not None and other.site is site:
+            top += 1
+        above = [k for k in range(top - 1, n, -1) if k not in self._prefetched and k not in self._asked]
+        found = above + list(range(min(self._front, n) - 1, least - 1, -1))
+        self._front = min(self._front, least)
+        self._prefetched.update(found)
+        return found
 
 
 def tensor_of(kept: Any) -> Any:
