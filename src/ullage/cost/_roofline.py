@@ -17,6 +17,10 @@ from ullage.cost._devices import Device
 # allocator records on torch 2.13; used only where nothing may be measured.
 _INTERNAL_FACTOR = {"aten::convolution": 1.0, "aten::convolution_backward": 2.0, "aten::mkldnn_rnn_layer_backward": 1.0}
 
+_ALLOCATE = {
+    getattr(torch.ops.aten, n) for n in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+
 
 def specs_in(value: Any) -> list[TensorSpec]:
     """All tensor specs of a nested argument."""
@@ -32,6 +36,11 @@ def spec_bytes(spec: TensorSpec) -> int:
 def is_free(signature: Signature) -> bool:
     """A view: no bytes moved, nothing allocated."""
     return signature.output_bytes == 0 and not signature.func._schema.is_mutable
+
+
+def only_allocates(signature: Signature) -> bool:
+    """It takes memory and writes nothing to it: no kernel runs."""
+    return signature.func._overloadpacket in _ALLOCATE
 
 
 def _flops(signature: Signature) -> float:
@@ -56,7 +65,7 @@ def roofline_ops(signatures: list[Signature], device: Device) -> list[OpCost]:
         rate = device.flops.get(dtype) or device.flops["float32"]
         seconds = (
             1e-9
-            if is_free(s)
+            if is_free(s) or only_allocates(s)
             else max(_flops(s) / rate, moved / device.memory_bandwidth_bytes_per_s) + device.launch_seconds
         )
         factor = _INTERNAL_FACTOR.get(s.func._schema.name, 0.0) if device.kind == "cpu" else 0.0

@@ -173,7 +173,7 @@ class Study:
             at = k
         events.append((COMPUTE, float(done[-1] - done[at]), 0))
         units = {u.fqn for u in self.units}
-        senders = {t.ticket: next((m for m in t.modules if m in units), "") for t in moved if t.out}
+        senders: dict[float, str] = {t.ticket: next((m for m in t.modules if m in units), "") for t in moved if t.out}
         return overlap(events, tier.channels, senders)
 
     def peak_with_update(self, capture: StepCapture) -> int:

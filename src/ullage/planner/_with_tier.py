@@ -8,7 +8,7 @@ sizes of the window (tensors on their way that are in memory still or already), 
 - with every unit, every second, third, ... one alone able to send: what these send costs nothing as far as it moves while
   they and those up to the next of them compute.
 
-Each schedule it finds is simulated (`_channels`), and so are its neighbours, one unit changed at a time. Of all of them and
+Each schedule it finds is simulated (`_channels`), and so are the neighbours of the best one, one unit changed at a time. Of all of them and
 the best one without offload the fastest is taken: a plan that has tensors leave is never slower, as predicted, than the one
 that does not. Models of few assignments are gone through whole.
 """
@@ -227,14 +227,14 @@ class _Choice:
         return _Found(nanoseconds(seconds), window, schedule, peak)
 
     def _neighbours(self, best: _Found) -> _Found:
-        """Change one unit at a time as long as that helps."""
+        """Change one unit at a time as long as that helps; `_window` looks at other windows once it is executed."""
         while len(self.seen) < MOST_LOOKS and all(isinstance(item, Single) for item in best.schedule):
             changed = [
                 (*best.schedule[:u], Single(u, c), *best.schedule[u + 1 :])
                 for u, options in enumerate(self.model.options)
                 for c in range(len(options))
             ]
-            looks = filter(None, (self._look(s, w) for s in changed for w in self.windows))
+            looks = filter(None, (self._look(s, best.window) for s in changed))
             better = min(looks, key=lambda f: f.rank, default=best)
             if better.rank >= best.rank:
                 break
