@@ -251,6 +251,23 @@ def test_written_to_before_it_has_left() -> None:
         assert other.nbytes == 10_000
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_written_to_and_then_let_go_of(waits: bool) -> None:
+    """Nobody asked in between: it was queued before the copy was waited for, or seen to be done."""
+    link = SimulatedLink()
+    with opened(link) as store:
+        source = link.empty(10_000)
+        ticket = store.put(source)
+        ticket.prefetch()
+        source.add_(1)
+        if not waits:
+            link.run_all()
+        assert store.wait_until_resident_at_most(0) and store.ahead_bytes == 0
+        del source
+        with pytest.raises(ul.OffloadError, match="before it was written"):
+            ticket.get()
+
+
 def test_written_to_after_the_stream_has_waited() -> None:
     link = SimulatedLink()
     with opened(link) as store:
@@ -370,6 +387,45 @@ def test_poison() -> None:
         link.run_all()
         store.poll()
         assert source.numpy().tobytes() == bytes_of(4096, 1)  # the caller's is left alone
+
+
+def test_poison_is_in_the_order_of_the_memory() -> None:
+    """Of a target that nobody took, where another stream is current when it is dropped; and of a place that is read yet."""
+    link = SimulatedLink()
+    with opened(link, backlog_bytes=0, poison=True) as store:
+        ticket = put(link, store, bytes_of(10_000))
+        link.run_all()
+        with link.use(link.side):
+            ticket.prefetch()
+        ticket.drop()
+        seen: list[bytes] = []
+        with link.use(link.side):
+            again = link.empty(10_000)
+            link.write(again, bytes_of(10_000, 1))
+        link.run(link.side, link.out, link.into)
+        link.run(link.main)
+        link.read(again, seen.append)
+        link.run_all()
+        assert seen == [bytes_of(10_000, 1)]
+        other = put(link, store, bytes_of(10_000, 2))
+        link.run_all()
+        back = get(link, other)
+        other.drop()
+        link.run(link.out)
+        assert len(link.out.queue) > 0  # it waits
+        link.run_all()
+        assert back == [bytes_of(10_000, 2)] and store.free_bytes == store.capacity
+
+
+def test_what_is_asked_for_before_it_has_left_comes_after_that() -> None:
+    link = SimulatedLink()
+    with opened(link, backlog_bytes=0) as store:
+        ticket = put(link, store, bytes_of(10_000))
+        seen = get(link, ticket)
+        link.run(link.into)
+        assert len(link.into.queue) > 0 and ("in", ticket._record.written) in link.waits
+        link.run_all()
+        assert seen == [bytes_of(10_000)]
 
 
 def test_memory_that_is_let_go_of_is_overwritten_by_the_link() -> None:

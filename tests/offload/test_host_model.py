@@ -82,6 +82,16 @@ class AnyOrder(RuleBasedStateMachine):
     def drop_and_keep_the_ticket(self, ticket: HostTicket | None) -> None:
         self.drop(ticket)
 
+    @rule(target=tickets, ticket=consumes(tickets), side=st.booleans())
+    def put_in_its_place(self, ticket: HostTicket | None, side: bool) -> HostTicket | None:
+        """While it is on its way to whoever got it last."""
+        if ticket not in self.known:
+            return None
+        nbytes = ticket.nbytes
+        self.get(ticket, side)
+        self.drop(ticket)
+        return self.put(nbytes, not side)
+
     @rule(steps=st.integers(1, 12))
     def go_on(self, steps: int) -> None:
         self.link.go_on(steps)

@@ -121,6 +121,12 @@ def test_who_was_late_holds_no_ticket() -> None:
         assert sum(site.late for site in tower.sites) == store.stats.late_prefetches > 0
 
 
+def test_tensors_of_another_device_stay() -> None:
+    with ul.HostStore("1MiB", device="cpu", link=SimulatedLink()) as store:
+        assert Tier(store).pack(torch.empty(4096, device="meta"), Site("u")) is None and store.tickets == 0
+        assert store.takes(torch.device("cpu")) and not store.takes(torch.device("cuda", 0))
+
+
 def test_what_is_needed_now_comes_before_what_is_needed_next() -> None:
     link, tower = SimulatedLink(0, eager=True), Tower(2)
     with ul.HostStore("4MiB", device="cpu", backlog_bytes=0, link=link) as store:

@@ -83,6 +83,10 @@ class CapturedStore:
         """Record that a place is free."""
         self.dropped.setdefault(ticket, self._now()[0])
 
+    def takes(self, device: torch.device) -> bool:
+        """Tensors on any device leave."""
+        return True
+
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
         """Let go of a tensor."""
         assert isinstance(source, Tensor)

@@ -79,8 +79,8 @@ class HostStore:
         ticket.drop()
     ```
 
-    A tensor may be written to, in place, by the stream that was current when it was put; what other streams write must be after
-    a wait for that stream that comes after the write has been queued.
+    A tensor is read in the order of the stream that is current when it is put, as by a kernel there. What other streams write to it
+    in place, before the ticket is dropped, is not seen if they do not wait for that stream once it has left.
 
     Args:
         capacity: bytes of host memory, a number or a text such as "64GiB". Each tensor takes whole blocks of 4 KiB; it fits if
@@ -126,6 +126,10 @@ class HostStore:
         self.capacity, self.device = limits.capacity, link.device
         self.notes = _notes(self.capacity)
         self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
+
+    def takes(self, device: torch.device) -> bool:
+        """See `Store.takes`."""
+        return device == self.device
 
     def put(self, source: Tensor | UntypedStorage) -> HostTicket:
         """Start to copy a tensor out; the current stream waits while the backlog is full.

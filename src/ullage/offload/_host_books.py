@@ -97,9 +97,9 @@ class HostBooks(Ledger[HostRecord]):
         """Have the stream of the source that is held for longest wait for its copy, and let go of it; False if there is none."""
         if not self.leaving:
             return False
-        record = self.leaving.popleft()
-        self.stalls.wait(record.stream, record.written, reads=False)
-        self._settle(record)
+        oldest = self.leaving[0]
+        self.stalls.wait(oldest.stream, oldest.written, reads=False)
+        self._settle(self.leaving.popleft())
         return True
 
     def let_all_go(self) -> None:

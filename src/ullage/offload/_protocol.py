@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, UntypedStorage
 
 from ullage.offload._facts import Stats
@@ -50,6 +51,9 @@ class Ticket(Protocol):
 
 class Store(Protocol):
     """Holds tensors outside of the memory that is short. Safe for threads."""
+
+    def takes(self, device: torch.device) -> bool:
+        """Whether tensors on a device can be put."""
 
     def put(self, source: Tensor | UntypedStorage) -> Ticket:
         """Take a tensor: flat contiguous uint8 on the store's device, or a storage; it must not be written to until `drop`."""

@@ -134,6 +134,10 @@ class DiskStore:
         self.direct, self.notes = file.direct, file.notes
         self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
 
+    def takes(self, device: torch.device) -> bool:
+        """See `Store.takes`."""
+        return device == _CPU
+
     def put(self, source: Tensor | UntypedStorage) -> DiskTicket:
         """Start to write a tensor; waits while the backlog is full.
 

@@ -4,7 +4,7 @@ What is moved is a storage, once, however many saved tensors are views of it; ea
 one buffer. Which tensors of a unit may go:
 
 - not leaves that require grad (parameters) nor views of them, nor what the unit's module or its other arguments hold;
-- not what is smaller than a block of the store, nor anything but plain strided tensors, nor subclasses.
+- not what is smaller than a block of the store or on another device than it is for, nor anything but plain strided tensors, nor subclasses.
 
 One storage may have several version counters (the chunks of `unsafe_chunk`, as cells of recurrent networks make them; `.data`). That it has left
 already counts only for who shares the counter of the tensor that sent it.
@@ -155,6 +155,8 @@ class Tier(Apart):
             return None
         storage = x.untyped_storage()
         size = storage.nbytes()
+        if not self.store.takes(x.device):
+            return None
         if size < LEAST_BYTES or size % x.dtype.itemsize:
             return None
         key = storage._cdata
