@@ -52,6 +52,7 @@ def test_a_file_of_it_reads_back(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     again = ul.Plan.load(tmp_path / "plan.json")
     assert again == plan and again.digest == plan.digest
+    assert plan.endurance == "" and "endurance" not in str(plan)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])

@@ -74,6 +74,10 @@ def test_a_plan_is_a_file(tmp_path: Path) -> None:
     again = ul.Plan.load(tmp_path / "plan.json")
     assert again == plan and again.digest == plan.digest
     assert again.disk is not None and again.disk.directory == str(tmp_path)
+    t = again.predicted.traffic
+    assert t is not None
+    assert again.endurance == ul.offload.endurance_note(t.sent_bytes, 1 / again.predicted.step_seconds)
+    assert f"  endurance  offload writes {t.sent_bytes / 2**20:.2f} MiB per step, " in str(again)
     assert "offload:disk" in str(again) and "hidden" in str(again) and str(tmp_path) in str(again)
 
 

@@ -65,7 +65,7 @@ def test_twenty_steps_with_buffer_reuse(tmp_path: Path) -> None:
         assert (units["1"].action, units["1"].recomputed, units["1"].sent_bytes) == ("recompute", 20, 0)
         assert (units["2"].action, units["2"].sent_bytes) == ("select:addmm[0]@disk", 20 * 4 * 8 * 32 * 256)
         text = str(handle.report())
-        assert "disk: " in text and "written" in text
+        assert "disk: " in text and "written" in text and "; offload writes " in text and " TB per day" in text
     stats = handle.report().store
     assert stats is not None and stats.bytes_written > 0
     assert same(backward(model, torch.zeros(8, 32, 64)), wanted[0])

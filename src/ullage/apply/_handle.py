@@ -51,6 +51,7 @@ class Report:
     """Planned beside observed.
 
     `store`: what the store did so far, None if the plan has nothing leave memory. `tier`: "host" or "disk".
+    `endurance`: what the plan writes to a disk per step and per day.
 
     `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
     statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
@@ -63,6 +64,7 @@ class Report:
     larger_batches: int
     store: Stats | None = None
     tier: str = ""
+    endurance: str = ""
 
     def __str__(self) -> str:
         seen = self.observed_peak_bytes
@@ -71,7 +73,7 @@ class Report:
             f"planned peak {format_bytes(self.planned_peak_bytes)}{observed}; batches larger than planned: {self.larger_batches}"
         ]
         if self.store is not None:
-            lines.append(f"{self.tier}: {_said(self.store)}")
+            lines.append(f"{self.tier}: {_said(self.store)}{'; ' if self.endurance else ''}{self.endurance}")
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
@@ -142,6 +144,7 @@ class Handle:
             larger,
             self._store.stats if self._store is not None else self._stats,
             self.plan.tier.name if self.plan.tier is not None else "",
+            self.plan.endurance,
         )
 
     def _observed_peak(self) -> int | None:

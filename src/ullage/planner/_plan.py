@@ -17,6 +17,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
 from ullage.mechanisms import UnitSettings, option_from_name
+from ullage.offload import endurance_note
 from ullage.planner._overrides import PinCost, describe
 from ullage.planner._peak import Bounds
 from ullage.planner._tiers import Disk, Host, OffloadTier, Traffic
@@ -142,6 +143,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return self.host if self.host is not None else self.disk
 
     @property
+    def endurance(self) -> str:
+        """What the plan writes to its disk, in a sentence; "" without one."""
+        t, seconds = self.predicted.traffic, self.predicted.step_seconds
+        if self.disk is None or t is None or not seconds:
+            return ""
+        return endurance_note(t.sent_bytes, 1 / seconds)
+
+    @property
     def digest(self) -> str:
         """SHA-256 over everything but the environment."""
         data = msgspec.to_builtins(self)
@@ -224,6 +233,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
             f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
             *([_moves(p.traffic, self.tier)] if p.traffic is not None and self.tier is not None else []),
+            *([f"  endurance  {self.endurance}"] if self.endurance else []),
             "  decisions",
         ]
         lines += [f"    {row}" for row in _grouped(self.decisions)]

@@ -82,7 +82,7 @@ def report(
         planned=planned,
         frontier=_frontier(s, points),
         measured=runs,
-        notes=[*notes, *made.notes],
+        notes=[*notes, *made.notes, *filter(None, [made.endurance])],
     )
 
 
