@@ -181,13 +181,15 @@ def test_late_prefetch(tmp_path: Path, hold_reads: Hold) -> None:
             ticket.prefetch()
         gate.wait_entered()
         opener = when(lambda: store.stats.late_prefetches == 1, gate, 0.1)
-        assert torch.equal(tickets[2].get(), data(10_000, 2))  # before the second, which nobody waits for
+        told: list[str] = []
+        found = tickets[2].get(lambda: told.append(str(store.poll())))  # before the second, which nobody waits for
+        assert torch.equal(found, data(10_000, 2)) and len(told) == 1  # and without the lock
         opener.join(20)
         assert store.stats.late_prefetches == 1 and 0.09 <= store.stats.stalled_read_seconds < 20
         until(lambda: store.stats.reads == 3)
         assert gate.offsets == [0, 24_576, 12_288]
         before = store.stats
-        assert torch.equal(tickets[1].get(), data(10_000, 1))
+        assert torch.equal(tickets[1].get(lambda: told.append("on time")), data(10_000, 1)) and len(told) == 1
         assert store.stats - before == ul.offload.Stats() and before.bytes_read == 30_000
 
 
