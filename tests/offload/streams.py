@@ -71,7 +71,7 @@ class SimulatedLink:
         steps: how many steps at most.
     """
 
-    device = torch.device("cpu")
+    device, round_bytes = torch.device("cpu"), 1
 
     def __init__(self, seed: int = 0, eager: bool = False, steps: int = 7) -> None:
         self.steps = steps

@@ -77,6 +77,27 @@ def test_the_stream_waits_for_room_and_the_host_does_not() -> None:
         assert seen == [[bytes_of(t.nbytes, i)] for i, t in enumerate(tickets)]
 
 
+def test_bytes_are_counted_as_the_allocator_rounds_them() -> None:
+    link = SimulatedLink()
+    link.round_bytes = 512
+    with opened(link, backlog_bytes=1023, ahead_bytes=1024) as store:
+        tickets = [put(link, store, bytes_of(n, n)) for n in (1, 512)]
+        assert store.backlog_bytes == 512  # two would take 1,024
+        link.run_all()
+        store.poll()
+        assert store.resident_bytes == 0
+        for ticket in tickets:
+            ticket.prefetch()
+        assert store.ahead_bytes == 1024
+        large = put(link, store, bytes_of(513, 3))
+        large.prefetch()
+        assert (store.ahead_bytes, store.backlog_bytes) == (1024, 0)  # itself it is larger than the backlog
+        seen = [get(link, t) for t in (*tickets, large)]
+        link.run_all()
+        assert seen == [[bytes_of(1, 1)], [bytes_of(512, 512)], [bytes_of(513, 3)]]
+        assert store.resident_bytes == 0
+
+
 @pytest.mark.parametrize("bound", [0, 9_999])
 def test_larger_than_the_backlog(bound: int) -> None:
     """Not counted, and not held when `put` returns: the stream has waited for it, and so for all before it."""

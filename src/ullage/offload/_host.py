@@ -113,15 +113,13 @@ class HostStore:
         poison: bool = False,
         link: Link | None = None,
     ) -> None:
-        limits = Limits(
-            whole_size("capacity", capacity),
-            size_of("backlog_bytes", backlog_bytes),
-            size_of("ahead_bytes", ahead_bytes),
-        )
+        room = size_of("backlog_bytes", backlog_bytes), size_of("ahead_bytes", ahead_bytes)
+        wanted = whole_size("capacity", capacity)
         if link is None:
             link = CudaLink(device)
         elif torch.device(device) != link.device:
             raise ArgumentError(f"device={str(device)!r}: the link is to {link.device}")
+        limits = Limits(wanted, *room, round_bytes=link.round_bytes)
         self._engine = HostEngine(link, limits, poison)
         self.capacity, self.device = limits.capacity, link.device
         self.notes = _notes(self.capacity)

@@ -25,12 +25,14 @@ class Limits:
         backlog_bytes: bytes of tensors held because they are not written yet.
         ahead_bytes: bytes of tensors that were prefetched and not taken yet.
         release_in_caller: whether written tensors are let go of in a caller's thread.
+        round_bytes: what the memory's allocator rounds a tensor up to.
     """
 
     capacity: int
     backlog_bytes: int
     ahead_bytes: int
     release_in_caller: bool = True
+    round_bytes: int = 1
 
 
 class Ledger(ABC, Generic[R]):
@@ -53,11 +55,18 @@ class Ledger(ABC, Generic[R]):
 
     def goes_through(self, record: R) -> bool:
         """Whether a tensor is larger than the backlog may be: then `put` writes it, and it stays the caller's."""
-        return record.weight > self.limits.backlog_bytes
+        return self._takes(record.weight) > self.limits.backlog_bytes
 
     def has_room(self, record: R) -> bool:
         """Whether the backlog takes a tensor."""
-        return self.goes_through(record) or self.held[Charge.BACKLOG] + record.weight <= self.limits.backlog_bytes
+        return (
+            self.goes_through(record)
+            or self.held[Charge.BACKLOG] + self._takes(record.weight) <= self.limits.backlog_bytes
+        )
+
+    def _takes(self, nbytes: int) -> int:
+        """What the allocator gives out for so many bytes."""
+        return -(-nbytes // self.limits.round_bytes) * self.limits.round_bytes
 
     # back
 
@@ -80,7 +89,7 @@ class Ledger(ABC, Generic[R]):
         found = False
         while self._wanted:
             record = self._wanted[0]
-            needed = record.weight if record.held is not None else record.nbytes
+            needed = self._takes(record.weight if record.held is not None else record.nbytes)
             if record.wanted and self._is_away(record) and needed <= self.limits.ahead_bytes:
                 if self.held[Charge.AHEAD] + needed > self.limits.ahead_bytes:
                     break
@@ -135,8 +144,9 @@ class Ledger(ABC, Generic[R]):
         record.extents = ()
 
     def _charge(self, record: R, charge: Charge) -> None:
-        self.held[record.charge] -= record.weight
-        self.held[charge] += record.weight
+        weight = self._takes(record.weight)
+        self.held[record.charge] -= weight
+        self.held[charge] += weight
         record.charge = charge
 
     def _release(self, record: R) -> None:

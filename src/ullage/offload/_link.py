@@ -30,6 +30,10 @@ class Link(Protocol):
     def device(self) -> torch.device:
         """The device, with its index."""
 
+    @property
+    def round_bytes(self) -> int:
+        """What the device's allocator rounds a tensor up to."""
+
     def pin(self, nbytes: int) -> Tensor:
         """Host memory that copies go to and from: flat uint8, page-aligned.
 
@@ -99,7 +103,7 @@ class CudaLink:
         index = torch.cuda.current_device() if given.index is None else given.index
         if index >= torch.cuda.device_count():
             raise DeviceError(f"device={str(given)!r}: this process sees {torch.cuda.device_count()} CUDA devices")
-        self.device = torch.device("cuda", index)
+        self.device, self.round_bytes = torch.device("cuda", index), 512  # kMinBlockSize of torch's caching allocator
         self._out, self._in = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._poison: Tensor | None = None
 

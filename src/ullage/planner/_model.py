@@ -132,7 +132,7 @@ def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
         else:
             rest += segment.seconds
     forward, backward = (tuple(seconds[phase, f] for f in order) for phase in ("forward", "backward"))
-    largest = max((t.nbytes for c in s.captures.values() for t in s.transfers(c)), default=0)
+    largest = s.largest_sent(*s.captures.values())
     return Pace(forward, backward, middle, rest, s.plain_session.inst.accumulate, largest)
 
 

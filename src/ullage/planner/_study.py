@@ -138,6 +138,11 @@ class Study:
         """What left memory and came back in a captured step."""
         return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
 
+    def largest_sent(self, *captures: StepCapture) -> int:
+        """Bytes of the largest tensor that leaves in some of these, as the device's allocator rounds them."""
+        most = max((t.nbytes for c in captures for t in self.transfers(c)), default=0)
+        return -(-most // self.device.round_bytes) * self.device.round_bytes
+
     def offloaded_bytes(self, capture: StepCapture) -> int:
         """The most bytes of its tier that a captured step takes at any moment, in whole blocks."""
         dropped = capture.session.store.dropped

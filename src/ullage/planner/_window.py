@@ -21,7 +21,7 @@ def choose_window(s: Study, assignment: Mapping[str, Option], limit: int) -> Non
     if s.tier_for(assignment) is None:
         return
     first, later = s.execute_fresh(assignment)
-    largest = max((t.nbytes for t in s.transfers(later)), default=0)
+    largest = s.largest_sent(later)
     key = key_of(assignment)
     s.windows[key] = 0
     room = max((limit - max(s.peak(first), s.peak(later))) // 2, 0)
