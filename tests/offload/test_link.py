@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +14,6 @@ import ullage as ul
 from tests.offload.streams import SimulatedLink
 from ullage.offload import _link
 from ullage.offload._link import CudaLink
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_process_without_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +83,69 @@ def test_link_bandwidth() -> None:
         ul.measure_link("cpu", 100, link=link)
     with pytest.raises(ul.DeviceError, match="memory is the host's"):
         ul.measure_link("cpu")
+
+
+class Queue:
+    """`torch.cuda.Stream`, whose work runs at once; what is asked of it is noted."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"{self.name} waits for {event.of}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
+
+def test_what_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are queued in streams of their own, between events; in the current one only what belongs there."""
+    log: list[str] = []
+    runtime = Runtime(0)
+    link = cuda_link(monkeypatch, runtime)
+    link._out, link._in, link._poison = Queue("out", log), Queue("in", log), None  # type: ignore[assignment]
+    current = [Queue("main", log)]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Queue) -> None:
+            self.of = stream.name
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            log.append(f"host waits for {self.of}")
+
+        def elapsed_time(self, other: Event) -> float:
+            raise AssertionError("is not known before both are over")
+
+    @contextlib.contextmanager
+    def stream(queue: Queue) -> Iterator[None]:
+        log.append(f"to {queue.name}")
+        current.append(queue)
+        yield
+        current.pop()
+
+    runtime.cudaHostUnregister = lambda address: log.append("unregistered") or 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: log.append(f"checked {code}"))
+    source = torch.arange(200, dtype=torch.uint8)
+    with ul.HostStore("64KiB", device="cpu", backlog_bytes=0, poison=True, link=link) as store:
+        ticket = store.put(source.clone())
+        assert log == ["out waits for main", "to out", "main waits for out"]
+        log.clear()
+        ticket.prefetch()
+        assert log == ["to main", "in waits for main", "in waits for out", "to in"]
+        log.clear()
+        assert torch.equal(ticket.get(), source) and log == ["main waits for in"]
+        log.clear()
+        ticket.drop()
+        assert log == ["out waits for in", "to out"]
+        assert (store._engine.books.slab[:200] == 0xA5).all()
+        log.clear()
+    assert log[:2] == ["host waits for out", "host waits for in"] and log[-2:] == ["unregistered", "checked 0"]
