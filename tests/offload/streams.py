@@ -12,7 +12,6 @@ import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -280,21 +279,3 @@ def _copy(to: np.ndarray, at: int, source: np.ndarray, start: int, length: int) 
 
 def _as_protocol(link: SimulatedLink) -> Link:
     return link
-
-
-def bytes_of(nbytes: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(nbytes)
-
-
-def put(link: SimulatedLink, store: Any, data: bytes) -> Any:
-    """Put a tensor that a kernel has yet to write; nobody else holds it."""
-    source = link.empty(len(data))
-    link.write(source, data)
-    return store.put(source)
-
-
-def get(link: SimulatedLink, ticket: Any, late: Callable[[], None] | None = None) -> list[bytes]:
-    """Get a tensor and queue a kernel that reads it; what that sees is in the list once it has run."""
-    seen: list[bytes] = []
-    link.read(ticket.get(late), seen.append)
-    return seen

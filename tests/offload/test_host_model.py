@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 import ullage as ul
-from tests.offload.streams import SimulatedLink, bytes_of
+from tests.offload.hosted import bytes_of
+from tests.offload.streams import SimulatedLink
 from ullage.offload import HostTicket, _stalls
 from ullage.offload._extents import whole_blocks
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import ullage as ul
+from tests.offload.hosted import bytes_of
 from tests.offload.planned import Block, gradients, same
-from tests.offload.streams import SimulatedLink, bytes_of
+from tests.offload.streams import SimulatedLink
 from ullage.runtime import Site, Tier, run_offloaded
 
 BLOCK_BYTES = 4 * 8 * 32 * (64 + 64 + 256 + 256)  # of a block: its input, normalised input, what gelu takes and gives
