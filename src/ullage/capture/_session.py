@@ -127,7 +127,8 @@ class Session:
         self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
-        self.store = CapturedStore(lambda: (self.tracker.clock, tuple(self.tracker.module_stack)))
+        here = "cpu" if work.factory is not None else work.instance_device().type
+        self.store = CapturedStore(lambda: (self.tracker.clock, tuple(self.tracker.module_stack)), here)
         self.family = Sites(explores, Tier(self.store))
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -64,15 +64,20 @@ class _CapturedTicket:
 
 
 class CapturedStore:
-    """See the module's docstring. `now` gives the index of the op that comes next, and the modules that run."""
+    """See the module's docstring.
+
+    Args:
+        now: gives the index of the op that comes next, and the modules that run.
+        device: type of the device that tensors leave.
+    """
 
     get_blocks, resident_bytes, staging_bytes = False, 0, 0
     stats = Stats()
 
-    def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]]) -> None:
+    def __init__(self, now: Callable[[], tuple[int, tuple[str, ...]]], device: str) -> None:
         self.transfers: list[Transfer] = []
         self.dropped: dict[int, int] = {}  # by ticket, the op that came next
-        self._now, self._tickets = now, 0
+        self._now, self._device, self._tickets = now, device, 0
 
     def note(self, ticket: int, nbytes: int, out: bool) -> None:
         """Record a transfer."""
@@ -84,8 +89,8 @@ class CapturedStore:
         self.dropped.setdefault(ticket, self._now()[0])
 
     def takes(self, device: torch.device) -> bool:
-        """Tensors on any device leave."""
-        return True
+        """Those where the step runs."""
+        return device.type == self._device
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
         """Let go of a tensor."""
