@@ -51,7 +51,8 @@ class Report:
     """Planned beside observed.
 
     `store`: what the store did so far, None if the plan has nothing leave memory. `tier`: "host" or "disk".
-    `endurance`: what the plan writes to a disk per step and per day.
+    `endurance`: what the plan writes to a disk per step and per day. `transfers_slower`: how many times as long as was
+    simulated transfers took, by what steps have waited for them, at least 1; `plan(feedback=)` takes that into account.
 
     `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
     statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
@@ -65,6 +66,7 @@ class Report:
     store: Stats | None = None
     tier: str = ""
     endurance: str = ""
+    transfers_slower: float = 1.0
 
     def __str__(self) -> str:
         seen = self.observed_peak_bytes
@@ -73,7 +75,8 @@ class Report:
             f"planned peak {format_bytes(self.planned_peak_bytes)}{observed}; batches larger than planned: {self.larger_batches}"
         ]
         if self.store is not None:
-            lines.append(f"{self.tier}: {_said(self.store)}{'; ' if self.endurance else ''}{self.endurance}")
+            slower = f"transfers {self.transfers_slower:.2f} times as long as simulated" if self.store.writes else ""
+            lines.append("; ".join(filter(None, [f"{self.tier}: {_said(self.store)}", slower, self.endurance])))
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
@@ -86,6 +89,16 @@ def _said(s: Stats) -> str:
     moved = f"{format_bytes(s.bytes_written)} written, {format_bytes(s.bytes_read)} read back, {format_bytes(s.forwarded_bytes)} taken on its way out"
     waits = f"{format_seconds(s.stalled_write_seconds)} waited for writes, {format_seconds(s.stalled_read_seconds)} for reads"
     return f"{moved}; {waits}; late {s.late_prefetches} of {s.reads} reads"
+
+
+def _slower(plan: Plan, seen: Stats | None) -> float:
+    """What a step has waited longer than was simulated, its transfers took longer; a first step's waits are in it too."""
+    t, tier = plan.predicted.traffic, plan.tier
+    if seen is None or t is None or tier is None or not t.sent_bytes or not seen.bytes_written:
+        return 1.0
+    moving = t.sent_bytes / tier.write_bytes_per_second + t.fetched_bytes / tier.read_bytes_per_second
+    waited = (seen.stalled_write_seconds + seen.stalled_read_seconds) * t.sent_bytes / seen.bytes_written
+    return max(1 + (waited - t.stalled_seconds) / moving, 1.0)
 
 
 class Handle:
@@ -145,6 +158,7 @@ class Handle:
             self._store.stats if self._store is not None else self._stats,
             self.plan.tier.name if self.plan.tier is not None else "",
             self.plan.endurance,
+            _slower(self.plan, self._store.stats if self._store is not None else self._stats),
         )
 
     def _observed_peak(self) -> int | None:

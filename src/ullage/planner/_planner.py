@@ -12,6 +12,7 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
+from ullage.apply import Report
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._finish import finish, forecast, too_much_offloaded
@@ -60,6 +61,7 @@ def plan(
     disk_directory: str | Path | None = None,
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    feedback: Report | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute or select so that the step's peak stays within `budget`.
@@ -81,6 +83,8 @@ def plan(
         disk_budget: bytes or a string: of a file that is made there while the plan is applied.
         host_budget: bytes or a string: of pinned host memory that saved tensors of a CUDA device may go to; of these the
             plan takes what it needs. Either this or a disk.
+        feedback: what `Handle.report()` of an earlier plan with this tier said: transfers are taken to be as much slower
+            than measured as that plan's steps had to wait longer than was predicted.
         progress: called with a line at each stage.
 
     Raises:
@@ -89,7 +93,7 @@ def plan(
     """
     overrides, tier = (
         Overrides(pin or {}, forbid, headroom, simple),
-        TierRequest(disk_directory, disk_budget, host_budget),
+        TierRequest(disk_directory, disk_budget, host_budget, feedback),
     )
     return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, tier, progress)[1]
 

@@ -16,6 +16,7 @@ import msgspec
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, DeviceError, OffloadError
+from ullage.apply import Report
 from ullage.offload import BLOCK, measure_bandwidth, measure_link
 from ullage.planner._channels import Channels, Overlap
 from ullage.planner._device import DeviceChoice, choose_device
@@ -124,6 +125,7 @@ class TierRequest:
     disk_directory: str | Path | None = None
     disk_budget: int | str | None = None
     host_budget: int | str | None = None
+    feedback: Report | None = None
 
     @property
     def given(self) -> bool:
@@ -137,13 +139,34 @@ def choose_tier(
     """The tier that a request names, its speed measured; None if it names none.
 
     Raises:
-        ArgumentError: one of a disk's arguments without the other, or both tiers. BudgetError: not a size.
+        ArgumentError: one of a disk's arguments without the other, both tiers, or feedback of another one. BudgetError: not a size.
         DeviceError: not for this device. OffloadError: the directory is no place for a file of that size, or the memory
             can't be pinned.
     """
+    if request.feedback is not None and not isinstance(request.feedback, Report):
+        kind_of = type(request.feedback).__name__
+        raise ArgumentError(f"feedback: expected what `Handle.report()` gives, got {kind_of}")
     if not request.given:
+        if request.feedback is not None:
+            raise ArgumentError(
+                "feedback: is for plans with a tier; give host_budget, or disk_directory and disk_budget"
+            )
         return None
     kind, say = choose_device(work, device), progress or (lambda _: None)
+    name = Disk.name if request.host_budget is None else Host.name
+    if request.feedback is not None and request.feedback.tier != name:
+        before = f"had tensors leave to {request.feedback.tier}" if request.feedback.tier else "had none leave"
+        raise ArgumentError(f"feedback: of a plan that {before}; this one is asked to have them leave to {name}")
+    found = _measured(request, kind, say)
+    slower = request.feedback.transfers_slower if request.feedback is not None else 1.0
+    return msgspec.structs.replace(
+        found,
+        write_bytes_per_second=found.write_bytes_per_second / slower,
+        read_bytes_per_second=found.read_bytes_per_second / slower,
+    )
+
+
+def _measured(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) -> OffloadTier:
     if request.host_budget is None:
         return _disk(request, kind, say)
     if request.disk_directory is not None or request.disk_budget is not None:
