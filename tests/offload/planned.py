@@ -72,5 +72,5 @@ def backward(model: nn.Module, x: Tensor, **options: Any) -> list[Tensor]:
 
 def store_of(handle: ul.Handle) -> Any:
     assert handle._store is not None
-    handle._store.poll()
+    handle._store.flush()  # what is dropped while a thread writes it is there until the thread sees that
     return handle._store

@@ -107,6 +107,24 @@ def test_another_graph_is_left_alone() -> None:
     assert sent.ask(5) == [4, 3, "get 5"]
 
 
+def test_a_graph_that_stays_does_not_come_with_the_next() -> None:
+    """Its tensors would fill the read-ahead, and nobody would take them."""
+    sent = Sent({"a": 2, "b": 1})
+    sent.ask(2, 1, 0)
+    sent.more("a", 2)
+    sent.more("b", 1)
+    assert sent.ask(5) == [4, 3, "get 5"]
+
+
+def test_numbers_are_used_again() -> None:
+    sent = Sent({"a": 3})
+    sent.ask(2, 1, 0)
+    sent.more("a", 2)
+    sent.aways.clear()  # a graph that is thrown away, and the one before
+    sent.more("a", 3)
+    assert sent.ask(2) == [1, 0, "get 2"]
+
+
 def test_a_graph_that_is_kept_is_asked_for_again() -> None:
     sent = Sent({"a": 3})
     again = [1, 0, "get 2", "get 1", "get 0"]

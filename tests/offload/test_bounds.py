@@ -231,7 +231,7 @@ def test_full(tmp_path: Path) -> None:
             store.put(data(3 * 4096 + 1))
         assert str(caught.value) == (
             f"offload store in {tmp_path}: a tensor of 12289 bytes needs 16384 bytes (blocks of 4 KiB), 12288 are available "
-            "of capacity=20480 (20.00 KiB); raise it, or drop tensors earlier"
+            "of capacity=20480 (20.00 KiB); raise it, or drop tensors earlier; under a plan: plan again with the step as it runs"
         )
         assert (caught.value.path, caught.value.nbytes) == (str(tmp_path), 12_289)
         fits = store.put(data(3 * 4096))

@@ -64,7 +64,7 @@ def test_full() -> None:
             put(link, store, bytes_of(3 * 4096 + 1))
         assert str(caught.value) == (
             "offload store in host memory: a tensor of 12289 bytes needs 16384 bytes (blocks of 4 KiB), 12288 are available "
-            "of capacity=20480 (20.00 KiB); raise it, or drop tensors earlier"
+            "of capacity=20480 (20.00 KiB); raise it, or drop tensors earlier; under a plan: plan again with the step as it runs"
         )
         assert (caught.value.path, caught.value.nbytes, len(link.waits)) == (None, 12_289, before)
         fits = put(link, store, bytes_of(3 * 4096))

@@ -15,7 +15,7 @@ from ullage.mechanisms._options import Option, option_from_name
 from ullage.offload import whole_blocks
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._planner import prepare
+from ullage.planner._planner import decide, prepare
 from ullage.planner._tiers import Host, TierRequest, choose_tier
 from ullage.runtime._keep import OpsRule
 
@@ -125,8 +125,10 @@ def test_pins_name_the_tier() -> None:
     t = plan.predicted.traffic
     assert t is not None and t.sent_bytes == FIRST + 4 * ROWS * 256
     assert plan.host is not None and plan.host.capacity_bytes == whole_blocks(t.sent_bytes)
-    with pytest.raises(ul.ArgumentError, match="pin '0'=offload:disk: 0 can't have it: .*possible: .*offload:host"):
-        planned(work, policy="none", pin={"0": "offload:disk"})
+    for action, right in (("offload:disk", "offload:host"), ("select:addmm[0]@disk", r"select:addmm\[0\]@host")):
+        said = f"to disk, but this plan's go to host; pin it to {right}, or give disk_directory and disk_budget instead"
+        with pytest.raises(ul.ArgumentError, match=said):
+            planned(work, policy="none", pin={"0": action})
 
 
 def test_one_unit_has_one_tier() -> None:
@@ -189,3 +191,21 @@ def test_a_larger_batch_fits_with_host_memory() -> None:
     without = ul.fit(make, budget, device="h200", at_least=8, at_most=16)
     found = ul.fit(make, budget, device="h200", at_least=8, at_most=16, host_budget="1GiB")
     assert found.value > without.value >= 8 and found.plan.host is not None
+
+
+def test_a_plan_of_which_nothing_leaves() -> None:
+    """What is saved is smaller than a block; the least memory is pinned, and it is a plan all the same."""
+    model = torch.nn.Sequential(*(Block(8) for _ in range(2)))
+    plan = planned(ul.Workload(model, torch.randn(2, 3, 8), loss=squares), policy="offload")
+    assert plan.host is not None and plan.host.capacity_bytes == 4096 and plan.predicted.traffic is None
+
+
+def test_a_window_of_another_limit_is_forgotten() -> None:
+    work = large(3)
+    tier = choose_tier(TierRequest(host_budget="1GiB"), work, "h200")
+    s = prepare(work, "h200", tier=tier)
+    wide = decide(s, None, "offload")
+    assert wide.host is not None and wide.host.window_bytes > 0
+    least = wide.predicted.peak_bytes - wide.host.reserved_bytes
+    narrow = decide(s, least, "offload")
+    assert narrow.host is not None and (narrow.host.window_bytes, narrow.predicted.peak_bytes) == (0, least)

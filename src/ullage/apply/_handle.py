@@ -108,7 +108,8 @@ class Handle:
         self.plan = plan
         self._units = units
         self._store = store
-        self._stats = Stats() if store is not None else None  # once the store is gone
+        self._left: weakref.ref[DiskStore | HostStore] | None = None  # once removed: it lives as long as its tensors
+        self._stats = Stats() if store is not None else None
         self._planned = {d.unit: d.input_elements for d in plan.decisions}
         self._warned = False
         self.active = True
@@ -122,10 +123,10 @@ class Handle:
                 uninstall(module)
         self.active = False
         if self._store is not None:
-            self._stats = self._store.stats
             self._store.poll()
             if not self._store.tickets:
                 self._store.close()  # else backward is still to come: it closes when the last tensor is gone
+            self._stats, self._left = self._store.stats, weakref.ref(self._store)
             self._store = None
             for unit in self._units:
                 unit.site.tier = None
@@ -148,18 +149,24 @@ class Handle:
             note = "never ran under the plan" if unit and not fired else note
             sent, late = (unit.site.sent_bytes, unit.site.late) if unit else (0, 0)
             rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, skipped, stale, note, sent, late))
-        larger = max((u.larger for u in self._units), default=0)
+        larger, stats = max((u.larger for u in self._units), default=0), self._store_stats()
         return Report(
             tuple(rows),
             self.plan.predicted.peak_bytes,
             self._observed_peak(),
             self.plan.budget_bytes,
             larger,
-            self._store.stats if self._store is not None else self._stats,
+            stats,
             self.plan.tier.name if self.plan.tier is not None else "",
             self.plan.endurance,
-            _slower(self.plan, self._store.stats if self._store is not None else self._stats),
+            _slower(self.plan, stats),
         )
+
+    def _store_stats(self) -> Stats | None:
+        store = self._store if self._store is not None else self._left() if self._left is not None else None
+        if store is not None:
+            self._stats = store.stats
+        return self._stats
 
     def _observed_peak(self) -> int | None:
         modules = [m for u in self._units if (m := u.owner()) is not None]
@@ -177,9 +184,13 @@ class Handle:
         if self._warned or budget is None or self.plan.predicted.peak_bytes * growth <= budget:
             return
         self._warned = True
+        tier = self.plan.tier
+        small = (
+            f", and {format_bytes(tier.capacity_bytes)} on {tier.name} may be too little" if tier is not None else ""
+        )
         warnings.warn(
             f"{unit.fqn}: its input is {growth:.2f} times the planned one; results stay exact, but the budget of "
-            f"{format_bytes(budget)} is at risk: plan again for this shape",
+            f"{format_bytes(budget)} is at risk{small}: plan again for this shape",
             UllageWarning,
             stacklevel=3,
         )

@@ -70,7 +70,7 @@ class HostStore:
 
     ```
     with HostStore("64GiB", device="cuda") as store:
-        ticket = store.put(activation.untyped_storage())  # returns at once, always
+        ticket = store.put(activation.untyped_storage())  # returns at once
         del activation
         ...
         ticket.prefetch()

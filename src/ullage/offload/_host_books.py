@@ -159,6 +159,9 @@ class HostBooks(Ledger[HostRecord]):
         if record.original:
             if stream != record.stream:
                 self.link.wait(stream, record.born)
+            # the read-ahead is for others now: a host that runs ahead would not see for long that the copy is done
+            while record.charge is Charge.AHEAD and not self.goes_through(record) and not self.has_room(record):
+                self.let_oldest_go()
         else:
             self.stalls.wait(stream, record.ready, reads=True, asked=record.asked, late=late)
         if stream != record.stream:

@@ -64,6 +64,9 @@ class Ledger(ABC, Generic[R]):
             or self.held[Charge.BACKLOG] + self._takes(record.weight) <= self.limits.backlog_bytes
         )
 
+    def _fits_backlog(self, record: R) -> bool:
+        return not self.goes_through(record) and self.has_room(record)
+
     def _takes(self, nbytes: int) -> int:
         """What the allocator gives out for so many bytes."""
         return -(-nbytes // self.limits.round_bytes) * self.limits.round_bytes
@@ -120,6 +123,8 @@ class Ledger(ABC, Generic[R]):
         record.asked = record.wanted = record.keep = False
         if record.original:
             self.count(forwarded_bytes=record.nbytes)
+            if record.phase is Phase.OUT and record.charge is Charge.AHEAD and self._fits_backlog(record):
+                self._charge(record, Charge.BACKLOG)  # no longer ahead of its use, but on its way out still
         if record.phase in (Phase.READY, Phase.AWAY):
             record.phase = Phase.AWAY
             record.held = None  # so that it is not poisoned

@@ -37,5 +37,5 @@ def full(directory: str | None, nbytes: int, extents: Extents) -> OffloadError:
     """No place for a tensor."""
     needed = f"a tensor of {nbytes} bytes needs {whole_blocks(nbytes)} bytes (blocks of 4 KiB)"
     there = f"{extents.free_bytes} are available of capacity={extents.capacity} ({format_bytes(extents.capacity)})"
-    text = f"{_store(directory)}: {needed}, {there}; raise it, or drop tensors earlier"
+    text = f"{_store(directory)}: {needed}, {there}; raise it, or drop tensors earlier; under a plan: plan again with the step as it runs"
     return OffloadError(text, directory, nbytes)

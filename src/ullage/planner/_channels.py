@@ -87,6 +87,8 @@ class _Step:
         self.order: list[float] = []
         self.number: dict[float, int] = {}
         self.front = 0  # from this number on all have been asked for, or are of another graph
+        self.since = 0  # the first that left since the last backward: those before are of other graphs
+        self.first: dict[float, int] = {}
         self.prefetched: set[int] = set()
         self.asked: set[int] = set()
 
@@ -119,6 +121,9 @@ class _Step:
             self.in_backlog += nbytes
         self.number[ticket] = len(self.order)
         self.order.append(ticket)
+        if self.asked:
+            self.since = len(self.order) - 1
+        self.first[ticket] = self.since
         self._begin(len(self.order))
         self._see()
 
@@ -154,7 +159,7 @@ class _Step:
         if n in self.asked or (n >= self.front and n not in self.prefetched):  # another backward has begun
             self._begin(n + 1)
         self.asked.add(n)
-        top, least, sender = n + 1, max(n - self.c.most_ahead, 0), self.senders.get(ticket, ticket)
+        top, least, sender = n + 1, max(n - self.c.most_ahead, self.first[ticket]), self.senders.get(ticket, ticket)
         while top < len(self.order) and self.senders.get(self.order[top]) == sender:
             top += 1
         above = [k for k in range(top - 1, n, -1) if k not in self.prefetched and k not in self.asked]

@@ -10,6 +10,7 @@ from msgspec import structs
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
 from ullage.mechanisms import KEEP, Option
+from ullage.offload import BLOCK
 from ullage.planner._live import peak_moment
 from ullage.planner._model import model_of
 from ullage.planner._peak import bounds_of
@@ -84,7 +85,7 @@ def _tier(s: Study, assignment: Mapping[str, Option], *steps: StepCapture) -> Of
     tier = s.tier_for(assignment)
     if not isinstance(tier, Host):
         return tier
-    return structs.replace(tier, capacity_bytes=max(map(s.offloaded_bytes, steps)))
+    return structs.replace(tier, capacity_bytes=max(BLOCK, *map(s.offloaded_bytes, steps)))
 
 
 def _decisions(

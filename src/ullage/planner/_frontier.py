@@ -149,7 +149,7 @@ def frontier(
 
     Args:
         work: what is trained; left as found.
-        points: budgets to plan for, 2 or more. With fewer than 6 some policies have no point of their own.
+        points: budgets to plan for, 2 or more. With fewer than 6 (7 with a tier) some policies have no point of their own.
         device: see `plan`, as for what follows.
         costs: "auto" or "roofline".
         profile: take op costs from this profile.

@@ -84,6 +84,17 @@ class Overrides:
                 return f"pin {glob!r}={action!r}"
         return ""
 
+    def check_tier(self, tier: str) -> None:
+        """Raise ArgumentError for a pin that has tensors leave to another tier than this one."""
+        other = {"host": "host_budget", "disk": "disk_directory and disk_budget"}
+        for glob, action in self.pin.items():
+            named = option_from_name(action).tier if action not in ("select", "offload") else ""
+            if named not in ("", tier):
+                raise ArgumentError(
+                    f"pin {glob!r}={action!r}: has tensors leave to {named}, but this plan's go to {tier}; "
+                    f"pin it to {action.replace('@' + named, '@' + tier).replace(':' + named, ':' + tier)}, or give {other[named]} instead"
+                )
+
     @property
     def tolerance(self) -> float:
         """The share of the step's time that fewer actions may add; 0 if that is not wanted."""

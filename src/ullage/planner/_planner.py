@@ -123,7 +123,10 @@ def study_and_plan(
     wanted = parse_budget(budget) if budget is not None else None
     if wanted is None and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
-    s = prepare(work, device, costs, profile, units, progress, choose_tier(tier, work, device, progress))
+    chosen = choose_tier(tier, work, device, progress)
+    if chosen is not None:
+        overrides.check_tier(chosen.name)
+    s = prepare(work, device, costs, profile, units, progress, chosen)
     s.explains = True
     plain = _fresh_peak(s, {})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
@@ -160,6 +163,7 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     Raises:
         BudgetInfeasible: no plan fits, or the named policy does not.
     """
+    s.windows.clear()  # those of another limit
     baseline = forecast(s, *s.plain_capture)
     assignment, bound = _choose(s, limit, policy, baseline)
     if restriction is None:
@@ -250,7 +254,8 @@ def _assignment(model: StepModel, schedule: Schedule) -> dict[str, Option]:
 
 
 def _smallest(s: Study) -> StepCapture:
-    """The executed step with the smallest peak, among the solver's choice and the homogeneous ones."""
+    """The executed step with the smallest peak, among the solver's choice and the homogeneous ones; without windows."""
+    s.windows.clear()
     model = model_of(s)
     candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
     candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
@@ -324,6 +329,8 @@ def _confirmed(s: Study, limit: int, offload: bool) -> tuple[StepCapture | None,
         if not s.fits_tier(trial):  # the model says less than what is sent
             break
         if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
+            if not all(map(s.fits_tier, s.execute_fresh(trial.assignment))):
+                break
             return trial, bound
         target = min(target - over, solution.peak_bytes - 1)  # not the same again
     return None, bound or 0.0

@@ -44,10 +44,13 @@ _MOST_PREFETCHES = 64  # asked for ahead, so that a step of thousands of tensors
 class Parcel:
     """One storage that has left. Its place is given back when nobody holds it any more."""
 
-    __slots__ = ("__weakref__", "_left", "_version", "back", "number", "site", "ticket", "users")
+    __slots__ = ("__weakref__", "_left", "_version", "back", "first", "number", "site", "ticket", "users")
 
-    def __init__(self, ticket: Ticket, number: int, site: Site) -> None:
+    def __init__(self, ticket: Ticket, number: int, first: int, site: Site) -> None:
         self.ticket, self.number, self.site = ticket, number, site
+        self.first = (
+            first  # the number of the first one that left since the last backward: those before are of other graphs
+        )
         self.users = 0  # saved tensors in this storage
         self._left = 0  # of these, how many have not asked for it since it came back
         self.back: Tensor | None = None  # while some of them have not asked
@@ -141,6 +144,7 @@ class Tier(Apart):
         self._front = (
             0  # from this number on all have been prefetched or asked for in this backward, or are of another graph
         )
+        self._first = 0  # see `Parcel.first`
         self._prefetched: set[int] = set()
         self._asked: set[int] = set()
         self._lock = threading.Lock()
@@ -171,7 +175,8 @@ class Tier(Apart):
         site.sent_bytes += size
         totals.sent += size
         with self._lock:
-            parcel = Parcel(ticket, self._append(), site)
+            number = self._append()
+            parcel = Parcel(ticket, number, self._first, site)
             self._order.append(ref(parcel))
             gone = ref(storage, lambda _: self._parcels.pop(key, None))
             self._parcels[key] = gone, ref(parcel), x._version, counter
@@ -181,6 +186,7 @@ class Tier(Apart):
         """The next parcel's number: those at the end that are gone are forgotten."""
         while self._order and self._order[-1]() is None:
             self._order.pop()
+        self._first = len(self._order) if self._asked else min(self._first, len(self._order))
         self._begin(len(self._order) + 1)
         return len(self._order)
 
@@ -197,14 +203,15 @@ class Tier(Apart):
             if n in self._asked or (n >= self._front and n not in self._prefetched):
                 self._begin(n + 1)
             self._asked.add(n)
-            todo = [other for k in self._next(n, parcel.site) if (other := self._order[k]()) is not None]
+            todo = [other for k in self._next(parcel) if (other := self._order[k]()) is not None]
         for other in todo:
             if other.back is None:
                 other.ticket.prefetch()
 
-    def _next(self, n: int, site: Site) -> list[int]:
-        """The numbers to prefetch when the n-th parcel is asked for: first what its unit sent after it, then what left before it."""
-        top, least = n + 1, max(n - _MOST_PREFETCHES, 0)
+    def _next(self, parcel: Parcel) -> list[int]:
+        """The numbers to prefetch when a parcel is asked for: first what its unit sent after it, then what left before it."""
+        n, site = parcel.number, parcel.site
+        top, least = n + 1, max(n - _MOST_PREFETCHES, parcel.first)
         while top < len(self._order) and (other := self._order[top]()) is not None and other.site is site:
             top += 1
         above = [k for k in range(top - 1, n, -1) if k not in self._prefetched and k not in self._asked]
