@@ -8,6 +8,7 @@ early, or lets go of memory too early, gets wrong bytes; who lets go of memory t
 from __future__ import annotations
 
 import contextlib
+import mmap
 import random
 import weakref
 from collections import deque
@@ -199,8 +200,8 @@ class SimulatedLink:
 
     # the rest of the protocol
 
-    def pin(self, nbytes: int) -> Tensor:
-        self.pinned.append(torch.full((nbytes,), 0x11, dtype=torch.uint8))
+    def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
+        self.pinned.append(torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).fill_(0x11))
         return self.pinned[-1]
 
     def unpin(self, slab: Tensor) -> None:
