@@ -340,6 +340,17 @@ def test_storage_of_nothing(tmp_path: Path) -> None:
         assert ticket.get().numel() == 0 and store.stats.writes == 0
 
 
+def test_in_inference_mode(tmp_path: Path) -> None:
+    """Threads of the store, which are in no such mode, may not write to tensors that were made in it."""
+    link = ThreadedLink()
+    with opened(link, tmp_path) as store:
+        ticket = put(link, store, bytes_of(5_000))
+        store.flush()
+        with torch.inference_mode():
+            back = ticket.get()
+        assert not back.is_inference() and back.numpy().tobytes() == bytes_of(5_000)
+
+
 def test_takes_its_device_only(tmp_path: Path) -> None:
     link = ThreadedLink()
     with opened(link, tmp_path) as store:

@@ -152,9 +152,8 @@ class Books(Ledger[FileRecord]):
 
     def _release(self, record: FileRecord) -> None:
         if self.poison and not record.original and record.held is not None and record.memory is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # of the device, which the next transfer meets too; a thread may be here
+            # an error of the device, which the next transfer meets too, must not end the thread that may be here
+            with contextlib.suppress(RuntimeError):
                 record.memory.poison()
         super()._release(record)
         record.memory = None

@@ -167,5 +167,6 @@ class DeviceMemory:
         return HeldOnDevice(tensor, self.link)
 
     def new(self, nbytes: int) -> Held:
-        """See `Memory.new`."""
-        return HeldOnDevice(self.link.empty(nbytes), self.link)
+        """See `Memory.new`. No inference tensor, whatever mode the caller is in: threads that are in none write to it."""
+        with torch.inference_mode(False):
+            return HeldOnDevice(self.link.empty(nbytes), self.link)

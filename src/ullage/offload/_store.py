@@ -85,9 +85,8 @@ class DiskStore:
         ticket.drop()
     ```
 
-    A tensor of a device is read in the order of the stream that is current when it is put, as by a kernel there, and held until it is
-    written. It is the host that waits in `put` and `get`. What other streams write to it in place is not seen if they do not wait
-    for that stream.
+    A tensor of a device is read in the order of the stream that is current when it is put, as by a kernel there, and handed to the
+    stream that is current when it is got. It is the host that waits, in `put` and `get`, and no stream.
 
     Args:
         directory: where the file is made; it must be there.
