@@ -29,9 +29,8 @@ class Staging:
         self._link = link
         self._slab: Tensor | None = None
         if link is None:
-            flags = (
-                mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
-            )  # Python 3.10 has it on Linux
+            populate = getattr(mmap, "MAP_POPULATE", 0)  # Python 3.10 has it on Linux
+            flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | populate
             pages = mmap.mmap(-1, threads * nbytes, flags=flags)
             whole = np.frombuffer(pages, dtype=np.uint8)  # keeps the pages; the last array unmaps them
         else:
