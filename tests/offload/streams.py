@@ -8,10 +8,14 @@ early, or lets go of memory too early, gets wrong bytes; who lets go of memory t
 from __future__ import annotations
 
 import contextlib
+import mmap
 import random
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,8 +202,8 @@ class SimulatedLink:
 
     # the rest of the protocol
 
-    def pin(self, nbytes: int) -> Tensor:
-        self.pinned.append(torch.full((nbytes,), 0x11, dtype=torch.uint8))
+    def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
+        self.pinned.append(torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).fill_(0x11))
         return self.pinned[-1]
 
     def unpin(self, slab: Tensor) -> None:
@@ -271,6 +275,44 @@ class SimulatedLink:
 
     def seconds_between(self, first: Event, second: Event) -> float | None:
         return second.at - first.at if first.at is not None and second.at is not None else None
+
+
+class ThreadedLink(SimulatedLink):
+    """One that many threads may call: what they do to it they do one after the other.
+
+    Args:
+        held: who waits for an event waits until the test has streams go on; else streams go on by chance meanwhile.
+    """
+
+    def __init__(self, seed: int = 0, eager: bool = False, steps: int = 7, held: bool = False) -> None:
+        self.turn, self.held = threading.RLock(), held
+        super().__init__(seed, eager, steps)
+
+    def synchronize(self, event: Event) -> None:
+        end = time.monotonic() + 20
+        while not self.done(event):
+            with self.turn:
+                if not self.held and not self.done(event):
+                    super().synchronize(event) if self.chance.random() < 0.1 else self.go_on(1)
+            assert time.monotonic() < end, f"waits for ever: {self.streams}"
+            time.sleep(0.0002 if self.held else 0)
+
+
+def _one_after_the_other(name: str) -> Callable[..., Any]:
+    real = getattr(SimulatedLink, name)
+
+    def locked(self: ThreadedLink, *arguments: Any, **named: Any) -> Any:
+        with self.turn:
+            return real(self, *arguments, **named)
+
+    return locked
+
+
+for _name in (
+    "step", "go_on", "run", "run_all", "launch", "write", "read", "_at", "_queue", "empty", "_freed", "share", "pin", "unpin", "fill",
+    "mark", "wait", "copy_out", "copy_in", "done", "seconds_between",
+):  # fmt: skip
+    setattr(ThreadedLink, _name, _one_after_the_other(_name))
 
 
 def _copy(to: np.ndarray, at: int, source: np.ndarray, start: int, length: int) -> None:

@@ -220,7 +220,7 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         AlreadyCheckpointed: the model recomputes by itself.
         OffloadError: the plan has tensors leave to a directory in which its file can't be made, or to memory that can't be
             pinned.
-        DeviceError: the plan has them leave to host memory, and the model is on a CPU.
+        DeviceError: the plan has them leave to host memory, and the model is on a CPU; or to disk from another device.
     """
     if not isinstance(model, nn.Module):
         raise ApplyError(f"model: expected the torch.nn.Module that was planned, got {type(model).__name__}")

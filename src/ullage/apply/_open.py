@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ullage._errors import ApplyError
+from ullage._errors import ApplyError, DeviceError
 from ullage.offload import DiskStore, HostStore
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
 
     Raises:
         ApplyError: the decisions name a tier that the plan does not have.
-        OffloadError: its file can't be made, or its memory not pinned. DeviceError: not for this device.
+        OffloadError: its file can't be made, or memory not pinned. DeviceError: not for this device.
     """
     have = plan.tier.name if plan.tier is not None else ""
     for missing in sorted(set(tiers) - {have}):
@@ -44,6 +44,9 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
         )
     disk = plan.disk
     assert disk is not None
+    if disk.device_type != device.type:
+        planned = f"the plan has saved tensors leave to disk from {disk.device_type}, and the model is on {device.type}"
+        raise DeviceError(f"{planned}; move the model there, or plan again where it is")
     return DiskStore(
         disk.directory,
         disk.capacity_bytes,
@@ -52,4 +55,5 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
         backlog_bytes=disk.window_bytes,
         ahead_bytes=disk.window_bytes,
         poison=poison,
+        device=device,
     )

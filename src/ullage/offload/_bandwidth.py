@@ -24,7 +24,14 @@ _COPY_BYTES = 64 * 2**20  # so large that what a copy costs by itself does not s
 _AT_ONCE = 4  # tensors on their way, so that no thread waits for one
 
 
-def measure_bandwidth(directory: str | Path, nbytes: int | str = "512MiB", *, threads: int = 2) -> Bandwidth:
+def measure_bandwidth(
+    directory: str | Path,
+    nbytes: int | str = "512MiB",
+    *,
+    threads: int = 2,
+    device: torch.device | str = "cpu",
+    link: Link | None = None,
+) -> Bandwidth:
     """Write and read `nbytes` in tensors of up to 16 MiB through a `DiskStore`, whose file is gone afterwards.
 
     Drives write faster until their own cache is full: measure with as many bytes as a step offloads, and while nothing
@@ -33,11 +40,11 @@ def measure_bandwidth(directory: str | Path, nbytes: int | str = "512MiB", *, th
     Args:
         directory: where.
         nbytes: how much, a number or a text such as "512MiB"; this much is written twice, and timed once.
-        threads: as for the store.
+        threads, device, link: as for the store. From a CUDA device, what comes out is the whole way to the disk and back.
 
     Raises:
         ArgumentError: `nbytes` is no size, or less than 4 KiB.
-        OffloadError: as for `DiskStore`, or a transfer failed.
+        DeviceError, OffloadError: as for `DiskStore`, or a transfer failed.
     """
     total = _total(nbytes)
     size = min(_TENSOR_BYTES, total)
@@ -46,8 +53,15 @@ def measure_bandwidth(directory: str | Path, nbytes: int | str = "512MiB", *, th
     block = torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
     room = _AT_ONCE * size
     with DiskStore(
-        directory, count * whole_blocks(size), threads=threads, backlog_bytes=room, ahead_bytes=room
+        directory,
+        count * whole_blocks(size),
+        threads=threads,
+        backlog_bytes=room,
+        ahead_bytes=room,
+        device=device,
+        link=link,
     ) as store:
+        block = block.to(store.device)
         _write(store, block, count)  # the first writes to allocated space change the filesystem's own records too
         began = time.perf_counter()
         tickets = _write(store, block, count)

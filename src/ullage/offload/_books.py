@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch import Tensor
 
 from ullage.offload import _record
 from ullage.offload._ledger import Ledger, Limits
+from ullage.offload._memory import Memory
 from ullage.offload._queues import AHEAD, OUT, Queues
 from ullage.offload._record import Charge, Failure, FileRecord, Phase
-from ullage.offload._staging import POISON
 
 
 class Books(Ledger[FileRecord]):
     """The state of all tensors of a store on disk. Every method needs the engine's lock."""
 
-    def __init__(self, limits: Limits, poison: bool) -> None:
+    def __init__(self, limits: Limits, poison: bool, memory: Memory) -> None:
         super().__init__(limits, poison)
+        self.memory = memory
         self.queues = Queues()
         self.failure: Failure | None = None  # the first failed write
         self.outgoing = 0  # records in phase OUT
@@ -43,16 +47,21 @@ class Books(Ledger[FileRecord]):
     # back
 
     def read_ahead(self, record: FileRecord) -> None:
-        """See `Ledger.read_ahead`."""
-        self.read(record, AHEAD)
+        """See `Ledger.read_ahead`. If the device has no memory for it, it is left to `get`."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.read(record, AHEAD)
 
     def read(self, record: FileRecord, level: int) -> None:
-        """Queue the read of a tensor that is on disk only."""
+        """Queue the read of a tensor that is on disk only.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no memory for it.
+        """
         assert record.held is None
-        target = torch.empty(record.nbytes, dtype=torch.uint8, device="cpu")
-        record.hold(target, original=False)
-        if self.poison and record.array is not None:
-            record.array.fill(POISON)
+        target = self.memory.new(record.nbytes)
+        if self.poison:
+            target.poison()
+        record.hold_target(target)
         record.phase = Phase.IN
         self._charge(record, Charge.AHEAD)
         self.queues.push(record, level)
@@ -65,6 +74,12 @@ class Books(Ledger[FileRecord]):
             record.failure = None
             self._release(record)
         return failure
+
+    def hand_out(self, record: FileRecord) -> Tensor:
+        """See `Ledger.hand_out`; to the current stream."""
+        assert record.memory is not None
+        record.memory.hand_over()
+        return super().hand_out(record)
 
     # done
 
@@ -136,7 +151,9 @@ class Books(Ledger[FileRecord]):
         self._wanted.clear()
 
     def _release(self, record: FileRecord) -> None:
-        if self.poison and not record.original and record.held is not None and record.array is not None:
-            record.array.fill(POISON)
+        if self.poison and not record.original and record.held is not None and record.memory is not None:
+            # an error of the device, which the next transfer meets too, must not end the thread that may be here
+            with contextlib.suppress(RuntimeError):
+                record.memory.poison()
         super()._release(record)
-        record.array = None
+        record.memory = None

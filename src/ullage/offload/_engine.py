@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ullage._errors import OffloadError
@@ -22,6 +21,7 @@ from ullage.offload._books import Books
 from ullage.offload._file import cause_of, hint_for
 from ullage.offload._guard import Guard
 from ullage.offload._ledger import Limits
+from ullage.offload._memory import Memory
 from ullage.offload._queues import URGENT
 from ullage.offload._record import Charge, Failure, FileRecord, Mover, Phase
 from ullage.offload._staging import Staging
@@ -29,11 +29,12 @@ from ullage.offload._words import failed, full, modified, refused
 
 
 class Engine(Guard[FileRecord]):
-    """What a `DiskStore` and its tickets call; the store adds arguments and words. Owns the file."""
+    """What a `DiskStore` and its tickets call; the store adds arguments and words. Owns the file and the staging buffers."""
 
-    def __init__(self, mover: Mover, staging: Staging, limits: Limits) -> None:
-        self.mover, self.staging = mover, staging
-        self.books = Books(limits, mover.poison)
+    def __init__(self, mover: Mover, staging: Staging, limits: Limits, memory: Memory) -> None:
+        self.mover, self.staging, self.memory = mover, staging, memory
+        self.staging_bytes = staging.nbytes if memory.link is None else 0  # of the memory that tensors are in
+        self.books = Books(limits, mover.poison, memory)
         super().__init__(mover.file.directory, self.books)
         self.failure_said = False
         self._abandoned = False
@@ -51,9 +52,10 @@ class Engine(Guard[FileRecord]):
 
     def put(self, source: Tensor) -> FileRecord:
         """Start a write; waits for room in the backlog."""
-        record, books = FileRecord(source), self.books
+        books = self.books
         with self._entered():
             self._check_usable()
+            record = FileRecord(self.memory.hold(source))
             while not (books.has_room(record) and books.place(record)):
                 if books.has_room(record) and not books.dying:
                     raise full(self._where, record.nbytes, books.extents)
@@ -96,7 +98,7 @@ class Engine(Guard[FileRecord]):
                 if record.failure and record.phase in (Phase.FAILED, Phase.AWAY):
                     raise self._error(self.books.take_failure(record))
                 if not record.parts:
-                    return torch.empty(0, dtype=torch.uint8, device="cpu"), False
+                    return self.memory.new(0).tensor, False
                 if record.was_written_to and record.phase is Phase.OUT:
                     record.modified = True
                 elif record.was_written_to and record.phase in (Phase.READY, Phase.AWAY):
@@ -126,6 +128,8 @@ class Engine(Guard[FileRecord]):
             self._check_open(record)
             if record.phase is not Phase.FAILED or record.held is None:
                 raise refused(self._where, "nothing to recover: no write of this tensor failed; call get()")
+            assert record.memory is not None
+            record.memory.hand_over()
             return record.held
 
     def drop(self, record: FileRecord) -> None:
@@ -162,8 +166,8 @@ class Engine(Guard[FileRecord]):
 
     @property
     def resident_bytes(self) -> int:
-        """Staging, backlog and read-ahead."""
-        return self.staging.nbytes + self.books.held[Charge.BACKLOG] + self.books.held[Charge.AHEAD]
+        """Backlog and read-ahead, and staging where tensors are."""
+        return self.staging_bytes + self.books.held[Charge.BACKLOG] + self.books.held[Charge.AHEAD]
 
     @contextlib.contextmanager
     def _entered(self, spared: FileRecord | None = None) -> Iterator[None]:
@@ -215,11 +219,11 @@ class Engine(Guard[FileRecord]):
         """Move a part and book it."""
         out, part, moved, failure = record.phase is Phase.OUT, record.parts[number], 0, None
         try:
-            if record.array is not None and not (record.failure or record.dropped):
+            if record.memory is not None and not (record.failure or record.dropped):
                 if out:
-                    record.sums[number] = self.mover.write(record.array, part, staging)
+                    record.sums[number] = self.mover.write(record.memory, part, staging)
                 else:
-                    self.mover.read(record.array, part, staging, record.sums[number])
+                    self.mover.read(record.memory, part, staging, record.sums[number])
                 moved = part.length
         except BaseException as error:  # whatever it is, the caller must hear of it, and the thread must live
             failure = Failure("write" if out else "read", record.nbytes, cause_of(error), hint_for(error))
@@ -257,9 +261,10 @@ class Engine(Guard[FileRecord]):
             self._closed = True
             self.books.clear()
             os.close(self.mover.file.fd)
+            self.staging.close()
 
     def close_in_child(self) -> None:
-        """After a fork: the child's descriptor would keep the space of the file taken."""
+        """After a fork: the child's descriptor would keep the space of the file taken. It can't use a device, so nothing is unpinned."""
         if not self._closed:
             self._closed = True
             os.close(self.mover.file.fd)

@@ -24,7 +24,10 @@ _POISON_BYTES = 2**20  # of a device's memory, for tests only: what poison of th
 
 
 class Link(Protocol):
-    """Copies in streams of its own: those out run one after the other in the order of the calls, and so do those in."""
+    """Copies in streams of its own: those out run one after the other in the order of the calls, and so do those in.
+
+    Safe for threads: what several queue at once runs in some order, each copy after its own events, and the event it returns after it.
+    """
 
     @property
     def device(self) -> torch.device:
@@ -34,8 +37,8 @@ class Link(Protocol):
     def round_bytes(self) -> int:
         """What the device's allocator rounds a tensor up to."""
 
-    def pin(self, nbytes: int) -> Tensor:
-        """Host memory that copies go to and from: flat uint8, page-aligned.
+    def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
+        """Host memory that copies go to and from: flat uint8, page-aligned. `lower`: what a caller may ask less with.
 
         Raises:
             OffloadError: there is not that much, or it can't be pinned.
@@ -75,7 +78,7 @@ class Link(Protocol):
         """Whether an event is done; does not wait."""
 
     def synchronize(self, event: Event) -> None:
-        """Wait for an event."""
+        """Wait for an event, without the GIL."""
 
     def drain(self) -> None:
         """Wait for all copies."""
@@ -91,6 +94,8 @@ class CudaLink:
         DeviceError: not a CUDA device, or there is none.
     """
 
+    round_bytes = 512  # kMinBlockSize of torch's caching allocator
+
     def __init__(self, device: torch.device | str) -> None:
         given = torch.device(device)
         if given.type != "cuda":
@@ -103,11 +108,11 @@ class CudaLink:
         index = torch.cuda.current_device() if given.index is None else given.index
         if index >= torch.cuda.device_count():
             raise DeviceError(f"device={str(given)!r}: this process sees {torch.cuda.device_count()} CUDA devices")
-        self.device, self.round_bytes = torch.device("cuda", index), 512  # kMinBlockSize of torch's caching allocator
+        self.device = torch.device("cuda", index)
         self._out, self._in = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self._poison: Tensor | None = None
 
-    def pin(self, nbytes: int) -> Tensor:
+    def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
         """See `Link.pin`. Not `pin_memory`: torch's allocator rounds up to powers of two, and keeps memory for itself.
 
         Pages are shared with child processes, which let go of them: private ones would be copied on the first write after
@@ -116,7 +121,7 @@ class CudaLink:
         try:
             pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise _no_memory(nbytes, error.strerror or str(error)) from error
+            raise _no_memory(nbytes, error.strerror or str(error), lower) from error
         slab = torch.frombuffer(pages, dtype=torch.uint8)  # holds the mapping, and unmaps it
         with torch.cuda.device(self.device):
             runtime = torch.cuda.cudart()
@@ -124,7 +129,7 @@ class CudaLink:
             if code != runtime.cudaError.success:
                 with contextlib.suppress(RuntimeError):
                     torch.zeros(1, device=self.device)  # takes the error from CUDA, which the next kernel would report
-                raise _no_memory(nbytes, f"CUDA can't pin it: {runtime.cudaGetErrorString(code)}")
+                raise _no_memory(nbytes, f"CUDA can't pin it: {runtime.cudaGetErrorString(code)}", lower)
         return slab
 
     def unpin(self, slab: Tensor) -> None:
@@ -146,8 +151,8 @@ class CudaLink:
             target.fill_(value)
 
     def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """See `Link.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
+        """See `Link.mark`. Blocking: who waits for it sleeps, as threads may do for long."""
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(stream)
         return event
 
@@ -210,10 +215,10 @@ class CudaLink:
         return first.elapsed_time(second) / 1e3 if first.query() and second.query() else None
 
 
-def _no_memory(nbytes: int, cause: str) -> OffloadError:
+def _no_memory(nbytes: int, cause: str, lower: str) -> OffloadError:
     size = f"{format_bytes(nbytes)} ({nbytes} bytes)"
-    hint = "lower the capacity, free memory of the host, or raise what a container may lock or use"
-    return OffloadError(f"offload store in host memory: can't have {size} pinned: {cause}; {hint}", nbytes=nbytes)
+    hint = f"lower {lower}, free memory of the host, or raise what a container may lock or use"
+    return OffloadError(f"offload store: can't have {size} pinned: {cause}; {hint}", nbytes=nbytes)
 
 
 def _as_protocol(link: CudaLink) -> Link:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,9 @@ from ullage.offload._checksum import Checksum
 from ullage.offload._extents import Extent, whole_blocks
 from ullage.offload._file import StoreFile, TransferError, read_all, write_all
 from ullage.offload._staging import POISON
+
+if TYPE_CHECKING:
+    from ullage.offload._memory import Held
 
 PART_BYTES = 8 * 2**20  # parts of one tensor go to different threads; small enough to break off between two
 
@@ -52,15 +56,6 @@ class Failure:
     nbytes: int
     cause: str
     hint: str
-
-
-class _Bytes:
-    """A flat uint8 tensor for numpy. Not `Tensor.numpy`: that forbids the storage to be resized ever after."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor  # the array holds this object, and so the memory
-        shape, data = (tensor.numel(),), (tensor.data_ptr(), False)
-        self.__array_interface__ = {"shape": shape, "typestr": "|u1", "data": data, "version": 3}
 
 
 class Record:
@@ -108,11 +103,11 @@ class Record:
 class FileRecord(Record):
     """One whose parts threads move."""
 
-    def __init__(self, source: Tensor) -> None:
-        self.array: np.ndarray | None = None  # the same memory as `held`
+    def __init__(self, source: Held) -> None:
+        self.memory: Held | None = source  # that of `held`
         self.sums: list[int] = []
         self.left = 0  # parts that are queued or under way
-        super().__init__(source)
+        super().__init__(source.tensor)
 
     @property
     def is_here(self) -> bool:
@@ -121,10 +116,10 @@ class FileRecord(Record):
             self.phase is Phase.AWAY and self.held is not None and self.original
         )
 
-    def hold(self, tensor: Tensor, original: bool) -> None:
-        """Keep a tensor alive."""
-        super().hold(tensor, original)
-        self.array = np.asarray(_Bytes(tensor))
+    def hold_target(self, target: Held) -> None:
+        """Keep a tensor alive that is about to be read."""
+        self.memory = target
+        self.hold(target.tensor, original=False)
 
 
 @dataclass(frozen=True)
@@ -141,13 +136,13 @@ class Mover:
     checksum: Callable[[], Checksum] | None
     poison: bool
 
-    def write(self, array: np.ndarray, part: Part, staging: np.ndarray) -> int:
-        """Write a part of `array` (uint8); return its checksum, 0 without."""
+    def write(self, source: Held, part: Part, staging: np.ndarray) -> int:
+        """Write a part of a tensor; return its checksum, 0 without."""
         found = self.checksum() if self.checksum else None
         for at in range(0, part.length, len(staging)):
             n = min(len(staging), part.length - at)
             padded = staging[: whole_blocks(n)]
-            np.copyto(padded[:n], array[part.start + at : part.start + at + n])
+            source.copy_out(part.start + at, padded[:n])
             padded[n:] = 0
             if found:
                 found.update(padded[:n])
@@ -156,8 +151,8 @@ class Mover:
                 padded.fill(POISON)
         return found.intdigest() if found else 0
 
-    def read(self, array: np.ndarray, part: Part, staging: np.ndarray, expected: int) -> None:
-        """Read a part into `array` (uint8) and compare its checksum, if there is one."""
+    def read(self, target: Held, part: Part, staging: np.ndarray, expected: int) -> None:
+        """Read a part into a tensor and compare its checksum, if there is one."""
         found = self.checksum() if self.checksum else None
         for at in range(0, part.length, len(staging)):
             n = min(len(staging), part.length - at)
@@ -165,7 +160,7 @@ class Mover:
             read_all(self.file, padded, part.offset + at)
             if found:
                 found.update(padded[:n])
-            np.copyto(array[part.start + at : part.start + at + n], padded[:n])
+            target.copy_in(padded[:n], part.start + at)
             if self.poison:
                 padded.fill(POISON)
         if found and found.intdigest() != expected:

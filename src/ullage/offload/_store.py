@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -13,19 +14,20 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from ullage._bytes import format_bytes
-from ullage._errors import ArgumentError, UllageWarning
+from ullage._errors import ArgumentError, DeviceError, UllageWarning
 from ullage.offload._arguments import flat_source, size_of, whole_size
 from ullage.offload._checksum import checksum_maker
 from ullage.offload._engine import Engine
 from ullage.offload._facts import Stats
 from ullage.offload._file import open_file
 from ullage.offload._ledger import Limits
+from ullage.offload._link import CudaLink, Link
+from ullage.offload._memory import DeviceMemory, HostMemory, Memory
 from ullage.offload._protocol import Store, Ticket
 from ullage.offload._record import Charge, FileRecord, Mover
 from ullage.offload._staging import Staging
 
 MIB = 2**20
-_CPU = torch.device("cpu")
 
 
 class DiskTicket:
@@ -46,7 +48,12 @@ class DiskTicket:
         self._store._engine.prefetch(self._record)
 
     def get(self, late: Callable[[], None] | None = None) -> Tensor:
-        """See `Ticket.get`; `late` is called before it returns."""
+        """See `Ticket.get`; `late` is called before it returns. The current stream may use it at once.
+
+        Raises:
+            OffloadError: the bytes could not be written or read back as they were, or the ticket was dropped.
+            torch.OutOfMemoryError: the device has no memory for it.
+        """
         return self._store._engine.get(self._record, late)
 
     def recover(self) -> Tensor:
@@ -65,7 +72,7 @@ class DiskTicket:
 
 
 class DiskStore:
-    """Holds tensors in one file of fixed size, which has no name and is gone when the process is.
+    """Holds tensors of the CPU or of a CUDA device in one file of fixed size, which has no name and is gone when the process is.
 
     ```
     with DiskStore("/scratch", "64GiB") as store:
@@ -77,6 +84,9 @@ class DiskStore:
         data = ticket.get()  # flat uint8: data.view(dtype).as_strided(shape, strides, offset)
         ticket.drop()
     ```
+
+    A tensor of a device is read in the order of the stream that is current when it is put, as by a kernel there, and handed to the
+    stream that is current when it is got. It is the host that waits, in `put` and `get`, and no stream.
 
     Args:
         directory: where the file is made; it must be there.
@@ -90,16 +100,22 @@ class DiskStore:
         ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
         release_in_caller: let go of a written tensor at the next call by the caller (`put`, `get`, `poll`, ...), in its
             thread, so that allocation records of that thread are whole; else at once, in a thread of the store.
-        buffer_bytes: bytes of the staging buffer of each thread, and so of the largest transfer.
+        buffer_bytes: bytes of the staging buffer of each thread, and so of the largest transfer. Of the host's memory; pinned
+            for a CUDA device.
+        device: where the tensors are that are put: the CPU or a CUDA device.
+        link: what copies to and from a device; None for CUDA's streams, or none on the CPU.
 
     Attributes:
         directory, capacity: as given, the capacity in whole blocks.
+        device: as given, with its index.
         direct: whether transfers bypass the page cache.
         notes: what a person should know about the file, in sentences.
 
     Raises:
-        ArgumentError: a size or number that means nothing.
-        OffloadError: the directory is missing, not a directory, not writable, or has too little space.
+        ArgumentError: a size or number that means nothing, or a device that is not the link's.
+        DeviceError: neither the CPU nor a CUDA device, or there is none.
+        OffloadError: the directory is missing, not a directory, not writable, or has too little space; or staging buffers can't be
+            pinned.
     """
 
     def __init__(
@@ -114,42 +130,47 @@ class DiskStore:
         ahead_bytes: int | str = 256 * MIB,
         release_in_caller: bool = True,
         buffer_bytes: int | str = 2 * MIB,
+        device: torch.device | str = "cpu",
+        link: Link | None = None,
     ) -> None:
+        memory = _memory_of(device, link)
         limits = Limits(
             whole_size("capacity", capacity),
             size_of("backlog_bytes", backlog_bytes),
             size_of("ahead_bytes", ahead_bytes),
             release_in_caller,
+            memory.link.round_bytes if memory.link is not None else 1,
         )
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ArgumentError(f"threads={threads!r}: must be a whole number above zero")
-        staging = Staging(threads, whole_size("buffer_bytes", buffer_bytes))
-        file = open_file(os.fspath(directory), limits.capacity, staging.buffers[0])
-        try:
-            self._engine = Engine(Mover(file, checksum_maker() if checksums else None, poison), staging, limits)
-        except BaseException:
-            os.close(file.fd)
-            raise
-        self.directory, self.capacity = file.directory, file.capacity
+        size = whole_size("buffer_bytes", buffer_bytes)
+        with contextlib.ExitStack() as undo:
+            staging = Staging(threads, size, memory.link)
+            undo.callback(staging.close)
+            file = open_file(os.fspath(directory), limits.capacity, staging.buffers[0])
+            undo.callback(os.close, file.fd)
+            self._engine = Engine(Mover(file, checksum_maker() if checksums else None, poison), staging, limits, memory)
+            undo.pop_all()
+        self.directory, self.capacity, self.device = file.directory, file.capacity, memory.device
         self.direct, self.notes = file.direct, file.notes
         self._finalizer = weakref.finalize(self, self._engine.close)  # also when the interpreter exits
 
     def takes(self, device: torch.device) -> bool:
         """See `Store.takes`."""
-        return device == _CPU
+        return device == self.device
 
     def put(self, source: Tensor | UntypedStorage) -> DiskTicket:
         """Start to write a tensor; waits while the backlog is full.
 
         Args:
-            source: flat contiguous uint8 tensor on the CPU, or a storage on the CPU. The whole storage counts as held
+            source: flat contiguous uint8 tensor on the store's device, or a storage there. The whole storage counts as held
                 until it is written. It must not be written to before the ticket is dropped.
 
         Raises:
             ArgumentError: not such a tensor.
             OffloadError: no place in the file; a write failed before; closed; or this is a fork.
         """
-        return DiskTicket(self, self._engine.put(flat_source(source, _CPU)))
+        return DiskTicket(self, self._engine.put(flat_source(source, self.device)))
 
     def poll(self) -> None:
         """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
@@ -178,13 +199,16 @@ class DiskStore:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of memory that are there because of the store: staging, not yet let go of, and read ahead."""
+        """Bytes of the device's memory that are there because of the store: not yet let go of, and read ahead; on the CPU staging too."""
         return self._engine.resident_bytes
 
     @property
     def staging_bytes(self) -> int:
-        """The part of `resident_bytes` that is there all the time; mapped pages, not from torch's allocator."""
-        return self._engine.staging.nbytes
+        """The part of `resident_bytes` that is there all the time: on the CPU, mapped pages, not from torch's allocator.
+
+        0 for a CUDA device: the buffers are in the host's memory, `threads` x `buffer_bytes` of it, pinned.
+        """
+        return self._engine.staging_bytes
 
     @property
     def backlog_bytes(self) -> int:
@@ -236,6 +260,20 @@ class DiskStore:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
         return f"<DiskStore in {self.directory}, {format_bytes(self.capacity)}: {state}>"
+
+
+def _memory_of(device: torch.device | str, link: Link | None) -> Memory:
+    """The memory of a device, checked."""
+    given = torch.device(device)
+    if link is not None:
+        if given != link.device:
+            raise ArgumentError(f"device={str(device)!r}: the link is to {link.device}")
+        return DeviceMemory(link)
+    if given.type == "cpu":
+        return HostMemory()
+    if given.type != "cuda":
+        raise DeviceError(f"device={str(given)!r}: tensors of the CPU or of a CUDA device go to disk; give one of them")
+    return DeviceMemory(CudaLink(given))
 
 
 def _as_protocols(store: DiskStore, ticket: DiskTicket) -> tuple[Store, Ticket]:

@@ -79,7 +79,8 @@ def plan(
         forbid: actions that no unit gets, unless it is pinned to one.
         headroom: bytes or a string, as for `budget`: left free of the budget.
         simple: True: of the plans within 1 % of the best step time, one with the fewest distinct actions; or that share.
-        disk_directory: where saved tensors may go, an existing directory on this machine, whose speed is measured.
+        disk_directory: where saved tensors may go, an existing directory on this machine, whose speed is measured. From a CUDA
+            device that is here too, not from one that is estimated.
         disk_budget: bytes or a string: of a file that is made there while the plan is applied.
         host_budget: bytes or a string: of pinned host memory that saved tensors of a CUDA device may go to; of these the
             plan takes what it needs. Either this or a disk.

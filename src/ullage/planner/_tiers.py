@@ -1,6 +1,6 @@
 """What a plan knows of the tier that saved tensors may leave to, and how it was asked for.
 
-A plan has one tier at most: pinned host memory beside a CUDA device, or a disk beside a CPU.
+A plan has one tier at most: pinned host memory beside a CUDA device, or a disk beside a device that is here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         directory: an existing one; a plan's handle makes a file there that has no name.
-        threads, buffer_bytes: of the store; each thread has a staging buffer, which is in memory all the time.
+        threads, buffer_bytes: of the store; each thread has a staging buffer, which is in the host's memory all the time.
+        device: type of the device whose tensors leave; "cpu" is left out of a plan's file, whose digest is that of before.
     """
 
     name: ClassVar[str] = "disk"
@@ -67,11 +68,18 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
     directory: str
     threads: int = 2
     buffer_bytes: int = 2**19
+    device: str | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def device_type(self) -> str:
+        """`device`, also where it is left out."""
+        return "cpu" if self.device is msgspec.UNSET else self.device
 
     @property
     def reserved_bytes(self) -> int:
-        """See `OffloadTier`; the staging buffers too."""
-        return 2 * self.window_bytes + self.threads * self.buffer_bytes
+        """See `OffloadTier`; on a CPU the staging buffers too."""
+        staging = self.threads * self.buffer_bytes if self.device_type == "cpu" else 0
+        return 2 * self.window_bytes + staging
 
     def __str__(self) -> str:
         return f"{self.directory}, {format_bytes(self.capacity_bytes)}"
@@ -201,20 +209,22 @@ def _disk(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) 
         raise ArgumentError(
             f"{missing}: not given; tensors go to disk only where a directory and its bytes are both named"
         )
-    if kind.facts.kind != "cpu" or kind.estimate:
+    if kind.estimate:
         raise DeviceError(
-            f"disk_budget: saved tensors on {kind.name} can't go to disk yet, only those of a model on the CPU"
-            + ("; host_budget has them go to pinned host memory" if kind.facts.kind == "cuda" else "")
+            f"disk_budget: saved tensors on {kind.name} can't go to disk in an estimate: the way there is measured, and the device is "
+            "not here; plan where it is"
+            + (", or give host_budget: they go to pinned host memory then" if kind.facts.kind == "cuda" else "")
         )
     capacity = _size("disk_budget", budget)
     _check_room(directory, capacity)
     say(f"measuring how fast {directory} is")
-    speed = measure_bandwidth(directory, min(capacity, MEASURED_BYTES))
+    speed = measure_bandwidth(directory, min(capacity, MEASURED_BYTES), device=kind.tensors)
     return Disk(
         directory=os.path.realpath(directory),
         capacity_bytes=capacity,
         write_bytes_per_second=speed.write_bytes_per_s,
         read_bytes_per_second=speed.read_bytes_per_s,
+        device=msgspec.UNSET if kind.tensors == "cpu" else kind.tensors,
     )
 
 

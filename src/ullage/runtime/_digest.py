@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_BY_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from ullage._array import bytes_of
 
 
 def digest(t: Tensor) -> bytes | None:
@@ -25,7 +24,6 @@ def digest(t: Tensor) -> bytes | None:
     t = t.detach().resolve_conj().resolve_neg().cpu()
     if t.is_complex():
         t = torch.view_as_real(t)
-    bits = t.view(_BY_SIZE[t.dtype.itemsize]).numpy()
     known = hashlib.blake2b(f"{t.shape}{t.dtype}".encode(), digest_size=16)
-    known.update(np.ascontiguousarray(bits).data if bits.size else b"")
+    known.update(bytes_of(t.contiguous()).data if t.numel() else b"")
     return known.digest()
