@@ -107,8 +107,8 @@ def test_what_cuda_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [Queue("main", log)]
 
     class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
+        def __init__(self, enable_timing: bool, blocking: bool) -> None:
+            assert enable_timing and blocking
 
         def record(self, stream: Queue) -> None:
             self.of = stream.name
