@@ -57,7 +57,7 @@ class Pace:
 
 
 def events_of(model: StepModel, pace: Pace, schedule: Schedule) -> list[Event]:
-    """A step as the channels see it: a unit sends evenly through its forward, and asks evenly through its backward.
+    """A step as the channels see it: a unit sends evenly through its forward, and asks evenly through its backward, or as its replay begins.
 
     What it sends is taken to be tensors of the largest one's size, and a rest.
     """
@@ -80,10 +80,11 @@ def events_of(model: StepModel, pace: Pace, schedule: Schedule) -> list[Event]:
         events.append((COMPUTE, pace.middle_seconds / n, 0))
         for u in reversed(units):
             seconds = (pace.backward_seconds[u] + extra[u]) / n
-            for back in reversed(sent[u]):
-                events += [(IN, back, 0), (COMPUTE, seconds / len(sent[u]), 0)]
-            if not sent[u]:
-                events.append((COMPUTE, seconds, 0))
+            asks: list[Event] = [(IN, back, 0) for back in reversed(sent[u])]
+            if not asks or facts[u].option.action == "select":
+                events += [*asks, (COMPUTE, seconds, 0)]
+            else:
+                events += [e for ask in asks for e in (ask, (COMPUTE, seconds / len(asks), 0))]
     events.append((COMPUTE, pace.rest_seconds / 2, 0))
     return events
 
@@ -153,11 +154,13 @@ class _Choice:
         if bound is None:
             return None
         found = [f for window in self.windows for f in self._candidates(window)]
+        if found:  # what sends, for itself: the best of it may be next to one that is slower than without
+            found.append(self._neighbours(min(found, key=lambda f: f.rank)))
         if without is not None:
             found.append(_Found(nanoseconds(without.seconds), 0, without.schedule, without.peak_bytes))
         if not found:
             return None
-        best = self._neighbours(min(found, key=lambda f: f.rank))
+        best = min(found, key=lambda f: f.rank)
         seconds = best.cost / 10**9
         solution = Solution(best.schedule, seconds, min(bound.lower_bound, seconds), best.peak)
         return solution, structs.replace(self.tier, window_bytes=best.window)
