@@ -212,6 +212,7 @@ def test_pins_that_the_file_can_not_hold(tmp_path: Path) -> None:
         ul.plan(tower(), "100GiB", pin={"*": "offload:disk"}, disk_directory=tmp_path, disk_budget="64KiB")
 
 
+@pytest.mark.slow
 def test_a_small_disk_makes_nothing_slower(tmp_path: Path) -> None:
     work = tower(6)
     profile = ul.profile(work)

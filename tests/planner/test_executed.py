@@ -121,13 +121,13 @@ def check(seed: int) -> None:
         assert all(_fresh_peak(s, assignment_of(model.units, options, x)) > budget for x in cheaper), (seed, budget)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0])
 def test_the_plan_is_the_cheapest_of_all_that_fit(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 24))
+@pytest.mark.parametrize("seed", range(1, 24))
 def test_the_plan_is_the_cheapest_of_all_that_fit_more(seed: int) -> None:
     check(seed)
 

@@ -12,7 +12,7 @@ from tests.runtime.programs import Block, Op, Program, program_from, random_prog
 from tests.runtime.running import Leaks, Verdict, checked
 
 
-@pytest.mark.parametrize("programs", [200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("programs", [120, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_programs(programs: int) -> None:
     kinds: Counter[str] = Counter()
     bad: list[tuple[int, Verdict]] = []
@@ -30,7 +30,7 @@ def test_many_programs(programs: int) -> None:
     assert skipped >= 0.9 * selective, (skipped, selective)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_program(data: st.DataObject) -> None:
     program = program_from(lambda n: data.draw(st.integers(0, n - 1)))
