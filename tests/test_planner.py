@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +81,7 @@ def test_the_same_workload_gives_the_same_plan_without_timing() -> None:
     assert len(_digests()) == 1
 
 
+@pytest.mark.slow
 def test_the_same_profile_gives_the_same_plan(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     work = workload("gpt")

@@ -16,7 +16,22 @@ from ullage.runtime import recomputing_units
 from ullage.workload import run_step
 
 PEAK_LIMIT, TRANSIENT_LIMIT = 0.01, 0.02
-SLOW = {"t5", "mamba", "whisper", "mixtral", "qwen3", "clip", "gpt2", "bert"}  # 10 s and more each
+# about 10 s and more each
+SLOW = {
+    "t5",
+    "mamba",
+    "whisper",
+    "mixtral",
+    "qwen3",
+    "clip",
+    "gpt2",
+    "bert",
+    "llama",
+    "unet",
+    "resnet",
+    "vit",
+    "shared",
+}
 
 
 class ReplayedOps(TorchDispatchMode):

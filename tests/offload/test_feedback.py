@@ -35,7 +35,7 @@ def test_waits_beyond_those_simulated_are_slower_transfers() -> None:
 
 
 def test_the_next_plan_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ullage.planner._tiers.measure_bandwidth", lambda *_: Bandwidth(4e8, 8e8, True))
+    monkeypatch.setattr("ullage.planner._tiers.measure_bandwidth", lambda *_, **__: Bandwidth(4e8, 8e8, True))
     work = tower(2)
     with offload(work, tmp_path).apply(work.model) as handle:
         backward(work.model, work.batch)

@@ -56,6 +56,7 @@ def test_a_budget_is_a_promise(part: float, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_never_slower_than_without(tmp_path: Path) -> None:
     work = tower()
     profile = ul.profile(work)
@@ -175,6 +176,7 @@ def test_a_monitor_sees_what_leaves(tmp_path: Path) -> None:
     assert m.summary().offloaded_bytes == sent / 4 and "offloaded per step" in str(m)
 
 
+@pytest.mark.slow
 def test_what_is_shown_of_a_plan_with_a_disk(tmp_path: Path) -> None:
     work = zoo.workload("gpt")
     plain = ul.plan(work, policy="none").predicted.peak_bytes
