@@ -109,20 +109,27 @@ class Inputs:
         made: ids of tensors that the unit before has just made, and which leaf of its output they are: these are not held.
     """
 
-    __slots__ = ("args", "held", "hooked", "kwargs", "made")
+    __slots__ = ("_known", "_repeated", "args", "held", "hooked", "kwargs", "made")
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], made: dict[int, int] | None = None) -> None:
         self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
         self.made = made if not self.hooked else None
         self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
+        self._known: dict[int, Held] = {}  # by the tensor's id, while the caller holds them all
+        self._repeated = False
         hold = self._hold
         self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
         self.kwargs = {k: a if type(a) in _AS_IS else hold(a, k) for k, a in kwargs.items()} if kwargs else kwargs
+        self._known = {}
 
     def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
-            leaf = self.made.get(id(value), -1) if self.made else -1
-            held = Held(value, self.hooked, leaf)
+            held = self._known.get(id(value))
+            if held is None:
+                leaf = self.made.get(id(value), -1) if self.made else -1
+                held = self._known[id(value)] = Held(value, self.hooked, leaf)
+            else:  # a forward may ask whether its arguments are one tensor, as attention does
+                self._repeated = True
             self.held.append((name, held))
             return held
         if isinstance(name, int):
@@ -135,19 +142,25 @@ class Inputs:
             return _Box(_maker(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
         return value
 
-    def _give(self, value: Any) -> Any:
+    def _give(self, value: Any, given: dict[int, Tensor]) -> Any:
         if isinstance(value, Held):
-            return value.give()
+            if id(value) not in given:
+                given[id(value)] = value.give()
+            return given[id(value)]
         if not isinstance(value, _Box):
             return value
         if value.kind is dict:
-            return {k: self._give(v) for k, v in value.items.items()}
-        return value.kind([self._give(v) for v in value.items])
+            return {k: self._give(v, given) for k, v in value.items.items()}
+        return value.kind([self._give(v, given) for v in value.items])
 
     def give(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments for one replay."""
-        args = [a.give() if type(a) is Held else self._give(a) for a in self.args]
-        return args, {k: self._give(a) for k, a in self.kwargs.items()} if self.kwargs else {}
+        """Arguments for one replay; what was one tensor is one."""
+        given: dict[int, Tensor] = {}
+        if self._repeated:
+            args = [self._give(a, given) for a in self.args]
+        else:
+            args = [a.give() if type(a) is Held else self._give(a, given) for a in self.args]
+        return args, {k: self._give(a, given) for k, a in self.kwargs.items()} if self.kwargs else {}
 
     def kinds(self) -> list[int]:
         """Of each tensor, what autograd lets the unit do to it."""

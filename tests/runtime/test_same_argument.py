@@ -1,0 +1,73 @@
+"""One tensor that is given as several arguments is one tensor in a replay too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ullage as ul
+
+
+def steps(call: Any, model: nn.Module) -> list[Tensor]:
+    found = []
+    for k in range(3):
+        model.zero_grad()
+        x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(k)).requires_grad_()
+        call(x * 2).square().mean().backward()
+        assert x.grad is not None
+        found += [x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return found
+
+
+@pytest.mark.parametrize("keep", [None, "matmul_attention", "addmm[0]"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention(keep: str | None, weights: bool) -> None:
+    """torch's projects the three in one matmul if query, key and value are the same object."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def plain(h: Tensor) -> Tensor:
+        return attention(h, h, h, need_weights=weights)[0]  # type: ignore[no-any-return]
+
+    def ours(h: Tensor) -> Tensor:
+        return ul.checkpoint(attention, h, h, h, need_weights=weights, keep=keep)[0]  # type: ignore[no-any-return]
+
+    wanted, found = steps(plain, attention), steps(ours, attention)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given", [lambda h: (h, [h], {"k": h}), lambda h: (h, (2 * h,), {"k": h}), lambda h: (h, [2 * h], {})]
+)
+def test_in_lists_and_dicts(given: Any) -> None:
+    layer = nn.Linear(16, 16)
+
+    def f(a: Tensor, b: Any, c: dict[str, Tensor]) -> Tensor:
+        out = layer(a).tanh() * (a if b[0] is a else b[0].exp())
+        return out + (a.sin() if c.get("k") is a else a.cos())
+
+    wanted, found = (
+        steps(lambda h, call=call: call(f, *given(h)), layer) for call in (lambda f, *a: f(*a), ul.checkpoint)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_plan_of_attention_layers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x, x, x, need_weights=False)[0]
+            return x
+
+    torch.manual_seed(0)
+    work = ul.Workload(Net(), torch.randn(2, 32, 16), loss=lambda out, _: out.square().mean())
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert {d.action for d in plan.decisions} == {"recompute"}
+    assert ul.verify(work, plan, steps=2).ok
