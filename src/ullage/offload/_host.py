@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -14,55 +13,23 @@ from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError
 from ullage.offload._arguments import flat_source, size_of, whole_size
 from ullage.offload._facts import Stats
-from ullage.offload._host_books import HostRecord
 from ullage.offload._host_engine import HostEngine
 from ullage.offload._ledger import Limits
 from ullage.offload._link import CudaLink, Link
 from ullage.offload._protocol import Store, Ticket
 from ullage.offload._record import Charge
+from ullage.offload._ticket import EngineTicket
 
 MIB = 2**20
 
 
-class HostTicket:
-    """A `Ticket` of a `HostStore`."""
+class HostTicket(EngineTicket):
+    """A `Ticket` of a `HostStore`. In `get` the current stream waits, the host does not; `late` is called in a later call of the store's.
 
-    __slots__ = ("__weakref__", "_record", "_store")
+    No write fails here but with the device, so `recover` always raises.
+    """
 
-    def __init__(self, store: HostStore, record: HostRecord) -> None:
-        self._store, self._record = store, record
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self._record.nbytes
-
-    def prefetch(self) -> None:
-        """See `Ticket.prefetch`. A tensor that is still on its way out stays on the device instead, if it fits."""
-        self._store._engine.prefetch(self._record)
-
-    def get(self, late: Callable[[], None] | None = None) -> Tensor:
-        """See `Ticket.get`. The current stream waits, the host does not; `late` is called in a later call of the store's.
-
-        Raises:
-            OffloadError: the tensor was written to before it had left, or the ticket was dropped.
-            torch.OutOfMemoryError: the device has no memory for it.
-        """
-        return self._store._engine.get(self._record, late)
-
-    def recover(self) -> Tensor:
-        """See `Ticket.recover`: no write fails here but with the device, so it always raises."""
-        return self._store._engine.recover(self._record)
-
-    def drop(self) -> None:
-        """See `Ticket.drop`."""
-        self._store._engine.drop(self._record)
-
-    def __repr__(self) -> str:
-        return f"<HostTicket of {self.nbytes} bytes>"
-
-    def __del__(self) -> None:
-        self._store._engine.orphan(self._record)
+    __slots__ = ()
 
 
 class HostStore:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -24,51 +23,17 @@ from ullage.offload._ledger import Limits
 from ullage.offload._link import CudaLink, Link
 from ullage.offload._memory import DeviceMemory, HostMemory, Memory
 from ullage.offload._protocol import Store, Ticket
-from ullage.offload._record import Charge, FileRecord, Mover
+from ullage.offload._record import Charge, Mover
 from ullage.offload._staging import Staging
+from ullage.offload._ticket import EngineTicket
 
 MIB = 2**20
 
 
-class DiskTicket:
-    """A `Ticket` of a `DiskStore`."""
+class DiskTicket(EngineTicket):
+    """A `Ticket` of a `DiskStore`. What `get` returns the current stream may use at once; `late` is called before it returns."""
 
-    __slots__ = ("__weakref__", "_record", "_store")
-
-    def __init__(self, store: DiskStore, record: FileRecord) -> None:
-        self._store, self._record = store, record
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self._record.nbytes
-
-    def prefetch(self) -> None:
-        """See `Ticket.prefetch`. A tensor that is still on its way out stays in memory instead, if it fits."""
-        self._store._engine.prefetch(self._record)
-
-    def get(self, late: Callable[[], None] | None = None) -> Tensor:
-        """See `Ticket.get`; `late` is called before it returns. The current stream may use it at once.
-
-        Raises:
-            OffloadError: the bytes could not be written or read back as they were, or the ticket was dropped.
-            torch.OutOfMemoryError: the device has no memory for it.
-        """
-        return self._store._engine.get(self._record, late)
-
-    def recover(self) -> Tensor:
-        """See `Ticket.recover`."""
-        return self._store._engine.recover(self._record)
-
-    def drop(self) -> None:
-        """See `Ticket.drop`."""
-        self._store._engine.drop(self._record)
-
-    def __repr__(self) -> str:
-        return f"<DiskTicket of {self.nbytes} bytes>"
-
-    def __del__(self) -> None:
-        self._store._engine.orphan(self._record)
+    __slots__ = ()
 
 
 class DiskStore:
