@@ -38,7 +38,7 @@ def is_free(signature: Signature) -> bool:
     return signature.output_bytes == 0 and not signature.func._schema.is_mutable
 
 
-def only_allocates(signature: Signature) -> bool:
+def _only_allocates(signature: Signature) -> bool:
     """It takes memory and writes nothing to it: no kernel runs."""
     return signature.func._overloadpacket in _ALLOCATE
 
@@ -65,7 +65,7 @@ def roofline_ops(signatures: list[Signature], device: Device) -> list[OpCost]:
         rate = device.flops.get(dtype) or device.flops["float32"]
         seconds = (
             1e-9
-            if is_free(s) or only_allocates(s)
+            if is_free(s) or _only_allocates(s)
             else max(_flops(s) / rate, moved / device.memory_bandwidth_bytes_per_s) + device.launch_seconds
         )
         factor = _INTERNAL_FACTOR.get(s.func._schema.name, 0.0) if device.kind == "cpu" else 0.0

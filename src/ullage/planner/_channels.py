@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
+from ullage.runtime._ahead import Ahead
+
 # What a step does, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
 COMPUTE, OUT, IN = 0, 1, 2
 Event = tuple[int, float, int]
@@ -24,13 +26,11 @@ class Channels:
         write_bytes_per_second: measured, with `ullage.measure_bandwidth`.
         read_bytes_per_second: the same.
         window_bytes: of the backlog, and of the read-ahead.
-        most_ahead: tensors that are asked for ahead.
     """
 
     write_bytes_per_second: float
     read_bytes_per_second: float
     window_bytes: int
-    most_ahead: int = 64
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,7 @@ class _Step:
         self.spans: list[Span] = []
         self.order: list[float] = []
         self.number: dict[float, int] = {}
-        self.front = 0  # from this number on all have been asked for, or are of another graph
-        self.since = 0  # the first that left since the last backward: those before are of other graphs
-        self.first: dict[float, int] = {}
-        self.prefetched: set[int] = set()
-        self.asked: set[int] = set()
+        self.sequence = Ahead()
 
     def wait(self, until: float) -> None:
         if until > self.now:
@@ -119,12 +115,8 @@ class _Step:
         else:
             self.backlog.append((self.out_free, nbytes, ticket))
             self.in_backlog += nbytes
-        self.number[ticket] = len(self.order)
+        self.number[ticket] = self.sequence.left(self.senders.get(ticket, ticket))
         self.order.append(ticket)
-        if self.asked:
-            self.since = len(self.order) - 1
-        self.first[ticket] = self.since
-        self._begin(len(self.order))
         self._see()
 
     def get(self, ticket: float) -> None:
@@ -154,28 +146,12 @@ class _Step:
         self.fetched += self.size[ticket]
 
     def _foresee(self, ticket: float) -> None:
-        """Ask ahead for what will be asked for after this, as `ullage.runtime._tier` does."""
-        n = self.number[ticket]
-        if n in self.asked or (n >= self.front and n not in self.prefetched):  # another backward has begun
-            self._begin(n + 1)
-        self.asked.add(n)
-        top, least, sender = n + 1, max(n - self.c.most_ahead, self.first[ticket]), self.senders.get(ticket, ticket)
-        while top < len(self.order) and self.senders.get(self.order[top]) == sender:
-            top += 1
-        above = [k for k in range(top - 1, n, -1) if k not in self.prefetched and k not in self.asked]
-        found = above + list(range(min(self.front, n) - 1, least - 1, -1))
-        self.front = min(self.front, least)
-        self.prefetched.update(found)
-        for k in found:
+        """Ask ahead for what will be asked for next."""
+        for k in self.sequence.asked(self.number[ticket]):
             other = self.order[k]
             if other not in self.ready and self.uses[other]:
                 self.wanted.append(other)
         self._start()
-
-    def _begin(self, front: int) -> None:
-        self.front = front
-        self.prefetched.clear()
-        self.asked.clear()
 
     def _start(self) -> None:
         while self.wanted:

@@ -9,8 +9,7 @@ one buffer. Which tensors of a unit may go:
 One storage may have several version counters (the chunks of `unsafe_chunk`, as cells of recurrent networks make them; `.data`). That it has left
 already counts only for who shares the counter of the tensor that sent it.
 
-Backward asks for what left last first, so when it asks for the first one, those before it are prefetched in that order. Inside a unit
-the order may be another one: what left its forward after that one is prefetched first. The store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
+When backward asks for one, those that it will ask for next (`_ahead`) are prefetched. The store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
 what is needed now, which would queue behind them.
 """
 
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 
 from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
+from ullage.runtime._ahead import Ahead
 from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
 from ullage.runtime._reach import roots_of
 from ullage.runtime._totals import totals
@@ -38,19 +38,15 @@ if TYPE_CHECKING:
 LEAST_BYTES = 4096  # a block of the disk store
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _set_versions = torch._C._autograd._unsafe_set_version_counter
-_MOST_PREFETCHES = 64  # asked for ahead, so that a step of thousands of tensors has no long queue
 
 
 class Parcel:
     """One storage that has left. Its place is given back when nobody holds it any more."""
 
-    __slots__ = ("__weakref__", "_left", "_version", "back", "first", "number", "site", "ticket", "users")
+    __slots__ = ("__weakref__", "_left", "_version", "back", "number", "site", "ticket", "users")
 
-    def __init__(self, ticket: Ticket, number: int, first: int, site: Site) -> None:
+    def __init__(self, ticket: Ticket, number: int, site: Site) -> None:
         self.ticket, self.number, self.site = ticket, number, site
-        self.first = (
-            first  # the number of the first one that left since the last backward: those before are of other graphs
-        )
         self.users = 0  # saved tensors in this storage
         self._left = 0  # of these, how many have not asked for it since it came back
         self.back: Tensor | None = None  # while some of them have not asked
@@ -141,12 +137,7 @@ class Tier(Apart):
         self.store = store
         self._parcels: dict[int, tuple[ReferenceType[UntypedStorage], ReferenceType[Parcel], int, _Counter]] = {}
         self._order: list[ReferenceType[Parcel]] = []
-        self._front = (
-            0  # from this number on all have been prefetched or asked for in this backward, or are of another graph
-        )
-        self._first = 0  # see `Parcel.first`
-        self._prefetched: set[int] = set()
-        self._asked: set[int] = set()
+        self._ahead = Ahead()
         self._lock = threading.Lock()
 
     def pack(self, x: Tensor, site: Site) -> Away | None:
@@ -175,50 +166,22 @@ class Tier(Apart):
         site.sent_bytes += size
         totals.sent += size
         with self._lock:
-            number = self._append()
-            parcel = Parcel(ticket, number, self._first, site)
+            while self._order and self._order[-1]() is None:  # those at the end that are gone are forgotten
+                self._order.pop()
+                self._ahead.forget_last()
+            parcel = Parcel(ticket, self._ahead.left(id(site)), site)
             self._order.append(ref(parcel))
             gone = ref(storage, lambda _: self._parcels.pop(key, None))
             self._parcels[key] = gone, ref(parcel), x._version, counter
         return Away(self, parcel, x)
 
-    def _append(self) -> int:
-        """The next parcel's number: those at the end that are gone are forgotten."""
-        while self._order and self._order[-1]() is None:
-            self._order.pop()
-        self._first = len(self._order) if self._asked else min(self._first, len(self._order))
-        self._begin(len(self._order) + 1)
-        return len(self._order)
-
-    def _begin(self, front: int) -> None:
-        """Another backward: nothing before this number has been prefetched in it."""
-        self._front = front
-        self._prefetched.clear()
-        self._asked.clear()
-
     def foresee(self, parcel: Parcel) -> None:
         """A parcel is about to be asked for: prefetch those that will be asked for after it."""
         with self._lock:
-            n = parcel.number
-            if n in self._asked or (n >= self._front and n not in self._prefetched):
-                self._begin(n + 1)
-            self._asked.add(n)
-            todo = [other for k in self._next(parcel) if (other := self._order[k]()) is not None]
+            todo = [other for k in self._ahead.asked(parcel.number) if (other := self._order[k]()) is not None]
         for other in todo:
             if other.back is None:
                 other.ticket.prefetch()
-
-    def _next(self, parcel: Parcel) -> list[int]:
-        """The numbers to prefetch when a parcel is asked for: first what its unit sent after it, then what left before it."""
-        n, site = parcel.number, parcel.site
-        top, least = n + 1, max(n - _MOST_PREFETCHES, parcel.first)
-        while top < len(self._order) and (other := self._order[top]()) is not None and other.site is site:
-            top += 1
-        above = [k for k in range(top - 1, n, -1) if k not in self._prefetched and k not in self._asked]
-        found = above + list(range(min(self._front, n) - 1, least - 1, -1))
-        self._front = min(self._front, least)
-        self._prefetched.update(found)
-        return found
 
 
 def tensor_of(kept: Any) -> Any:
