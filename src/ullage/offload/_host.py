@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from types import TracebackType
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -16,9 +15,8 @@ from ullage.offload._facts import Stats
 from ullage.offload._host_engine import HostEngine
 from ullage.offload._ledger import Limits
 from ullage.offload._link import CudaLink, Link
+from ullage.offload._opened import EngineTicket, OpenedStore
 from ullage.offload._protocol import Store, Ticket
-from ullage.offload._record import Charge
-from ullage.offload._ticket import EngineTicket
 
 MIB = 2**20
 
@@ -32,7 +30,7 @@ class HostTicket(EngineTicket):
     __slots__ = ()
 
 
-class HostStore:
+class HostStore(OpenedStore):
     """Holds tensors of a CUDA device in pinned host memory of fixed size, taken when the store is made.
 
     ```
@@ -69,6 +67,8 @@ class HostStore:
         DeviceError: not a CUDA device, or there is none.
         OffloadError: the host has not that much memory, or it can't be pinned.
     """
+
+    _engine: HostEngine
 
     def __init__(
         self,
@@ -109,10 +109,6 @@ class HostStore:
         """
         return HostTicket(self, self._engine.put(flat_source(source, self.device)))
 
-    def poll(self) -> None:
-        """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
-        self._engine.poll()
-
     def flush(self) -> None:
         """See `Store.flush`. The host waits here, also for streams that wait: then `stats` is whole."""
         self._engine.flush()
@@ -127,56 +123,18 @@ class HostStore:
         return False
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes of the device's memory that are there because of the store: not yet let go of, and read ahead."""
-        return self._engine.resident_bytes
-
-    @property
     def staging_bytes(self) -> int:
         """0: nothing is there all the time."""
         return 0
-
-    @property
-    def backlog_bytes(self) -> int:
-        """The part of `resident_bytes` that is there because it has not left, or was not seen to have left yet."""
-        return self._engine.books.held[Charge.BACKLOG]
-
-    @property
-    def ahead_bytes(self) -> int:
-        """The part of `resident_bytes` that was or is being brought back, or that a prefetch kept from leaving."""
-        return self._engine.books.held[Charge.AHEAD]
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of the host memory that are not taken."""
-        return self._engine.books.extents.free_bytes
-
-    @property
-    def tickets(self) -> int:
-        """How many tensors the store has: put, and not dropped. 0 after a step, or something leaks."""
-        return len(self._engine.books.live)
 
     @property
     def stats(self) -> Stats:
         """Counts since the store was opened. Copies count when they are queued, waits when they are over."""
         return self._engine.stats
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._engine.closing
-
     def close(self) -> None:
         """Wait for the copies under way, let go of everything, free the memory. Tickets can't be used after it."""
         self._finalizer()
-
-    def __enter__(self) -> HostStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"

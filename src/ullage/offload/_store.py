@@ -7,7 +7,6 @@ import os
 import warnings
 import weakref
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -22,10 +21,10 @@ from ullage.offload._file import open_file
 from ullage.offload._ledger import Limits
 from ullage.offload._link import CudaLink, Link
 from ullage.offload._memory import DeviceMemory, HostMemory, Memory
+from ullage.offload._opened import EngineTicket, OpenedStore
 from ullage.offload._protocol import Store, Ticket
-from ullage.offload._record import Charge, Mover
+from ullage.offload._record import Mover
 from ullage.offload._staging import Staging
-from ullage.offload._ticket import EngineTicket
 
 MIB = 2**20
 
@@ -36,7 +35,7 @@ class DiskTicket(EngineTicket):
     __slots__ = ()
 
 
-class DiskStore:
+class DiskStore(OpenedStore):
     """Holds tensors of the CPU or of a CUDA device in one file of fixed size, which has no name and is gone when the process is.
 
     ```
@@ -82,6 +81,8 @@ class DiskStore:
         OffloadError: the directory is missing, not a directory, not writable, or has too little space; or staging buffers can't be
             pinned.
     """
+
+    _engine: Engine
 
     def __init__(
         self,
@@ -137,10 +138,6 @@ class DiskStore:
         """
         return DiskTicket(self, self._engine.put(flat_source(source, self.device)))
 
-    def poll(self) -> None:
-        """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
-        self._engine.poll()
-
     def flush(self) -> None:
         """See `Store.flush`.
 
@@ -163,11 +160,6 @@ class DiskStore:
         return True
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes of the device's memory that are there because of the store: not yet let go of, and read ahead; on the CPU staging too."""
-        return self._engine.resident_bytes
-
-    @property
     def staging_bytes(self) -> int:
         """The part of `resident_bytes` that is there all the time: on the CPU, mapped pages, not from torch's allocator.
 
@@ -176,34 +168,9 @@ class DiskStore:
         return self._engine.staging_bytes
 
     @property
-    def backlog_bytes(self) -> int:
-        """The part of `resident_bytes` that is there because it is not written, or written and not let go of yet."""
-        return self._engine.books.held[Charge.BACKLOG]
-
-    @property
-    def ahead_bytes(self) -> int:
-        """The part of `resident_bytes` that was or is being read, or that a prefetch kept from leaving."""
-        return self._engine.books.held[Charge.AHEAD]
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of the file that are not taken."""
-        return self._engine.books.extents.free_bytes
-
-    @property
-    def tickets(self) -> int:
-        """How many tensors the store has: put, and not dropped. 0 after a step, or something leaks."""
-        return len(self._engine.books.live)
-
-    @property
     def stats(self) -> Stats:
         """Counts since the store was opened."""
         return self._engine.books.stats
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._engine.closing
 
     def close(self) -> None:
         """Wait for the transfers under way, let go of everything, free the file. Tickets can't be used after it."""
@@ -213,14 +180,6 @@ class DiskStore:
             self._engine.failure_said = True
             text = f"offload store in {self.directory}: a tensor of {failure.nbytes} bytes could not be written: {failure.cause}"
             warnings.warn(f"{text}; it was not asked for, so no result is wrong", UllageWarning, stacklevel=2)
-
-    def __enter__(self) -> DiskStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.tickets} tensors, {format_bytes(self.free_bytes)} free"
