@@ -79,6 +79,9 @@ DEFECTS = {
     "a failed backward left its frame": Program(
         Block((Block((Op("softmax"), Op("in_place", n=10), Op("unary")), "full", (3,)),))
     ),
+    "an argument is also closed over, so that an inner unit has one tensor twice, in a replay two": Program(
+        Block((Block((Block((Op("softmax"),), "full", (2, 3)), Op("linear")), "full", (1,), call=4),))
+    ),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ullage as ul
 
@@ -34,6 +35,27 @@ def test_attention(keep: str | None, weights: bool) -> None:
 
     def ours(h: Tensor) -> Tensor:
         return ul.checkpoint(attention, h, h, h, need_weights=weights, keep=keep)[0]  # type: ignore[no-any-return]
+
+    wanted, found = steps(plain, attention), steps(ours, attention)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("outer", ["ullage", "torch"])
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+def test_attention_in_an_outer_checkpoint(outer: str, keep: str | None) -> None:
+    """What the inner unit holds, it holds as saved tensors of the outer one."""
+    attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def inner(h: Tensor) -> Tensor:
+        h = h.sin()
+        return ul.checkpoint(attention, h, h, h, need_weights=False, keep=keep)[0] + h  # type: ignore[no-any-return]
+
+    def ours(h: Tensor) -> Any:
+        return ul.checkpoint(inner, h) if outer == "ullage" else checkpoint(inner, h, use_reentrant=False)
+
+    def plain(h: Tensor) -> Tensor:
+        h = h.sin()
+        return attention(h, h, h, need_weights=False)[0] + h  # type: ignore[no-any-return]
 
     wanted, found = steps(plain, attention), steps(ours, attention)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

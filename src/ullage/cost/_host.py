@@ -154,6 +154,11 @@ def _medians(ways: tuple[Callable[[Tensor], Any], ...], x: Tensor) -> list[float
 
 
 def _line(ops: list[int], seconds: list[float]) -> tuple[float, float]:
-    """Offset and slope per op through two measurements, neither below zero."""
-    slope = max((seconds[1] - seconds[0]) / (ops[1] - ops[0]), 0.0)
-    return max(seconds[0] - slope * ops[0], 0.0), slope
+    """Offset and slope per op of the line nearest to two measurements, neither below zero."""
+    slope = (seconds[1] - seconds[0]) / (ops[1] - ops[0])
+    offset = seconds[0] - slope * ops[0]
+    if slope < 0:  # noise: the nearest line that is allowed is level, or goes through the origin
+        return statistics.mean(seconds), 0.0
+    if offset < 0:
+        return 0.0, sum(n * s for n, s in zip(ops, seconds, strict=True)) / sum(n * n for n in ops)
+    return offset, slope

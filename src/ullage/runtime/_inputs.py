@@ -47,9 +47,10 @@ def _holding(save: Any, *args: Any) -> Any:
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_theirs", "kind", "leaf", "tensor", "version")
+    __slots__ = ("_hooked", "_theirs", "first", "kind", "leaf", "tensor", "version")
 
     def __init__(self, t: Tensor, hooked: bool, leaf: int = -1) -> None:
+        self.first: Held | None = None  # that holds the same tensor, if this is not the first
         self.version = t._version
         # without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another
         self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
@@ -124,12 +125,16 @@ class Inputs:
 
     def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
-            held = self._known.get(id(value))
-            if held is None:
+            first = held = self._known.get(id(value))
+            if (
+                held is None or self.hooked
+            ):  # how many are saved must not hang on which are one: in an outer replay fewer may be
                 leaf = self.made.get(id(value), -1) if self.made else -1
-                held = self._known[id(value)] = Held(value, self.hooked, leaf)
+                held = Held(value, self.hooked, leaf)
+            if first is None:
+                self._known[id(value)] = held
             else:  # a forward may ask whether its arguments are one tensor, as attention does
-                self._repeated = True
+                held.first, self._repeated = first, True
             self.held.append((name, held))
             return held
         if isinstance(name, int):
@@ -145,8 +150,8 @@ class Inputs:
     def _give(self, value: Any, given: dict[int, Tensor]) -> Any:
         if isinstance(value, Held):
             if id(value) not in given:
-                given[id(value)] = value.give()
-            return given[id(value)]
+                given[id(value)] = value.give()  # each once, also of those that are one: the outer hooks count
+            return given[id(value.first or value)]
         if not isinstance(value, _Box):
             return value
         if value.kind is dict:
