@@ -15,7 +15,8 @@ from ullage.capture._outputs import KnownOutputs, argument_key
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._study import Study, study
+from ullage.planner._prepare import study
+from ullage.planner._study import Study
 
 RNG_STATE_BYTES = 5056  # a unit holds one from entry to exit, to see whether it drew
 

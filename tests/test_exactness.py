@@ -43,6 +43,7 @@ def test_unit_by_unit() -> None:
     assert check.ok and check.replays == 4 and check.scope == "units"
 
 
+@pytest.mark.slow
 def test_everything_is_left_as_found() -> None:
     work = workload("resnet")
     work.model(work.batch).sum().backward()

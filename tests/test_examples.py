@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem == "llama" else p for p in EXAMPLES],
+    ids=lambda p: p.stem,
+)
 def test_it_runs(path: Path, tmp_path: Path) -> None:
     if "__main__" not in path.read_text():
         pytest.skip("a target only")

@@ -77,6 +77,7 @@ def _digests(*arguments: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_workload_gives_the_same_plan_without_timing() -> None:
     assert len(_digests()) == 1
 

@@ -18,6 +18,8 @@ from ullage.workload import run_step
 PEAK_LIMIT, TRANSIENT_LIMIT = 0.01, 0.02
 # about 10 s and more each
 SLOW = {
+    "moe",
+    "lora",
     "t5",
     "mamba",
     "whisper",

@@ -15,7 +15,8 @@ from ullage.mechanisms._options import Option, option_from_name
 from ullage.offload import whole_blocks
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._planner import decide, prepare
+from ullage.planner._planner import decide
+from ullage.planner._prepare import prepare
 from ullage.planner._tiers import Host, TierRequest, choose_tier
 from ullage.runtime._keep import OpsRule
 

@@ -21,7 +21,7 @@ from ullage.mechanisms import RECOMPUTE
 from ullage.planner._live import Ledger, categories
 from ullage.planner._names import glob_of, matching
 from ullage.planner._options import find_options
-from ullage.planner._study import study
+from ullage.planner._prepare import study
 
 ROOFLINE: Any = {"costs": "roofline"}
 

@@ -14,7 +14,8 @@ import ullage as ul
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
-from ullage.planner._planner import _fresh_peak, decide, prepare
+from ullage.planner._planner import decide
+from ullage.planner._prepare import prepare
 from ullage.planner._schedule import Run, Schedule, Single
 from ullage.planner._study import Study
 
@@ -102,7 +103,7 @@ def executed(s: Study) -> dict[Schedule, tuple[int, float]]:
     found = {}
     for schedule in schedules(3, options, list(model.linked)):
         if _distinct(schedule):
-            capture = s.execute(assignment_of(model.units, options, schedule))
+            capture = s.execute(assignment_of(model, schedule))
             found[schedule] = s.peak_with_update(capture), s.seconds(capture)
     return found
 
@@ -110,7 +111,6 @@ def executed(s: Study) -> dict[Schedule, tuple[int, float]]:
 def check(seed: int) -> None:
     s = study_of(seed)
     model, found = model_of(s), executed(s)
-    options = [[o.option for o in facts] for facts in model.options]
     peaks = sorted({peak for peak, _ in found.values()})
     for budget in peaks[:: max(len(peaks) // 6, 1)]:
         plan = decide(s, budget)
@@ -118,7 +118,7 @@ def check(seed: int) -> None:
         chosen = s.seconds(s.execute({d.unit: d.settings().option for d in plan.decisions}))
         cheaper = [x for x, (peak, seconds) in found.items() if peak <= budget and seconds < chosen * (1 - 1e-9)]
         # what fits in a later step may not in the first
-        assert all(_fresh_peak(s, assignment_of(model.units, options, x)) > budget for x in cheaper), (seed, budget)
+        assert all(s.fresh_peak(assignment_of(model, x)) > budget for x in cheaper), (seed, budget)
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -18,7 +18,7 @@ import ullage as ul
 from tests.small import blocks, tiny
 from tests.zoo import workload
 from ullage.measure._measure import record_peak
-from ullage.planner import _frontier, _planner
+from ullage.planner import _frontier, _prepare, _study
 from ullage.planner._draw import terminal
 from ullage.planner._frontier import POLICIES, curve, spread
 from ullage.planner._study import Study
@@ -87,8 +87,9 @@ def test_one_study_and_no_assignment_twice(monkeypatch: pytest.MonkeyPatch) -> N
 
         return wrapped
 
-    monkeypatch.setattr(_planner, "study", counted(studies, _planner.study))
-    monkeypatch.setattr("ullage.planner._study.Session", counted(sessions, ul.planner._study.Session))
+    monkeypatch.setattr(_prepare, "study", counted(studies, _prepare.study))
+    for module in (_prepare, _study):
+        monkeypatch.setattr(module, "Session", counted(sessions, module.Session))
     before = Study.execute_fresh
 
     def fresh(s: Study, assignment: Any) -> Any:
@@ -161,9 +162,9 @@ def test_a_plan_within_a_smaller_budget_serves_a_larger_one(found: ul.Frontier) 
 
 
 def test_policies_that_can_do_nothing_or_need_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = ul.planner._study.choose_device
+    choose = _prepare.choose_device
     small = lambda *a: dataclasses.replace(choose(*a), memory_bytes=200_000)  # noqa: E731
-    monkeypatch.setattr(ul.planner._study, "choose_device", small)
+    monkeypatch.setattr(_prepare, "choose_device", small)
     result = ul.frontier(blocks(), 3, costs="roofline")
     reasons = {p.policy: p.reason for p in result.policies}
     assert reasons["selective"] == "no unit can do this: the plain step"

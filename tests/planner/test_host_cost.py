@@ -15,7 +15,8 @@ from ullage.cost._host import _line
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._study import Study, study
+from ullage.planner._prepare import study
+from ullage.planner._study import Study
 
 GIVEN = HostCost(full=2e-3, full_op=3e-5, selective=1e-3, selective_op=1e-5)
 

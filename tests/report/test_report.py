@@ -32,6 +32,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_a_budget_is_that_of_plan() -> None:
     work = tiny()
     plan = ul.plan(work, "80% of plain", **ROOFLINE)
@@ -47,6 +48,7 @@ def test_a_budget_is_that_of_plan() -> None:
     assert f"({plan.predicted.peak_bytes:,} bytes)" in str(found) and found.title == "GPT"
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_is_restated() -> None:
     work = tiny()
     plan = ul.plan(work, "70% of plain", **ROOFLINE)

@@ -172,7 +172,14 @@ def test_a_fault_at_every_op(case: str, first: bool, error: type[BaseException])
     _faults(case, first, error, 1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "full",
+        "nested selective",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("selective", "nested full", "nested mixed")),
+    ],
+)
 def test_a_graph_dropped_without_backward(case: str) -> None:
     seed(1)
     model = Model(*CASES[case])

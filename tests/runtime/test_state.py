@@ -109,6 +109,45 @@ def test_state_ends_as_after_one_forward(kind: str, wrap: Wrap) -> None:
     assert wrong or models[before].everything() != models[1].everything()  # torch's replays change it again
 
 
+DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]
+
+
+class Typed(nn.Module):
+    """A buffer of a dtype, in a layout, that each forward changes and that its result depends on."""
+
+    def __init__(self, dtype: torch.dtype, layout: str) -> None:
+        super().__init__()
+        made = torch.zeros(0 if layout == "empty" else 12, dtype=dtype)
+        laid = (
+            {"scalar": made[:1].reshape(()), "transposed": made.reshape(3, 4).t(), "every second": made[::2]}
+            if len(made)
+            else {}
+        )
+        self.register_buffer("state", laid.get(layout, made))
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.state.to(torch.complex64).abs().sum() + self.state.numel()
+        self.state.copy_((self.state.to(torch.complex64) + 1).abs().to(self.state.dtype))
+        return (x * now).sin().exp()
+
+
+@both
+@pytest.mark.parametrize("layout", ["plain", "scalar", "transposed", "every second", "empty"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_buffers_of_any_dtype_and_layout(dtype: torch.dtype, layout: str, wrap: Wrap) -> None:
+    """Their values are put back for a replay, and their storages stay resizable, as FSDP needs them."""
+    found = []
+    for call in (wrap, plain):
+        model, seen = Typed(dtype, layout), []
+        for _ in range(3):
+            x = torch.linspace(-1, 1, 6).requires_grad_()
+            call(model, x).sum().backward()
+            seen.append(x.grad)
+        assert model.state.untyped_storage().resizable()
+        found.append((bits(seen), bits([model.state])))
+    assert found[0] == found[1]
+
+
 @both
 def test_identities_stay(wrap: Wrap) -> None:
     model = Stateful("buffer")

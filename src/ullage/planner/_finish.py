@@ -13,6 +13,7 @@ from ullage.mechanisms import KEEP, Option
 from ullage.offload import BLOCK
 from ullage.planner._live import peak_moment
 from ullage.planner._model import model_of
+from ullage.planner._moved import fits_tier, offloaded_bytes, overlap_of
 from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._study import StepCapture, Study, recomputed_in
@@ -23,7 +24,7 @@ def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
     """What is predicted of a captured first and later step."""
     peaks = s.peak(first), s.peak(later)
     phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
-    moved = s.overlap(later)
+    moved = overlap_of(s, later)
     return Forecast(
         peak_bytes=max(peaks),
         step_seconds=s.seconds(later),
@@ -47,7 +48,7 @@ def finish(
 ) -> Plan:
     """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
     first, later = s.execute_fresh(assignment)
-    if s.tier is not None and not s.fits_tier(larger := max(first, later, key=s.offloaded_bytes)):
+    if s.tier is not None and not fits_tier(s, larger := max(first, later, key=lambda c: offloaded_bytes(s, c))):
         raise too_much_offloaded(s, larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
     predicted, tier = forecast(s, first, later), _tier(s, assignment, first, later)
     notes = list(s.plain_session.values.assumptions)
@@ -85,7 +86,7 @@ def _tier(s: Study, assignment: Mapping[str, Option], *steps: StepCapture) -> Of
     tier = s.tier_for(assignment)
     if not isinstance(tier, Host):
         return tier
-    return structs.replace(tier, capacity_bytes=max(BLOCK, *map(s.offloaded_bytes, steps)))
+    return structs.replace(tier, capacity_bytes=max(BLOCK, *(offloaded_bytes(s, c) for c in steps)))
 
 
 def _decisions(
@@ -147,7 +148,7 @@ def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
 def too_much_offloaded(s: Study, capture: StepCapture, why: str) -> BudgetError:
     """The tier is too small for what a step sends."""
     assert s.tier is not None
-    there, needed = format_bytes(s.tier.capacity_bytes), format_bytes(s.offloaded_bytes(capture))
+    there, needed = format_bytes(s.tier.capacity_bytes), format_bytes(offloaded_bytes(s, capture))
     return BudgetError(
         f"{s.tier.argument}: {there}, but {needed} are offloaded at once {why}; raise it, or offload fewer units"
     )

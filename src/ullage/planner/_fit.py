@@ -13,7 +13,8 @@ from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, Capture
 from ullage.measure._state import leaves_rng
 from ullage.planner._model import model_of
 from ullage.planner._plan import Plan
-from ullage.planner._planner import decide, execute_choice, prepare
+from ullage.planner._planner import decide, execute_choice
+from ullage.planner._prepare import prepare
 from ullage.planner._solve import smallest
 from ullage.planner._study import Study
 from ullage.planner._tiers import TierRequest, choose_tier

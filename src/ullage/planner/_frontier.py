@@ -13,7 +13,8 @@ from ullage._files import write_whole
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP
 from ullage.planner._plan import Plan, check_actions
-from ullage.planner._planner import decide, execute_choice, prepare, smallest_bytes
+from ullage.planner._planner import decide, execute_choice, smallest_bytes
+from ullage.planner._prepare import prepare
 from ullage.planner._profile import Profile
 from ullage.planner._study import Study
 from ullage.planner._tiers import TierRequest, choose_tier

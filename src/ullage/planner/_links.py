@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._instance import StepModel
 from ullage.planner._schedule import Run, Schedule, Single
 from ullage.planner._study import Study
 from ullage.runtime import Place
@@ -44,21 +45,21 @@ def pairs(s: Study, parity: int) -> dict[str, Option]:
     return assignment
 
 
-def assignment_of(units: Sequence[str], options: Sequence[Sequence[Option]], schedule: Schedule) -> dict[str, Option]:
+def assignment_of(model: StepModel, schedule: Schedule) -> dict[str, Option]:
     """What the runtime is told of each unit.
 
     Args:
-        units: names in forward order.
-        options: per unit what the schedule's numbers stand for.
+        model: its options are what the schedule's numbers stand for.
         schedule: from the solver.
     """
+    options = [[o.option for o in facts] for facts in model.options]
     found: dict[int, Option] = {}
     for item in schedule:
         if isinstance(item, Single):
             found[item.unit] = options[item.unit][item.option]
         else:
             found |= {u: replace(RECOMPUTE, place=p) for u, p in _places(item, 0, options).items()}
-    return {f: _with_feeds(found, u) for u, f in enumerate(units)}
+    return {f: _with_feeds(found, u) for u, f in enumerate(model.units)}
 
 
 def _places(run: Run, depth: int, options: Sequence[Sequence[Option]]) -> dict[int, Place]:

@@ -19,6 +19,7 @@ from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import whole_blocks
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
+from ullage.planner._moved import largest_sent, transfers_of
 from ullage.planner._options import capture_options
 from ullage.planner._study import StepCapture, Study
 from ullage.planner._with_tier import Pace
@@ -111,7 +112,7 @@ def build_model(s: Study) -> StepModel:
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
     """Bytes that leave memory, per unit, in whole blocks of the file."""
     units, sent = frozenset(order), dict[str, int]()
-    for t in s.transfers(capture):
+    for t in transfers_of(s, capture):
         fqn = next((m for m in t.modules if m in units), "")
         if t.out:
             sent[fqn] = sent.get(fqn, 0) + whole_blocks(t.nbytes)
@@ -132,7 +133,7 @@ def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
         else:
             rest += segment.seconds
     forward, backward = (tuple(seconds[phase, f] for f in order) for phase in ("forward", "backward"))
-    largest = s.largest_sent(*s.captures.values())
+    largest = largest_sent(s, *s.captures.values())
     return Pace(forward, backward, middle, rest, s.plain_session.inst.accumulate, largest)
 
 

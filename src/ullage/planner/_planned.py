@@ -9,7 +9,8 @@ from ullage._errors import ArgumentError
 from ullage.capture._units import unit_facts
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._options import find_options
-from ullage.planner._study import Study, key_of, saved_bytes, study
+from ullage.planner._prepare import saved_bytes, study
+from ullage.planner._study import Study, key_of
 from ullage.workload import Workload
 
 if TYPE_CHECKING:

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
-from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible
+from ullage._errors import ArgumentError, BudgetError
 from ullage.apply import Report
 from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._finish import finish, forecast, too_much_offloaded
-from ullage.planner._instance import StepModel
+from ullage.planner._confirm import infeasible, optimal, smallest_step, solution_of
+from ullage.planner._finish import finish, forecast
 from ullage.planner._links import assignment_of
-from ullage.planner._live import peak_moment
 from ullage.planner._model import model_of
-from ullage.planner._options import find_options
 from ullage.planner._overrides import Overrides, Restriction
-from ullage.planner._peak import bounds_of
 from ullage.planner._plan import Forecast, Plan
 from ullage.planner._policies import check_policy, policy_assignment
+from ullage.planner._prepare import prepare
 from ullage.planner._profile import Profile
-from ullage.planner._schedule import Schedule, flat
 from ullage.planner._simple import fewer_actions
-from ullage.planner._solve import Solution, smallest
-from ullage.planner._solve import solve as solve_anew
-from ullage.planner._study import StepCapture, Study, key_of, study
-from ullage.planner._tiers import OffloadTier, TierRequest, choose_tier
+from ullage.planner._solve import smallest
+from ullage.planner._study import Study
+from ullage.planner._tiers import TierRequest, choose_tier
 from ullage.planner._window import choose_window
-from ullage.planner._with_tier import solve_with_tier, without_tier
 from ullage.workload import Workload
-
-MAX_TIGHTENINGS = 10
-RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
-SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
-
-solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
-with_tier = lru_cache(maxsize=4)(solve_with_tier)
 
 
 @leaves_rng
@@ -129,27 +114,10 @@ def study_and_plan(
         overrides.check_tier(chosen.name)
     s = prepare(work, device, costs, profile, units, progress, chosen)
     s.explains = True
-    plain = _fresh_peak(s, {})
+    plain = s.fresh_peak({})
     limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
     s.headroom_bytes = overrides.headroom_bytes(plain, s.device.memory_bytes)
     return s, decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
-
-
-def prepare(
-    work: Workload,
-    device: str | None = None,
-    costs: str = "auto",
-    profile: Profile | None = None,
-    units: Sequence[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-    tier: OffloadTier | None = None,
-) -> Study:
-    """What all decisions about one workload share: the plain step and the options of its units."""
-    known = profile.op_costs if profile is not None else None
-    mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
-    s = study(work, device, mode, units, known, progress, tier)
-    find_options(s)
-    return s
 
 
 def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Restriction | None = None) -> Plan:
@@ -176,7 +144,7 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     if restriction.overrides.tolerance and limit is not None:
         room = limit - s.reserve_bytes
         assignment, note = fewer_actions(
-            s, assignment, restriction.overrides.tolerance, room, lambda: _optimal(s, room)[0]
+            s, assignment, restriction.overrides.tolerance, room, lambda: optimal(s, room)[0]
         )
         notes.append(note)
     made = finish(s, assignment, limit, policy, baseline, bound, restriction.why())
@@ -188,16 +156,16 @@ def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tup
     """The assignment, and a lower bound on the seconds of a step under any that fits; 0 for a named policy."""
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
-        peak = _fresh_peak(s, assignment)
+        peak = s.fresh_peak(assignment)
         if limit is not None and peak > limit - s.reserve_bytes:
-            raise _infeasible(s, limit, _smallest(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
+            raise infeasible(s, limit, smallest_step(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
         # without a budget no more than the plain step takes
         choose_window(s, assignment, (baseline.peak_bytes if limit is None else limit) - s.reserve_bytes)
         return assignment, 0.0
     assert limit is not None
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}, baseline.step_seconds
-    assignment, added = _optimal(s, limit - s.reserve_bytes)
+    assignment, added = optimal(s, limit - s.reserve_bytes)
     return assignment, baseline.step_seconds + added
 
 
@@ -213,26 +181,12 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}
     model = model_of(s)
-    return _assignment(model, (_solution(s, limit - s.reserve_bytes) or smallest(model)).schedule)
-
-
-def _solution(s: Study, target: int, offload: bool = True) -> Solution | None:
-    """What the solver finds within `target` bytes; where tensors may leave, the window that goes with it is noted."""
-    model = model_of(s)
-    if s.tier is None or s.pace is None:
-        return solve(model, target)
-    if not offload:
-        return solve(without_tier(model), target)
-    found = with_tier(model, s.pace, target, s.tier)
-    if found is None:
-        return None
-    s.windows[key_of(_assignment(model, found[0].schedule))] = found[1].window_bytes
-    return found[0]
+    return assignment_of(model, (solution_of(s, limit - s.reserve_bytes) or smallest(model)).schedule)
 
 
 def smallest_bytes(s: Study) -> int:
     """The smallest budget that some plan is executed within."""
-    return _fresh_peak(s, _smallest(s).assignment) + s.reserve_bytes
+    return s.fresh_peak(smallest_step(s).assignment) + s.reserve_bytes
 
 
 def execute_choice(s: Study, limit: int) -> None:
@@ -242,161 +196,5 @@ def execute_choice(s: Study, limit: int) -> None:
     likely fit, and where executions made for another budget may be the same.
     """
     target = limit - s.reserve_bytes
-    if _fresh_peak(s, {}) > target and (solution := _solution(s, target)) is not None:
-        s.execute_fresh(_assignment(model_of(s), solution.schedule))
-
-
-def _fresh_peak(s: Study, assignment: Mapping[str, Option]) -> int:
-    return max(s.peak(c) for c in s.execute_fresh(assignment))
-
-
-def _assignment(model: StepModel, schedule: Schedule) -> dict[str, Option]:
-    return assignment_of(model.units, [[o.option for o in options] for options in model.options], schedule)
-
-
-def _smallest(s: Study) -> StepCapture:
-    """The executed step with the smallest peak, among the solver's choice and the homogeneous ones; without windows."""
-    s.windows.clear()
-    model = model_of(s)
-    candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
-    candidates.append(s.execute(_assignment(model, smallest(model).schedule)))
-    if s.tier is not None:
-        candidates.append(s.execute(_assignment(model, smallest(without_tier(model)).schedule)))
-    candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    fitting = [c for c in candidates if s.fits_tier(c)]
-    if not fitting:
-        least = min(candidates, key=s.offloaded_bytes)
-        raise too_much_offloaded(s, least, "with these pins")
-    return min(fitting, key=s.peak_with_update)
-
-
-def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
-    return all(replace(assignment.get(f, KEEP), place=None) in options for f, options in s.options.items())
-
-
-def _infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
-    steps = s.execute_fresh(best.assignment)
-    size = max(map(s.peak, steps)) + s.reserve_bytes
-    phase, module, op = peak_moment(s, max(steps, key=s.peak))
-    kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
-    reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
-    reasons += f"; {format_bytes(s.headroom_bytes)} of it are headroom" if s.headroom_bytes else ""
-    reasons += f"; with {', '.join(s.restrictions)}" if s.restrictions else ""
-    bounds = bounds_of(s, best.assignment, steps) if s.explains else None
-    return BudgetInfeasible(
-        f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
-        f"bound by {phase} in {module or '(root)'} at {op}{reasons}{bounds.hint if bounds is not None else ''}",
-        limit,
-        size,
-        (phase, module, op),
-        bounds,
-    )
-
-
-def _optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
-    """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds.
-
-    What is simulated while choosing is coarser than what is then executed. So that offload never makes a step slower, a
-    choice that sends something is compared with the best one that sends nothing.
-    """
-    confirmed, bound = _confirmed(s, limit, offload=True)
-    found = [confirmed]
-    if s.tier is not None and (confirmed is None or any(o.offloads for o in confirmed.assignment.values())):
-        found.append(_confirmed(s, limit, offload=False)[0])
-    chosen = [c for c in found if c is not None]
-    if not chosen:
-        chosen = [_smallest(s)]
-        if _fresh_peak(s, chosen[0].assignment) > limit:
-            raise _infeasible(s, limit + s.reserve_bytes, chosen[0])
-    whole = [_whole(s, c, limit) for c in chosen]
-    for assignment in whole:
-        choose_window(s, assignment, limit)
-    if len(whole) > 1:
-        whole.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
-    return whole[0], bound
-
-
-def _confirmed(s: Study, limit: int, offload: bool) -> tuple[StepCapture | None, float]:
-    """What the solver chooses and execution shows to fit, None if there is none; and its lower bound."""
-    model, target, bound = model_of(s), limit, None
-    for _ in range(MAX_TIGHTENINGS):
-        solution = _solution(s, target, offload)
-        if solution is None:
-            break
-        bound = solution.lower_bound if bound is None else bound
-        trial = s.execute(_assignment(model, solution.schedule))
-        s.progress("confirming the plan")
-        over = s.peak_with_update(trial) - limit
-        if not s.fits_tier(trial):  # the model says less than what is sent
-            break
-        if over <= 0 and (over := _fresh_peak(s, trial.assignment) - limit) <= 0:
-            if not all(map(s.fits_tier, s.execute_fresh(trial.assignment))):
-                break
-            return trial, bound
-        target = min(target - over, solution.peak_bytes - 1)  # not the same again
-    return None, bound or 0.0
-
-
-def _whole(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
-    everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
-    return _relax(s, everything, s.peak(chosen), limit)
-
-
-def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> dict[str, Option]:
-    """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
-
-    The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed. Where units are rebuilt together, or tensors leave, nothing is tried.
-    """
-    if any(o.place is not None or o.offloads for o in assignment.values()):
-        return assignment
-    model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
-    # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
-    # a trial that did not fit is not tried
-    rejected: dict[tuple[str, int, float], int] = {}
-    while work > 0:
-        at = _choice(model, assignment)
-        slack = max(model.peak(at) - peak, seen) + SLACK_BYTES
-        tries = []
-        for u, facts in enumerate(model.options):
-            cheaper = [c for c in range(at[u]) if not facts[c].sent_bytes]  # what it costs to send is not in the model
-            if not cheaper:
-                continue
-            old, new = facts[at[u]], facts[cheaper[-1]]
-            kind = new.option.name, new.held_bytes - old.held_bytes, new.seconds
-            said = model.peak([*at[:u], cheaper[-1], *at[u + 1 :]])
-            if said <= limit + slack and said < rejected.get(kind, said + 1):
-                tries.append((new.seconds - old.seconds, u, new.option, kind, said))
-        if not tries:
-            break
-        _, u, option, kind, said = min(tries, key=lambda t: (t[0], t[1]))
-        s.progress("trying to relax single units")
-        trial = s.execute({**assignment, model.units[u]: option})
-        work -= trial.ops.stop - trial.ops.start
-        fits = s.peak_with_update(trial) <= limit
-        if fits and _fresh_peak(s, trial.assignment) <= limit:
-            assignment, peak = dict(trial.assignment), s.peak(trial)
-            rejected.clear()
-        else:
-            rejected[kind] = said
-    return assignment
-
-
-def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
-    """The option index per unit; an option the model has pruned counts as its cheapest."""
-    found = []
-    for fqn, facts in zip(model.units, model.options, strict=True):
-        found.append(next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), 0))
-    return found
-
-
-def _overestimate(s: Study) -> int:
-    """By how much the model says more than the executed homogeneous steps showed."""
-    seen = [0]
-    model = model_of(s)
-    for capture in s.captures.values():
-        wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
-        choice = _choice(model, wanted)
-        if _assignment(model, flat(choice)) == wanted:
-            seen.append(model.peak(choice) - s.peak_with_update(capture))
-    return max(seen)
+    if s.fresh_peak({}) > target and (solution := solution_of(s, target)) is not None:
+        s.execute_fresh(assignment_of(model_of(s), solution.schedule))

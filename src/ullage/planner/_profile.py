@@ -16,7 +16,8 @@ from ullage.planner._instance import StepModel
 from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_moment, peak_op, totals
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
-from ullage.planner._study import StepCapture, Study, study
+from ullage.planner._prepare import study
+from ullage.planner._study import StepCapture, Study
 from ullage.workload import Workload
 
 

@@ -7,9 +7,8 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,18 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from ullage._errors import ArgumentError
-from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
-from ullage.capture._store import Transfer
-from ullage.capture._timeline import OpCost, Timeline, effective_bytes, timeline
+from ullage.capture._timeline import OpCost, Timeline, timeline
 from ullage.capture._trace import Signature, Trace
-from ullage.capture._units import UnitFacts, unit_facts
+from ullage.capture._units import UnitFacts
 from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
-from ullage.offload import whole_blocks
-from ullage.planner._channels import COMPUTE, IN, OUT, Event, Overlap, overlap
-from ullage.planner._device import DeviceChoice, choose_device
+from ullage.planner._device import DeviceChoice
+from ullage.planner._moved import overlap_of
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -134,53 +129,6 @@ class Study:
             return None
         return structs.replace(self.tier, window_bytes=self.windows.get(key_of(assignment), 0))
 
-    def transfers(self, capture: StepCapture) -> list[Transfer]:
-        """What left memory and came back in a captured step."""
-        return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
-
-    def largest_sent(self, *captures: StepCapture) -> int:
-        """Bytes of the largest tensor that leaves in some of these, as the device's allocator rounds them."""
-        most = max((t.nbytes for c in captures for t in self.transfers(c)), default=0)
-        return -(-most // self.device.round_bytes) * self.device.round_bytes
-
-    def offloaded_bytes(self, capture: StepCapture) -> int:
-        """The most bytes of its tier that a captured step takes at any moment, in whole blocks."""
-        dropped = capture.session.store.dropped
-        held: list[tuple[int, int]] = []  # (op at which its place is free again, bytes)
-        most = now = 0
-        for t in self.transfers(capture):
-            if not t.out:
-                continue
-            while held and held[0][0] < t.op:
-                now -= heapq.heappop(held)[1]
-            size = whole_blocks(t.nbytes)
-            heapq.heappush(held, (dropped.get(t.ticket, capture.ops.stop), size))
-            now += size
-            most = max(most, now)
-        return most
-
-    def fits_tier(self, capture: StepCapture) -> bool:
-        """Does the tier hold what a captured step sends?"""
-        return self.tier is None or self.offloaded_bytes(capture) <= self.tier.capacity_bytes
-
-    def overlap(self, capture: StepCapture) -> Overlap | None:
-        """How the transfers of a captured step fit into its computing; None if there are none."""
-        tier, moved = self.tier_for(capture.assignment), self.transfers(capture)
-        if tier is None or not moved:
-            return None
-        done = np.concatenate([[0.0], np.cumsum(self.op_seconds(capture))])
-        events: list[Event] = []
-        at = 0
-        for t in moved:
-            k = t.op - capture.ops.start
-            events.append((COMPUTE, float(done[k] - done[at]), 0))
-            events.append((OUT if t.out else IN, t.ticket, t.nbytes))
-            at = k
-        events.append((COMPUTE, float(done[-1] - done[at]), 0))
-        units = {u.fqn for u in self.units}
-        senders: dict[float, str] = {t.ticket: next((m for m in t.modules if m in units), "") for t in moved if t.out}
-        return overlap(events, tier.channels, senders)
-
     def peak_with_update(self, capture: StepCapture) -> int:
         """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""
         return max(self.peak(capture), self.update_peak_bytes)
@@ -207,14 +155,6 @@ class Study:
         """The plain step: the first and a later one."""
         return StepCapture(self.plain_session, self.plain_steps[0], {}), self.captures["keep"]
 
-    def waits(self, capture: StepCapture) -> list[tuple[int, float]]:
-        """(op, seconds) of each op that a captured step runs only after it has waited for a transfer."""
-        seen, moved = self.overlap(capture), self.transfers(capture)
-        if seen is None:
-            return []
-        # of two events each transfer is the second; what waits at the step's end belongs to its last op
-        return [(min(moved[k // 2].op, capture.ops.stop - 1), seconds) for k, seconds in seen.waits]
-
     def op_seconds(self, capture: StepCapture) -> npt.NDArray[np.float64]:
         """Seconds of each op of a captured step; host time of a unit's replays is spread evenly over what they run again."""
         trace, stacks = capture.session.trace, capture.session.tracker.stacks
@@ -233,7 +173,7 @@ class Study:
 
     def seconds(self, capture: StepCapture) -> float:
         """The predicted time of a captured step, waits for transfers included."""
-        moved = self.overlap(capture)
+        moved = overlap_of(self, capture)
         return float(self.op_seconds(capture).sum()) + (moved.stalled_seconds if moved is not None else 0.0)
 
     @cached_property
@@ -330,6 +270,10 @@ class Study:
                 del self._fresh[next(iter(self._fresh))]
         return self._fresh[wanted]
 
+    def fresh_peak(self, assignment: Mapping[str, Option]) -> int:
+        """The larger peak of the two, in bytes."""
+        return max(self.peak(c) for c in self.execute_fresh(assignment))
+
 
 def key_of(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
     """What an assignment changes: unnamed units are kept."""
@@ -345,54 +289,6 @@ def _forward_signatures(trace: Trace) -> set[int]:
 def signature_key(s: Signature) -> str:
     """A stable name of a signature."""
     return f"{s.func}|{s.args!r}|{sorted(s.kwargs.items(), key=lambda kv: kv[0])!r}|{s.outputs!r}"
-
-
-def study(
-    work: Workload,
-    device: str | None,
-    costs: str,
-    units: Sequence[str] | None = None,
-    known_costs: Mapping[str, OpCost] | None = None,
-    progress: Progress | None = None,
-    tier: OffloadTier | None = None,
-) -> Study:
-    """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
-    if not isinstance(work, Workload):
-        raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
-    choice = choose_device(work, device)
-    if costs not in ("auto", "roofline"):
-        raise ArgumentError(f"costs={costs!r}: expected 'auto' or 'roofline'")
-    if work.factory is None:
-        refuse_existing(work.model)
-    mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
-    say = progress or (lambda _: None)
-    say("capturing the plain step")
-    session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
-    refuse_existing(session.inst.model)
-    session.run(steps=2)
-    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
-    result.times_given = known_costs is not None
-    a, b = session.trace.marks
-    result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]
-    result.captures["keep"] = StepCapture(session, result.plain_steps[1], {})
-    result.units = unit_facts(session, saved_bytes(result), units)
-    return result
-
-
-def saved_bytes(s: Study) -> dict[str, int]:
-    """Bytes each module's calls save for backward, in the first micro-batch of the first step."""
-    trace, costs = s.session.trace, s.costs(s.session)
-    first = next((i for i, p in enumerate(trace.phase) if p == "backward"), len(trace.phase))
-    kept = [
-        (t.birth, effective_bytes(t, trace, costs))
-        for t in trace.storages
-        if 0 <= t.birth < first <= t.death + 1 and not t.category
-    ]
-    totals: dict[str, int] = {}
-    for birth, size in kept:
-        for fqn in {*s.session.tracker.stacks[trace.stack[birth]], ""}:
-            totals[fqn] = totals.get(fqn, 0) + size
-    return totals
 
 
 def recomputed_in(s: Study, capture: StepCapture) -> dict[str, tuple[int, float]]:

@@ -16,7 +16,8 @@ from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._names import glob_of, units_of
 from ullage.planner._options import find_options
 from ullage.planner._peak_facts import Lever, PeakFacts
-from ullage.planner._study import StepCapture, saved_bytes
+from ullage.planner._prepare import saved_bytes
+from ullage.planner._study import StepCapture
 from ullage.workload import Instance
 
 

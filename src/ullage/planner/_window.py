@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ullage.mechanisms import Option
 from ullage.planner._instance import nanoseconds
+from ullage.planner._moved import largest_sent, overlap_of
 from ullage.planner._study import Study, key_of
 from ullage.planner._with_tier import WINDOWS
 
@@ -21,7 +22,7 @@ def choose_window(s: Study, assignment: Mapping[str, Option], limit: int) -> Non
     if s.tier_for(assignment) is None:
         return
     first, later = s.execute_fresh(assignment)
-    largest = s.largest_sent(later)
+    largest = largest_sent(s, later)
     key = key_of(assignment)
     s.windows[key] = 0
     room = max((limit - max(s.peak(first), s.peak(later))) // 2, 0)
@@ -29,7 +30,7 @@ def choose_window(s: Study, assignment: Mapping[str, Option], limit: int) -> Non
 
     def waits(window: int) -> tuple[int, int]:
         s.windows[key] = window
-        moved = s.overlap(later)
+        moved = overlap_of(s, later)
         return nanoseconds(moved.stalled_seconds) if moved is not None else 0, window
 
     s.windows[key] = min(widths, key=waits)

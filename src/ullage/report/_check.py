@@ -16,7 +16,8 @@ from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._plan import action_label, environment
 from ullage.planner._planned import study_plan
-from ullage.planner._planner import decide, prepare
+from ullage.planner._planner import decide
+from ullage.planner._prepare import prepare
 from ullage.planner._study import Study
 from ullage.report._baseline import VERSION, Baseline, StepFacts, UnitState
 from ullage.report._make import plain_timeline_of, planned_timeline_of

@@ -16,6 +16,7 @@ from ullage.measure._state import leaves_rng
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._live import Ledger, categories, peak_op
+from ullage.planner._moved import overlap_of, waits
 from ullage.planner._plan import action_label
 from ullage.planner._planned import study_plan
 from ullage.planner._study import StepCapture, Study
@@ -194,7 +195,7 @@ def _seconds(s: Study, first: StepCapture, later: StepCapture) -> npt.NDArray[np
     """Seconds per op of both steps; an op's include what it waits for transfers."""
     found = np.concatenate([s.op_seconds(first), s.op_seconds(later)])
     for capture in (first, later):
-        for op, seconds in s.waits(capture):
+        for op, seconds in waits(s, capture):
             found[op - first.ops.start] += seconds
     return found
 
@@ -203,7 +204,7 @@ def _transfers(s: Study, first: StepCapture, later: StepCapture, seconds: npt.ND
     """What both steps send and fetch; the later one begins where the first one ends."""
     found = []
     for capture, start in ((first, 0.0), (later, float(seconds[: later.ops.start - first.ops.start].sum()))):
-        seen = s.overlap(capture)
+        seen = overlap_of(s, capture)
         found += [
             Transfer(
                 out=x.out,

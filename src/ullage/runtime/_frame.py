@@ -1,8 +1,7 @@
 """One call of a unit: what its forward leaves behind, and how backward asks for it.
 
 A frame lives as long as autograd holds one of the unit's saved tensors. What autograd packs is an index; `_missing` gives the
-tensor back from what was kept, from what was rebuilt, or after a replay. The pack hooks are closures over plain lists and dicts:
-they run once per saved tensor, which makes them the hottest code there is.
+tensor back from what was kept, from what was rebuilt, or after a replay.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
-from ullage.runtime._digest import digest
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
-from ullage.runtime._notes import Notes, meta_of
+from ullage.runtime._notes import Notes
+from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
 from ullage.runtime._reach import Reached, name_in, objects_in, roots_of, tensors_around
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
@@ -40,8 +39,6 @@ _modes = torch._C._len_torch_dispatch_stack
 _graph_task = torch._C._current_graph_task_id
 _group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
 _at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
-
-Pack = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,10 @@ class Frame:
     reads: Reads | None = None
     previous: Frame | None = None  # the call whose output makes this one's input
     place = NOWHERE
-    _odd: Notes | None = None
+    # what the pack hook of its forward notes
+    expected: Notes
+    count: Callable[[], int]
+    odd: Notes | None = None
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Frame:
         """Run the unit's forward."""
         # in the selective replay of an outer unit nobody asks for what is saved here: nothing is learnt
         if local.skipping:
-            return self.run(args, kwargs, self.packer(Notes()))
+            return self.run(args, kwargs, packer(self, Notes()))
         options, training = self.options, self.reached.training
         grads = (*self.inputs.kinds(), *[a.kind for a in self.around])
         kinds = self.kinds = (training, flags_of(args, kwargs), grads, *map(type, self.roots))
@@ -147,7 +147,7 @@ class Frame:
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
             if facts.must_keep:  # kept by this frame, as in the first call: an outer unit must see the same in both
-                out = self.run(args, kwargs, self.packer_of_all())
+                out = self.run(args, kwargs, packer_of_all(self))
                 self.keep_all()
                 return out
             if not (facts.looks > 1 or not facts.changes.containers) or not self._note_entry(facts):
@@ -164,8 +164,8 @@ class Frame:
         out = self.run(
             args,
             kwargs,
-            self.packer(
-                expected or Notes(), *((known.selection.kept, known.selection.away) if known is not None else ())
+            packer(
+                self, expected or Notes(), *((known.selection.kept, known.selection.away) if known is not None else ())
             ),
         )
         self.finish()
@@ -227,90 +227,14 @@ class Frame:
         self.previous = None
         self.reached = Reached(())
 
-    # Of what is saved, a forward that saves what the expected notes say leaves nothing behind but their count.
-
-    def packer(self, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
-        """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
-
-        Of those that are kept, the ones in `away` leave memory.
-        """
-        checks, i = expected.checks_in("forward"), -1
-        self._expected, digests = expected, self.digests
-
-        def pack(x: Tensor) -> int:
-            nonlocal i
-            i += 1
-            try:
-                if checks[i](x):
-                    return i
-            except IndexError:
-                pass
-            note(i, x)
-            return i
-
-        def note(i: int, x: Tensor) -> None:
-            nonlocal checks
-            if self._odd is None and not expected.equal(i, x, checks):
-                self._odd, checks = Notes(expected[:i]), []
-            if self._odd is not None:
-                self._odd.append(meta_of(x))
-
-        self._count = lambda: i + 1
-        if not keep and digests is None:
-            return pack
-        kept: dict[int, tuple[Tensor | Away, int]] = {}
-        held: dict[int, Tensor | None] = {}
-        self.kept, self.held = kept, held
-        nested, site = _modes() > 0, self.site
-
-        def pack_some(x: Tensor) -> int:
-            i = pack(x)
-            if i in keep:
-                before = local.quiet
-                if nested:
-                    local.quiet = True
-                try:
-                    left = site.send(x) if i in away else None
-                    # detached: a node that saves its own output must not hold itself
-                    kept[i] = (left or x.detach(), x._version)
-                finally:
-                    local.quiet = before
-                if local.holding:
-                    held[i] = None
-            elif digests is not None:
-                with quiet():
-                    digests[i] = digest(x)
-            return i
-
-        return pack_some
-
-    def packer_of_all(self, saved: Callable[[Tensor], None] | None = None) -> Pack:
-        """A pack hook that keeps everything; `saved` is called with each tensor."""
-        pack = self.packer(Notes())
-        kept: dict[int, tuple[Tensor | Away, int]] = {}
-        held: dict[int, Tensor | None] = {}
-        self.kept, self.held = kept, held
-
-        def pack_all(x: Tensor) -> int:
-            i = pack(x)
-            with quiet():
-                kept[i] = (x.detach(), x._version)
-                if local.holding:
-                    held[i] = x.detach().clone()
-            if saved is not None:
-                saved(x)
-            return i
-
-        return pack_all
-
     def noted(self) -> Notes:
         """What this forward has saved, so far if it is not over."""
         if self.complete:
             return self.notes
-        if self._odd is not None:
-            return self._odd
-        count = self._count()
-        return self._expected if count == len(self._expected) else Notes(self._expected[:count])
+        if self.odd is not None:
+            return self.odd
+        count = self.count()
+        return self.expected if count == len(self.expected) else Notes(self.expected[:count])
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], pack: Pack) -> Any:
         """Call the unit under a pack hook."""
@@ -336,7 +260,7 @@ class Frame:
         self._look_for_unseen()
         if not self.notes:
             return
-        if self.known is not None and self.notes is not self._expected and self.notes != self.known.notes:
+        if self.known is not None and self.notes is not self.expected and self.notes != self.known.notes:
             self.stale = not self.known.selection.refusal
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
         self.reads = Reads(self)

@@ -18,6 +18,7 @@ from ullage.runtime._digest import digest
 from ullage.runtime._frame import Frame
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
+from ullage.runtime._packing import packer_of_all
 from ullage.runtime._reach import forget
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, Learnt, refused
@@ -41,7 +42,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         survey = Survey(frame.roots) if facts is None else None
     host = ambient.HOST[0]() if facts is None else None
     with recorder if recorder is not None else contextlib.nullcontext():
-        out = frame.run(args, kwargs, frame.packer_of_all(recorder.saved if recorder is not None else None))
+        out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None

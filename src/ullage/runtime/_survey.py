@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ullage._array import elements_of
 from ullage.runtime._state import (
     MOST_NODES,
     OPAQUE,
@@ -114,11 +115,10 @@ def _noted(obj: Any) -> tuple[Any, int]:
 
 
 def _host_copy(t: Tensor) -> np.ndarray[Any, Any] | None:
-    try:
-        bits = t.detach().cpu()
-        return (bits.view(torch.int16) if bits.dtype == torch.bfloat16 else bits).numpy().copy()
-    except (TypeError, RuntimeError):  # a dtype numpy lacks: digests tell whether it changed, but it can't be put back
+    """None for what is more than its elements, or has none here: digests tell whether it changed, but it can't be put back."""
+    if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or (t.numel() and not t.untyped_storage().nbytes()):
         return None
+    return elements_of(t.detach().cpu()).copy()
 
 
 def _moved(obj: Any, host: Any, version: int) -> bool:
@@ -133,5 +133,6 @@ def _moved(obj: Any, host: Any, version: int) -> bool:
 def _restored(obj: Any, host: Any) -> Any:
     if isinstance(obj, np.ndarray) or host is None:
         return host
-    values = torch.from_numpy(host)
-    return (values.view(torch.bfloat16) if obj.dtype == torch.bfloat16 else values).to(obj.device)
+    if not host.size:
+        return torch.empty(host.shape, dtype=obj.dtype, device=obj.device)
+    return torch.frombuffer(bytearray(host.tobytes()), dtype=obj.dtype).reshape(host.shape).to(obj.device)

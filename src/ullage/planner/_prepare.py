@@ -1,0 +1,85 @@
+"""What all decisions about one workload share: the plain step, the units it has, and the options of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ullage._errors import ArgumentError
+from ullage.apply._existing import refuse_existing
+from ullage.capture import Session
+from ullage.capture._timeline import OpCost, effective_bytes
+from ullage.capture._units import unit_facts
+from ullage.planner._device import choose_device
+from ullage.planner._options import find_options
+from ullage.planner._study import Progress, StepCapture, Study
+from ullage.workload import Workload
+
+if TYPE_CHECKING:
+    from ullage.planner._profile import Profile
+    from ullage.planner._tiers import OffloadTier
+
+
+def prepare(
+    work: Workload,
+    device: str | None = None,
+    costs: str = "auto",
+    profile: Profile | None = None,
+    units: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+    tier: OffloadTier | None = None,
+) -> Study:
+    """What all decisions about one workload share: the plain step and the options of its units."""
+    known = profile.op_costs if profile is not None else None
+    mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
+    s = study(work, device, mode, units, known, progress, tier)
+    find_options(s)
+    return s
+
+
+def study(
+    work: Workload,
+    device: str | None,
+    costs: str,
+    units: Sequence[str] | None = None,
+    known_costs: Mapping[str, OpCost] | None = None,
+    progress: Progress | None = None,
+    tier: OffloadTier | None = None,
+) -> Study:
+    """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
+    if not isinstance(work, Workload):
+        raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
+    choice = choose_device(work, device)
+    if costs not in ("auto", "roofline"):
+        raise ArgumentError(f"costs={costs!r}: expected 'auto' or 'roofline'")
+    if work.factory is None:
+        refuse_existing(work.model)
+    mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
+    say = progress or (lambda _: None)
+    say("capturing the plain step")
+    session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
+    refuse_existing(session.inst.model)
+    session.run(steps=2)
+    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
+    result.times_given = known_costs is not None
+    a, b = session.trace.marks
+    result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]
+    result.captures["keep"] = StepCapture(session, result.plain_steps[1], {})
+    result.units = unit_facts(session, saved_bytes(result), units)
+    return result
+
+
+def saved_bytes(s: Study) -> dict[str, int]:
+    """Bytes each module's calls save for backward, in the first micro-batch of the first step."""
+    trace, costs = s.session.trace, s.costs(s.session)
+    first = next((i for i, p in enumerate(trace.phase) if p == "backward"), len(trace.phase))
+    kept = [
+        (t.birth, effective_bytes(t, trace, costs))
+        for t in trace.storages
+        if 0 <= t.birth < first <= t.death + 1 and not t.category
+    ]
+    totals: dict[str, int] = {}
+    for birth, size in kept:
+        for fqn in {*s.session.tracker.stacks[trace.stack[birth]], ""}:
+            totals[fqn] = totals.get(fqn, 0) + size
+    return totals

@@ -1,0 +1,80 @@
+"""Units that the solver refused a cheaper option, though it fits as execution shows, get it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ullage.mechanisms import KEEP, Option
+from ullage.planner._instance import StepModel
+from ullage.planner._links import assignment_of
+from ullage.planner._model import model_of
+from ullage.planner._schedule import flat
+from ullage.planner._study import StepCapture, Study
+
+RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
+SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
+
+
+def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
+    everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
+    return _relax(s, everything, s.peak(chosen), limit)
+
+
+def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> dict[str, Option]:
+    """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
+
+    The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
+    too much, might have refused wrongly is executed. Where units are rebuilt together, or tensors leave, nothing is tried.
+    """
+    if any(o.place is not None or o.offloads for o in assignment.values()):
+        return assignment
+    model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
+    # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
+    # a trial that did not fit is not tried
+    rejected: dict[tuple[str, int, float], int] = {}
+    while work > 0:
+        at = _choice(model, assignment)
+        slack = max(model.peak(at) - peak, seen) + SLACK_BYTES
+        tries = []
+        for u, facts in enumerate(model.options):
+            cheaper = [c for c in range(at[u]) if not facts[c].sent_bytes]  # what it costs to send is not in the model
+            if not cheaper:
+                continue
+            old, new = facts[at[u]], facts[cheaper[-1]]
+            kind = new.option.name, new.held_bytes - old.held_bytes, new.seconds
+            said = model.peak([*at[:u], cheaper[-1], *at[u + 1 :]])
+            if said <= limit + slack and said < rejected.get(kind, said + 1):
+                tries.append((new.seconds - old.seconds, u, new.option, kind, said))
+        if not tries:
+            break
+        _, u, option, kind, said = min(tries, key=lambda t: (t[0], t[1]))
+        s.progress("trying to relax single units")
+        trial = s.execute({**assignment, model.units[u]: option})
+        work -= trial.ops.stop - trial.ops.start
+        fits = s.peak_with_update(trial) <= limit
+        if fits and s.fresh_peak(trial.assignment) <= limit:
+            assignment, peak = dict(trial.assignment), s.peak(trial)
+            rejected.clear()
+        else:
+            rejected[kind] = said
+    return assignment
+
+
+def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
+    """The option index per unit; an option the model has pruned counts as its cheapest."""
+    found = []
+    for fqn, facts in zip(model.units, model.options, strict=True):
+        found.append(next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), 0))
+    return found
+
+
+def _overestimate(s: Study) -> int:
+    """By how much the model says more than the executed homogeneous steps showed."""
+    seen = [0]
+    model = model_of(s)
+    for capture in s.captures.values():
+        wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
+        choice = _choice(model, wanted)
+        if assignment_of(model, flat(choice)) == wanted:
+            seen.append(model.peak(choice) - s.peak_with_update(capture))
+    return max(seen)

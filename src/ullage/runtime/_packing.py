@@ -1,0 +1,101 @@
+"""The pack hooks of a unit's forward.
+
+They are closures over plain lists and dicts: they run once per saved tensor, which makes them the hottest code there is.
+Of what is saved, a forward that saves what the expected notes say leaves nothing behind but their count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ullage.runtime._digest import digest
+from ullage.runtime._local import local, quiet
+from ullage.runtime._notes import Notes, meta_of
+
+if TYPE_CHECKING:
+    from ullage.runtime._frame import Frame
+    from ullage.runtime._tier import Away
+
+_modes = torch._C._len_torch_dispatch_stack
+
+Pack = Callable[[Tensor], int]
+
+
+def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
+    """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
+
+    Of those that are kept, the ones in `away` leave memory.
+    """
+    checks, i = expected.checks_in("forward"), -1
+    frame.expected, digests = expected, frame.digests
+
+    def pack(x: Tensor) -> int:
+        nonlocal i
+        i += 1
+        try:
+            if checks[i](x):
+                return i
+        except IndexError:
+            pass
+        note(i, x)
+        return i
+
+    def note(i: int, x: Tensor) -> None:
+        nonlocal checks
+        if frame.odd is None and not expected.equal(i, x, checks):
+            frame.odd, checks = Notes(expected[:i]), []
+        if frame.odd is not None:
+            frame.odd.append(meta_of(x))
+
+    frame.count = lambda: i + 1
+    if not keep and digests is None:
+        return pack
+    kept: dict[int, tuple[Tensor | Away, int]] = {}
+    held: dict[int, Tensor | None] = {}
+    frame.kept, frame.held = kept, held
+    nested, site = _modes() > 0, frame.site
+
+    def pack_some(x: Tensor) -> int:
+        i = pack(x)
+        if i in keep:
+            before = local.quiet
+            if nested:
+                local.quiet = True
+            try:
+                left = site.send(x) if i in away else None
+                # detached: a node that saves its own output must not hold itself
+                kept[i] = (left or x.detach(), x._version)
+            finally:
+                local.quiet = before
+            if local.holding:
+                held[i] = None
+        elif digests is not None:
+            with quiet():
+                digests[i] = digest(x)
+        return i
+
+    return pack_some
+
+
+def packer_of_all(frame: Frame, saved: Callable[[Tensor], None] | None = None) -> Pack:
+    """A pack hook that keeps everything; `saved` is called with each tensor."""
+    pack = packer(frame, Notes())
+    kept: dict[int, tuple[Tensor | Away, int]] = {}
+    held: dict[int, Tensor | None] = {}
+    frame.kept, frame.held = kept, held
+
+    def pack_all(x: Tensor) -> int:
+        i = pack(x)
+        with quiet():
+            kept[i] = (x.detach(), x._version)
+            if local.holding:
+                held[i] = x.detach().clone()
+        if saved is not None:
+            saved(x)
+        return i
+
+    return pack_all
