@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import ullage as ul
 from tests.zoo import workload
@@ -53,8 +54,21 @@ def test_known_outputs_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch
         return t.signature, t.phase, t.stack, t.source, rows, [repr(s) for s in session.signatures]
 
     fast = trace(workload(name))
-    monkeypatch.setattr(KnownOutputs, "make", lambda self, key, args: (False, None))
+    monkeypatch.setattr(KnownOutputs, "make", lambda self, key, args: (False, None, True))
     assert trace(workload(name)) == fast
+
+
+def test_a_made_output_is_as_the_constructor_makes_it() -> None:
+    mode, device = FakeTensorMode(), torch.device("cpu")
+    mode._allow_unsafe_data_ptr_access = False
+    known = KnownOutputs(mode)
+    metas = [torch.empty(2, 3, device="meta") for _ in range(3)]
+    wanted = FakeTensor(mode, torch.empty(2, 3, device="meta"), device)
+    for made in (known._fake(m, device) for m in metas):  # the first by the constructor itself
+        assert type(made) is FakeTensor and vars(made) == vars(wanted)
+        assert torch._C._dispatch_keys(made) == torch._C._dispatch_keys(wanted)
+        with pytest.raises(RuntimeError, match="data pointer"):
+            made.data_ptr()
 
 
 def test_argument_keys_tell_numbers_apart() -> None:

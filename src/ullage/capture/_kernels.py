@@ -30,9 +30,10 @@ class FakeKernels:
         known = self.known.key(func, key, args)
         if known is None:
             return self._run(func, args, kwargs), True
-        hit, out = self.known.make(known, args)
+        hit, out, valued = self.known.make(known, args)
         if hit:
-            self.values.follow(func, args, kwargs, out)
+            if valued:
+                self.values.follow(func, args, kwargs, out)
             return out, not (out is None or func.is_view or func._schema.is_mutable)
         out = self._run(func, args, kwargs)
         self.known.learn(known, func, args, kwargs, out)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ullage.capture._values import may_follow
+
 aten = torch.ops.aten
 _NEVER_TAGS = (
     torch.Tag.dynamic_output_shape,
@@ -51,11 +53,19 @@ def argument_key(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """How to make an op's outputs: `kind` is fresh, view (of the first argument), first (itself) or nothing."""
+    """How to make an op's outputs.
+
+    Attributes:
+        kind: fresh, view (of the first argument), first (itself) or nothing.
+        specs: per output its shape, strides, dtype, device and offset.
+        container: None for a single output.
+        valued: may their values matter, or what they do to others'? See `Values.may_follow`.
+    """
 
     kind: str
     specs: tuple[Any, ...] = ()
-    container: type | None = None  # None for a single output
+    container: type | None = None
+    valued: bool = True
 
 
 class KnownOutputs:
@@ -65,6 +75,11 @@ class KnownOutputs:
         self.mode = mode
         self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
         self._views: dict[Any, bool | None] = {} if like is None else like._views
+        self._states: dict[torch.device, dict[str, Any]] = {}  # what a new fake tensor of each device knows
+        unsafe = mode._allow_unsafe_data_ptr_access
+        self._guard = (
+            torch._C._set_warn_deprecated_on_mutable_data_ptr if unsafe else torch._C._set_throw_on_mutable_data_ptr
+        )
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
         """The key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
@@ -78,13 +93,13 @@ class KnownOutputs:
         first = args[0]
         return (signature, first.storage_offset()) if isinstance(first, FakeTensor) else None
 
-    def make(self, key: Any, args: Any) -> tuple[bool, Any]:
-        """(True, outputs) if the call's outputs are known, else (False, None)."""
+    def make(self, key: Any, args: Any) -> tuple[bool, Any, bool]:
+        """(True, outputs, `_Entry.valued`) if the call's outputs are known, else (False, None, True)."""
         entry = self._entries.get(key)
         if entry is None:
-            return False, None
+            return False, None, True
         if entry.kind == "first" or entry.kind == "nothing":
-            return True, args[0] if entry.kind == "first" else None
+            return True, args[0] if entry.kind == "first" else None, True
         with torch._C._DisableTorchDispatch():  # below every mode: these are plain meta tensors
             if entry.kind == "view":
                 storage = args[0].untyped_storage()
@@ -97,8 +112,22 @@ class KnownOutputs:
                     torch.empty_strided(shape, stride, dtype=dtype, device="meta")
                     for shape, stride, dtype, _, _ in entry.specs
                 ]
-        outs = [FakeTensor(self.mode, e, s[3]) for e, s in zip(elements, entry.specs, strict=True)]
-        return True, outs[0] if entry.container is None else entry.container(outs)
+        outs = [self._fake(e, s[3]) for e, s in zip(elements, entry.specs, strict=True)]
+        return True, outs[0] if entry.container is None else entry.container(outs), entry.valued
+
+    def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
+        """`FakeTensor(mode, meta, device)`, by what it does with memory, without the checks of its arguments."""
+        state = self._states.get(device)
+        if state is None:
+            first = FakeTensor(self.mode, meta, device)
+            self._states[device] = dict(vars(first))
+            return first
+        made: FakeTensor = Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        self._guard(made)
+        vars(made).update(state)
+        return made
 
     def learn(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Note what the fake kernel answered, if it can be made again."""
@@ -128,7 +157,7 @@ class KnownOutputs:
                 return None
             seen.add(storage._cdata)
         specs = tuple((tuple(o.shape), o.stride(), o.dtype, o.fake_device, o.storage_offset()) for o in outs)
-        return _Entry("view" if view else "fresh", specs, container)
+        return _Entry("view" if view else "fresh", specs, container, may_follow(func, outs))
 
 
 def _is_view(func: Any) -> bool | None:

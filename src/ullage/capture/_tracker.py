@@ -159,8 +159,10 @@ class Tracker(TorchDispatchMode):
     def _refuse_real(self, func: Any, args: Any) -> None:
         if not self.real_parameters:
             return
-        for a in tree_flatten(args)[0]:
-            if isinstance(a, Tensor) and id(a) in self.real_parameters:
+        for a in args:
+            if isinstance(a, list | tuple):
+                self._refuse_real(func, a)
+            elif isinstance(a, Tensor) and id(a) in self.real_parameters:
                 raise CaptureError(
                     f"{source_line()}: {func} uses a parameter of the real model; the loss or step reaches the model "
                     "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"

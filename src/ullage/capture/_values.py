@@ -34,6 +34,11 @@ def _limit(tensor: Tensor) -> bool:
     return tensor.numel() <= (MAX_FLOAT_NUMEL if tensor.is_floating_point() else MAX_NUMEL)
 
 
+def may_follow(func: Any, outs: list[Any]) -> bool:
+    """Can `Values.follow` have anything to do for an op with these outputs? False if they are too large to carry values."""
+    return func._schema.is_mutable or func in _ASSUMED or all(map(_limit, outs))
+
+
 class Values:
     """Maps fake tensors to their real twins; views of one fake storage map to views of one real storage."""
 
