@@ -66,7 +66,7 @@ class Held:
             self._hooked = _holding(_make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
-            self._hooked = _holding(_SaveOne.apply, t, flag).grad_fn
+            self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: that alone lets go of what it saved
 
     def give(self) -> Tensor:
         """The argument for a replay, in grad mode; a leaf if it was one: autocast keeps casts of leaves for the next op."""
@@ -75,8 +75,8 @@ class Held:
             if not self.kind:
                 return t
             return t.requires_grad_() if self.kind == 2 else _alias(t.requires_grad_())
-        hooked: Any = self._hooked
-        return hooked.unpack() if _make_saved_tensor is not None else hooked.saved_tensors[0]  # type: ignore[no-any-return]
+        saved: Any = self._hooked
+        return saved.unpack() if _make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]  # type: ignore[no-any-return]
 
     def written(self) -> bool:
         """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
