@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ullage as ul
+from ullage.runtime import _inputs
 
 
 def steps(call: Any, model: nn.Module) -> list[Tensor]:
@@ -40,10 +41,15 @@ def test_attention(keep: str | None, weights: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["this torch", "torch 2.11"])
 @pytest.mark.parametrize("outer", ["ullage", "torch"])
 @pytest.mark.parametrize("keep", [None, "matmul_attention"])
-def test_attention_in_an_outer_checkpoint(outer: str, keep: str | None) -> None:
-    """What the inner unit holds, it holds as saved tensors of the outer one."""
+def test_attention_in_an_outer_checkpoint(
+    outer: str, keep: str | None, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the inner unit holds, it holds as saved tensors of the outer one, also where torch can't make one by itself."""
+    if older:
+        monkeypatch.setattr(_inputs, "_make_saved_tensor", None)
     attention = nn.MultiheadAttention(16, 4, batch_first=True)
 
     def inner(h: Tensor) -> Tensor:
