@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pkgutil
 from typing import Any
 
 import pytest
@@ -168,3 +169,11 @@ def test_a_planned_model_is_one_graph(policy: str) -> None:
             compiled(x).backward()
         seen.append([bits(p.grad) for p in model.parameters()] + [bits(b) for b in model.buffers()])
     assert seen[0] == seen[1]
+
+
+def test_dynamo_keeps_off_all_of_the_runtime() -> None:
+    """But for what dispatches to torch under compile, and rules, which a compiled step asks too."""
+    package = ullage.runtime
+    names = {m.name for m in pkgutil.iter_modules(package.__path__, "ullage.runtime.")}
+    marked = {m.__name__ for m in package._EAGER}
+    assert names - marked == {f"ullage.runtime.{n}" for n in ("_checkpoint", "_eager", "_keep")}

@@ -194,6 +194,8 @@ needs_dynamo = pytest.mark.skipif(
     ("keep", "sins"), [("mm[0]", 2), ("sin[0]", 1), ("sin[1]", 1), (OpsRule.from_text("mm[0]+sin[0]"), 1)]
 )
 def test_under_compile_all_calls_of_the_named_ops_are_kept(keep: Any, sins: int) -> None:
+    if isinstance(keep, OpsRule) and not hasattr(torch._C._autograd, "_make_saved_tensor"):
+        pytest.skip("Dynamo of torch 2.11 does not rebuild a frozen dataclass; plans give texts")
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -268,6 +269,8 @@ def test_decorator_forms() -> None:
 # --- torch.func, subclasses ------------------------------------------------------------------------------------------
 
 
+# of torch 2.11, whose checkpoint saves its arguments by a Function that has no rules for other transforms
+HAS_FUNCTION = hasattr(tc, "_NoopSaveInputs")
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Any]] = {
     "grad": lambda f, x, w: torch.func.grad(lambda x: f(x).sum())(x),
     "vmap": lambda f, x, w: torch.func.vmap(f)(torch.stack([x, w])),
@@ -282,14 +285,15 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Any
 @both
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_torch_func(name: str, wrap: Any) -> None:
-    """What works with torch's checkpoint works; what torch refuses (hooks under a grad transform) is refused alike."""
+    """What works with torch's checkpoint works; what torch refuses (hooks under a grad transform, in 2.11 more) is refused alike."""
     x, w = inputs(*XW, grad=False)
     run = lambda call: bits(TRANSFORMS[name](lambda x: call(_f, x, w), x, w))  # noqa: E731
     try:
         torchs_own = run(torchs)
     except RuntimeError as error:
-        assert "saved tensor hooks" in str(error) and name in ("grad", "vjp", "jacrev", "hessian")
-        with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        hooks = "saved tensor hooks" in str(error) and name in ("grad", "vjp", "jacrev", "hessian")
+        assert hooks or HAS_FUNCTION
+        with pytest.raises(type(error), match=re.escape(str(error)[:50])):
             run(wrap)
         return
     assert run(wrap) == torchs_own == run(plain)
@@ -301,6 +305,10 @@ def test_forward_mode(wrap: Any) -> None:
 
     x, w = inputs(*XW)
     for call in (plain, wrap):
+        if call is wrap and HAS_FUNCTION:
+            with pytest.raises(NotImplementedError, match="jvp"), fwd.dual_level():
+                call(_f, fwd.make_dual(x, w.detach()), w)
+            return
         with fwd.dual_level():
             tangent = fwd.unpack_dual(call(_f, fwd.make_dual(x, w.detach()), w)).tangent
             if call is plain:

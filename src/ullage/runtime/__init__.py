@@ -1,7 +1,8 @@
 """Run a function so that backward rebuilds its activations: the runtime that `ullage.checkpoint` and plans stand on."""
 
-from ullage import _source
+from ullage import _array, _source
 from ullage.runtime import (
+    _ahead,
     _ambient,
     _collect,
     _debug,
@@ -12,6 +13,7 @@ from ullage.runtime import (
     _local,
     _log,
     _notes,
+    _packing,
     _place,
     _reach,
     _reads,
@@ -65,9 +67,8 @@ __all__ = [
     "totals",
 ]  # fmt: skip
 
-keep_eager(
-    [
-        _source, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _place, _reach, _reads, _replay, _select, _site, _skip,
-        _state, _survey, _sweep, _tier, _totals, _watch,
-    ]
-)  # fmt: skip
+_EAGER = [
+    _array, _source, _ahead, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _packing, _place, _reach, _reads, _replay,
+    _select, _site, _skip, _state, _survey, _sweep, _tier, _totals, _watch,
+]  # fmt: skip
+keep_eager(_EAGER)
