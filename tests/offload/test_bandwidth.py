@@ -35,10 +35,9 @@ def test_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(found, Bandwidth) and isinstance(found.direct, bool)
     assert 2**20 < found.write_bytes_per_s <= 100 * 2**20
     assert 2**20 < found.read_bytes_per_s <= 200 * 2**20
-    assert moved == {
-        "out": 2 * 2**23 + 4096,
-        "in": 2**23 + 4096,
-    }  # twice and once, and what a store tries when it opens
+    assert 0.015 <= found.transfer_seconds < 0.1  # a block out and one back, waited for
+    # twice and once, what a store tries when it opens, and 32 blocks
+    assert moved == {"out": 2 * 2**23 + 33 * 4096, "in": 2**23 + 33 * 4096}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,6 +25,7 @@ class Ticks:
     """Time in whole ticks; what ends with a tick is over before the program goes on."""
 
     window: int
+    more: int
     now: int = 0
     stalled: int = 0
     writing: list[list[int]] = field(default_factory=list)  # [ticket, ticks left]
@@ -63,14 +64,14 @@ class Ticks:
                 if any(w[0] == ticket for w in self.writing):
                     self.there.add(ticket)
                 else:
-                    self.reading.append([ticket, self.size[ticket] // READ])
+                    self.reading.append([ticket, self.more + self.size[ticket] // READ])
             self.waiting.pop(0)
         self.most = max(self.most, sum(self.backlog.values()) + sum(self.ahead.values()))
 
 
-def reference(events: list[Event], window: int) -> tuple[int, int, int]:
-    """(ticks, stalled ticks, most bytes in the window)."""
-    t, left, order = Ticks(window), Counter(int(w) for k, w, _ in events if k == IN), list[int]()
+def reference(events: list[Event], window: int, more: int = 0) -> tuple[int, int, int]:
+    """(ticks, stalled ticks, most bytes in the window); each transfer takes `more` ticks than its bytes do."""
+    t, left, order = Ticks(window, more), Counter(int(w) for k, w, _ in events if k == IN), list[int]()
 
     def foresee(before: int) -> None:
         for other in reversed(order[: order.index(before)]):
@@ -89,7 +90,7 @@ def reference(events: list[Event], window: int) -> tuple[int, int, int]:
                 t.stall()
             t.size[ticket] = nbytes
             order.append(ticket)
-            t.writing.append([ticket, nbytes // WRITE])
+            t.writing.append([ticket, more + nbytes // WRITE])
             if nbytes <= window:
                 t.backlog[ticket] = nbytes
                 t.most = max(t.most, sum(t.backlog.values()) + sum(t.ahead.values()))
@@ -107,7 +108,7 @@ def reference(events: list[Event], window: int) -> tuple[int, int, int]:
                 foresee(ticket)
             else:
                 t.waiting = [w for w in t.waiting if w != ticket]
-                t.reading.append([ticket, t.size[ticket] // READ])
+                t.reading.append([ticket, more + t.size[ticket] // READ])
                 foresee(ticket)
                 while ticket not in t.there:
                     t.stall()
@@ -138,8 +139,9 @@ def test_two_simulations_agree(seed: int) -> None:
     stalls = 0
     for _ in range(400):
         events, window = random_events(rng), rng.choice([0, 6, 12, 20, 40, 200])
-        seen = overlap(events, Channels(WRITE, READ, window))
-        ticks, stalled, most = reference(events, window)
+        more = rng.choice([0, 0, 1, 4])
+        seen = overlap(events, Channels(WRITE, READ, window, more))
+        ticks, stalled, most = reference(events, window, more)
         assert (seen.seconds, seen.stalled_seconds) == (ticks, stalled), (events, window)
         assert seen.resident_bytes == most <= 2 * window
         stalls += stalled

@@ -48,6 +48,20 @@ def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, ch
         assert store.free_bytes == 2**20 and store.tickets == 0
 
 
+def test_all_threads_are_at_work_on_one_tensor(tmp_path: Path) -> None:
+    """Not only on several: a plan with a small window waits for one at a time."""
+    for threads, nbytes, parts in ((1, 3, 1), (2, 3, 2), (2, 9, 2), (2, 40, 5), (4, 3, 4), (4, 1, 2), (4, 0.25, 1)):
+        with ul.DiskStore(tmp_path, "64MiB", threads=threads) as store:
+            source = data(int(nbytes * 2**20), 7)
+            ticket = store.put(source)
+            found = ticket._record.parts
+            assert len(found) == parts, (threads, nbytes)
+            assert [p.start for p in found[1:]] == [p.start + p.length for p in found[:-1]]
+            assert sum(p.length for p in found) == len(source)
+            store.flush()
+            assert torch.equal(ticket.get(), source)
+
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool]
 
 

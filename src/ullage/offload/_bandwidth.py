@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from ullage.offload._store import DiskStore, DiskTicket
 
 _TENSOR_BYTES = 16 * 2**20
 _COPY_BYTES = 64 * 2**20  # so large that what a copy costs by itself does not show
+_TRANSFERS = 32
 _AT_ONCE = 4  # tensors on their way, so that no thread waits for one
 
 
@@ -29,6 +31,7 @@ def measure_bandwidth(
     nbytes: int | str = "512MiB",
     *,
     threads: int = 2,
+    buffer_bytes: int | str = 2 * 2**20,
     device: torch.device | str = "cpu",
     link: Link | None = None,
 ) -> Bandwidth:
@@ -40,7 +43,7 @@ def measure_bandwidth(
     Args:
         directory: where.
         nbytes: how much, a number or a text such as "512MiB"; this much is written twice, and timed once.
-        threads, device, link: as for the store. From a CUDA device, what comes out is the whole way to the disk and back.
+        threads, buffer_bytes, device, link: as for the store. From a CUDA device, what comes out is the whole way to the disk and back.
 
     Raises:
         ArgumentError: `nbytes` is no size, or less than 4 KiB.
@@ -58,6 +61,7 @@ def measure_bandwidth(
         threads=threads,
         backlog_bytes=room,
         ahead_bytes=room,
+        buffer_bytes=buffer_bytes,
         device=device,
         link=link,
     ) as store:
@@ -68,7 +72,9 @@ def measure_bandwidth(
         wrote = time.perf_counter()
         _read(tickets)
         read = time.perf_counter()
-        return Bandwidth(count * size / (wrote - began), count * size / (read - wrote), store.direct)
+        del tickets
+        alone = _seconds_of_a_transfer(store, block[:BLOCK])
+        return Bandwidth(count * size / (wrote - began), count * size / (read - wrote), store.direct, alone)
 
 
 def measure_link(device: torch.device | str, nbytes: int | str = "512MiB", *, link: Link | None = None) -> Bandwidth:
@@ -133,6 +139,18 @@ def _write(store: DiskStore, block: torch.Tensor, count: int) -> list[DiskTicket
         os.fdatasync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return tickets
+
+
+def _seconds_of_a_transfer(store: DiskStore, block: torch.Tensor) -> float:
+    """Of a block out or back, waited for: what waking a thread and asking the drive take."""
+    found = []
+    for _ in range(_TRANSFERS):
+        began = time.perf_counter()
+        ticket = store.put(block)
+        store.flush()
+        ticket.get()
+        found.append((time.perf_counter() - began) / 2)
+    return statistics.median(found)
 
 
 def _read(tickets: Sequence[Ticket]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ullage.offload import _record
+from ullage.offload._extents import whole_blocks
 from ullage.offload._ledger import Ledger, Limits
 from ullage.offload._memory import Memory
 from ullage.offload._queues import AHEAD, OUT, Queues
@@ -31,7 +32,7 @@ class Books(Ledger[FileRecord]):
         extents = self.extents.allocate(record.nbytes)
         if extents is None:
             return False
-        record.lay_out(extents, _record.PART_BYTES)
+        record.lay_out(extents, self._part_bytes(record.nbytes))
         record.sums = [0] * len(record.parts)
         self.live.add(record)
         if not record.parts:  # of zero bytes
@@ -43,6 +44,11 @@ class Books(Ledger[FileRecord]):
         self.outgoing += 1
         self.queues.push(record, OUT)
         return True
+
+    def _part_bytes(self, nbytes: int) -> int:
+        """So that all threads are at work on a tensor that someone waits for, unless it is small."""
+        share = whole_blocks(-(-nbytes // self.limits.threads))
+        return min(max(share, _record.SPLIT_BYTES), _record.PART_BYTES)
 
     # back
 

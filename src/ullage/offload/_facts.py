@@ -48,11 +48,13 @@ class Bandwidth:
         write_bytes_per_s: bytes per second out.
         read_bytes_per_s: bytes per second back.
         direct: whether the page cache was bypassed, as always in pinned memory; if not, reads may be faster than the drive is.
+        transfer_seconds: what one transfer takes beside its bytes; zero where that was not measured.
     """
 
     write_bytes_per_s: float
     read_bytes_per_s: float
     direct: bool
+    transfer_seconds: float = 0.0
 
 
 def endurance_note(bytes_per_step: int, steps_per_second: float, tbw: float | None = None) -> str:

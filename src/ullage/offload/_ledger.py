@@ -26,6 +26,7 @@ class Limits:
         ahead_bytes: bytes of tensors that were prefetched and not taken yet.
         release_in_caller: whether written tensors are let go of in a caller's thread.
         round_bytes: what the memory's allocator rounds a tensor up to.
+        threads: that move its parts.
     """
 
     capacity: int
@@ -33,6 +34,7 @@ class Limits:
     ahead_bytes: int
     release_in_caller: bool = True
     round_bytes: int = 1
+    threads: int = 1
 
 
 class Ledger(ABC, Generic[R]):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ullage.offload._memory import Held
 
 PART_BYTES = 8 * 2**20  # parts of one tensor go to different threads; small enough to break off between two
+SPLIT_BYTES = 2**19  # no part is smaller for the threads' sake: waking one takes as long as moving some 100 KiB
 
 
 class Phase(Enum):

@@ -106,6 +106,7 @@ class DiskStore(OpenedStore):
             size_of("ahead_bytes", ahead_bytes),
             release_in_caller,
             memory.link.round_bytes if memory.link is not None else 1,
+            threads,
         )
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ArgumentError(f"threads={threads!r}: must be a whole number above zero")

@@ -26,11 +26,13 @@ class Channels:
         write_bytes_per_second: measured, with `ullage.measure_bandwidth`.
         read_bytes_per_second: the same.
         window_bytes: of the backlog, and of the read-ahead.
+        transfer_seconds: what each transfer takes beside its bytes.
     """
 
     write_bytes_per_second: float
     read_bytes_per_second: float
     window_bytes: int
+    transfer_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class _Step:
         while not through and self.in_backlog + nbytes > self.c.window_bytes:
             self.wait(self.backlog[0][0])
             self.drain()
-        seconds = nbytes / self.c.write_bytes_per_second
+        seconds = self.c.transfer_seconds + nbytes / self.c.write_bytes_per_second
         begin = max(self.now, self.out_free)
         self.out_free = begin + seconds
         self.spans.append(Span(True, begin, self.out_free, nbytes))
@@ -138,7 +140,7 @@ class _Step:
         self._start()
 
     def _read(self, ticket: float) -> None:
-        seconds = self.size[ticket] / self.c.read_bytes_per_second
+        seconds = self.c.transfer_seconds + self.size[ticket] / self.c.read_bytes_per_second
         begin = max(self.now, self.in_free)
         self.in_free = begin + seconds
         self.spans.append(Span(False, begin, self.in_free, self.size[ticket]))

@@ -22,6 +22,7 @@ from ullage.planner._channels import Channels, Overlap
 from ullage.planner._device import DeviceChoice, choose_device
 
 MEASURED_BYTES = 2**27  # moved to measure a directory or a link
+DISK_THREADS, DISK_BUFFER_BYTES = 2, 2**19  # of a plan's store
 
 
 class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,6 +33,7 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         write_bytes_per_second, read_bytes_per_second: out and back.
         window_bytes: tensors on their way out may hold so many bytes of the device's memory, and those that come ahead of
             their use too.
+        transfer_seconds: what each transfer takes beside its bytes.
     """
 
     name: ClassVar[str] = ""
@@ -41,6 +43,7 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     write_bytes_per_second: float
     read_bytes_per_second: float
     window_bytes: int = 0
+    transfer_seconds: float = 0.0
 
     @property
     def reserved_bytes(self) -> int:
@@ -50,7 +53,9 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     @property
     def channels(self) -> Channels:
         """What moves tensors."""
-        return Channels(self.write_bytes_per_second, self.read_bytes_per_second, self.window_bytes)
+        return Channels(
+            self.write_bytes_per_second, self.read_bytes_per_second, self.window_bytes, self.transfer_seconds
+        )
 
 
 class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -66,8 +71,8 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
     argument: ClassVar[str] = "disk_budget"
 
     directory: str
-    threads: int = 2
-    buffer_bytes: int = 2**19
+    threads: int = DISK_THREADS
+    buffer_bytes: int = DISK_BUFFER_BYTES
     device: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
@@ -171,6 +176,7 @@ def choose_tier(
         found,
         write_bytes_per_second=found.write_bytes_per_second / slower,
         read_bytes_per_second=found.read_bytes_per_second / slower,
+        transfer_seconds=found.transfer_seconds * slower,
     )
 
 
@@ -218,12 +224,19 @@ def _disk(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) 
     capacity = _size("disk_budget", budget)
     _check_room(directory, capacity)
     say(f"measuring how fast {directory} is")
-    speed = measure_bandwidth(directory, min(capacity, MEASURED_BYTES), device=kind.tensors)
+    speed = measure_bandwidth(
+        directory,
+        min(capacity, MEASURED_BYTES),
+        threads=DISK_THREADS,
+        buffer_bytes=DISK_BUFFER_BYTES,
+        device=kind.tensors,
+    )
     return Disk(
         directory=os.path.realpath(directory),
         capacity_bytes=capacity,
         write_bytes_per_second=speed.write_bytes_per_s,
         read_bytes_per_second=speed.read_bytes_per_s,
+        transfer_seconds=speed.transfer_seconds,
         device=msgspec.UNSET if kind.tensors == "cpu" else kind.tensors,
     )
 
