@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch._C._autograd import DeviceType
 from torch.autograd.profiler import profile, record_function
+
+_STEP = "ullage::step"
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,7 @@ class BlockEvent:
 
 def record_blocks(call: Callable[[], None], steps: int) -> list[BlockEvent]:
     """As `record_steps`, of all runs together, with each block's address and the ops around it."""
-    with profile(use_cpu=True, profile_memory=True) as prof:
-        for _ in range(steps):
-            call()
-    assert prof.kineto_results is not None
-    found = []
-    todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in prof.kineto_results.experimental_event_tree()]
-    while todo:
-        node, ops = todo.pop()
-        fields = node.extra_fields
-        if node.name == "[memory]":
-            if fields.device.type == "cpu":
-                found.append(BlockEvent(node.start_time_ns, fields.alloc_size, fields.ptr, ops))
-            continue
-        todo.extend((child, (node.name, *ops)) for child in node.children)
-    return sorted(found, key=lambda e: e.time_ns)
+    return _record(call, steps)[0]
 
 
 def record_allocations(call: Callable[[], None]) -> list[MemoryEvent]:
@@ -57,19 +44,47 @@ def record_steps(call: Callable[[], None], steps: int) -> list[list[MemoryEvent]
 
     One recording, because frees of blocks that were allocated before it started are not in the record.
     """
+    events, starts = _record(call, steps)
+    ends = [*starts[1:], 2**63]
+    return [
+        [MemoryEvent(e.time_ns, e.nbytes) for e in events if a <= e.time_ns < b]
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], list[int]]:
+    """What happened to blocks, in order, and when each run began."""
     with profile(use_cpu=True, profile_memory=True) as prof:
         for k in range(steps):
-            with record_function(f"ullage::step{k}"):
+            with record_function(f"{_STEP}{k}"):
                 call()
     assert prof.kineto_results is not None
-    events, starts = [], []
-    for e in prof.kineto_results.events():
-        if e.name() == "[memory]":
-            if e.device_type() == DeviceType.CPU:
-                events.append(MemoryEvent(e.start_ns(), e.nbytes()))
-        elif e.name().startswith("ullage::step"):
-            starts.append(e.start_ns())
-    events.sort(key=lambda e: e.time_ns)
-    starts.sort()
-    ends = [*starts[1:], 2**63]
-    return [[e for e in events if a <= e.time_ns < b] for a, b in zip(starts, ends, strict=True)]
+    found, starts = [], []
+    roots = reversed(prof.kineto_results.experimental_event_tree())
+    todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in roots]
+    while todo:
+        node, ops = todo.pop()
+        if node.name == "[memory]":
+            fields = node.extra_fields
+            if fields.device.type == "cpu":
+                found.append(BlockEvent(node.start_time_ns, fields.alloc_size, fields.ptr, ops))
+            continue
+        if node.name.startswith(_STEP):
+            starts.append(node.start_time_ns)
+        else:
+            ops = (node.name, *ops)
+        todo.extend((child, ops) for child in reversed(node.children))
+    return list(_of_this_recording(sorted(found, key=lambda e: e.time_ns))), sorted(starts)
+
+
+def _of_this_recording(events: list[BlockEvent]) -> Iterator[BlockEvent]:
+    """Without frees of what an earlier recording saw allocated: the profiler knows those blocks, and the collector frees them at any time."""
+    allocated = set()
+    for event in events:
+        if event.nbytes > 0:
+            allocated.add(event.address)
+        elif event.address not in allocated:
+            continue
+        else:
+            allocated.discard(event.address)
+        yield event
