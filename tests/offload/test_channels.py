@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,6 +27,7 @@ class Ticks:
 
     window: int
     more: int
+    wake: int
     now: int = 0
     stalled: int = 0
     writing: list[list[int]] = field(default_factory=list)  # [ticket, ticks left]
@@ -50,9 +52,20 @@ class Ticks:
                     else:
                         self.there.add(ticket)
 
-    def stall(self) -> None:
-        self.stalled += 1
-        self.tick()
+    def stall(self, over: Callable[[], bool]) -> None:
+        if over():
+            return
+        while not over():
+            self.stalled += 1
+            self.tick()
+        for _ in range(self.wake):
+            self.stalled += 1
+            self.tick()
+
+    def stall_for_room(self, nbytes: int) -> None:
+        while sum(self.backlog.values()) + nbytes > self.window:
+            before = len(self.backlog)
+            self.stall(lambda before=before: len(self.backlog) < before)
 
     def start(self) -> None:
         while self.waiting:
@@ -69,9 +82,9 @@ class Ticks:
         self.most = max(self.most, sum(self.backlog.values()) + sum(self.ahead.values()))
 
 
-def reference(events: list[Event], window: int, more: int = 0) -> tuple[int, int, int]:
-    """(ticks, stalled ticks, most bytes in the window); each transfer takes `more` ticks than its bytes do."""
-    t, left, order = Ticks(window, more), Counter(int(w) for k, w, _ in events if k == IN), list[int]()
+def reference(events: list[Event], window: int, more: int = 0, wake: int = 0) -> tuple[int, int, int]:
+    """(ticks, stalled ticks, most bytes in the window); each transfer takes `more` ticks than its bytes do, a wait `wake`."""
+    t, left, order = Ticks(window, more, wake), Counter(int(w) for k, w, _ in events if k == IN), list[int]()
 
     def foresee(before: int) -> None:
         for other in reversed(order[: order.index(before)]):
@@ -86,8 +99,8 @@ def reference(events: list[Event], window: int, more: int = 0) -> tuple[int, int
             for _ in range(ticket):
                 t.tick()
         elif kind == OUT:
-            while nbytes <= window and sum(t.backlog.values()) + nbytes > window:
-                t.stall()
+            if nbytes <= window:
+                t.stall_for_room(nbytes)
             t.size[ticket] = nbytes
             order.append(ticket)
             t.writing.append([ticket, more + nbytes // WRITE])
@@ -95,13 +108,11 @@ def reference(events: list[Event], window: int, more: int = 0) -> tuple[int, int
                 t.backlog[ticket] = nbytes
                 t.most = max(t.most, sum(t.backlog.values()) + sum(t.ahead.values()))
             else:
-                while any(w[0] == ticket for w in t.writing):
-                    t.stall()
+                t.stall(lambda ticket=ticket: all(w[0] != ticket for w in t.writing))
         else:
             left[ticket] -= 1
             if ticket in t.ahead:
-                while ticket not in t.there:
-                    t.stall()
+                t.stall(lambda ticket=ticket: ticket in t.there)
                 t.ahead.pop(ticket)
                 foresee(ticket)
             elif any(w[0] == ticket for w in t.writing):
@@ -110,8 +121,7 @@ def reference(events: list[Event], window: int, more: int = 0) -> tuple[int, int
                 t.waiting = [w for w in t.waiting if w != ticket]
                 t.reading.append([ticket, more + t.size[ticket] // READ])
                 foresee(ticket)
-                while ticket not in t.there:
-                    t.stall()
+                t.stall(lambda ticket=ticket: ticket in t.there)
             t.start()
     return t.now, t.stalled, t.most
 
@@ -139,9 +149,9 @@ def test_two_simulations_agree(seed: int) -> None:
     stalls = 0
     for _ in range(400):
         events, window = random_events(rng), rng.choice([0, 6, 12, 20, 40, 200])
-        more = rng.choice([0, 0, 1, 4])
-        seen = overlap(events, Channels(WRITE, READ, window, more))
-        ticks, stalled, most = reference(events, window, more)
+        more, wake = rng.choice([0, 0, 1, 4]), rng.choice([0, 0, 1, 3])
+        seen = overlap(events, Channels(WRITE, READ, window, more, wake))
+        ticks, stalled, most = reference(events, window, more, wake)
         assert (seen.seconds, seen.stalled_seconds) == (ticks, stalled), (events, window)
         assert seen.resident_bytes == most <= 2 * window
         stalls += stalled

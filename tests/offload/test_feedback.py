@@ -70,3 +70,11 @@ def test_feedback_that_means_nothing(options: dict[str, Any], match: str) -> Non
 def test_speeds_are_those_of_the_device_table_without_feedback() -> None:
     plan = ul.plan(tower(1), policy="offload", device="h200", host_budget="16MiB")
     assert isinstance(plan.tier, Host) and plan.tier.write_bytes_per_second == 5.5e10
+
+
+def test_what_was_not_measured_is_not_in_a_plan() -> None:
+    """So that plans of before keep their digests."""
+    disk = Disk(directory="/scratch", capacity_bytes=2**20, write_bytes_per_second=1e9, read_bytes_per_second=2e9)
+    names = {"directory", "capacity_bytes", "write_bytes_per_second", "read_bytes_per_second", "window_bytes"}
+    assert set(msgspec.to_builtins(disk)) == names | {"threads", "buffer_bytes"}
+    assert (disk.channels.transfer_seconds, disk.channels.wait_seconds) == (0.0, 0.0)

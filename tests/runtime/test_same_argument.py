@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -99,3 +100,18 @@ def test_a_plan_of_attention_layers() -> None:
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert {d.action for d in plan.decisions} == {"recompute"}
     assert ul.verify(work, plan, steps=2).ok
+
+
+def test_they_are_let_go_without_the_collector() -> None:
+    """What holds one of them is no cycle."""
+    layer = nn.Linear(16, 16)
+    x = torch.ones(2, 16)
+    ul.checkpoint(lambda a, b: layer(a) * b, x, x).sum().backward()  # the first call learns
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            ul.checkpoint(lambda a, b: layer(a) * b, x, x).sum().backward()
+        assert not [o for o in gc.get_objects() if type(o) is _inputs.Held]
+    finally:
+        gc.enable()

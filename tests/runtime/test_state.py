@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,75 @@ def test_state_ends_as_after_one_forward(kind: str, wrap: Wrap) -> None:
     except RuntimeError:
         wrong = True
     assert wrong or models[before].everything() != models[1].everything()  # torch's replays change it again
+
+
+class Retyped(nn.Module):
+    """Its buffer is given other memory in each forward, in the first of another dtype."""
+
+    def __init__(self, before: torch.dtype, after: torch.dtype) -> None:
+        super().__init__()
+        self.after = after
+        self.register_buffer("state", torch.zeros(3, dtype=before))
+
+    def forward(self, x: Tensor) -> Tensor:
+        now = self.state.double().sum() + self.state.element_size()
+        self.state.data = (self.state.double() + 1).to(self.after)
+        return (x * now).sin().exp()
+
+
+@both
+@pytest.mark.filterwarnings("ignore:(?s).*a stale op log:ullage.UllageWarning")  # later calls cast nothing
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.int32),
+    ],
+    ids=str,
+)
+def test_a_buffer_with_other_memory(before: torch.dtype, after: torch.dtype, wrap: Wrap) -> None:
+    found = []
+    for call in (wrap, plain):
+        model, x = Retyped(before, after), torch.linspace(-1, 1, 6).requires_grad_()
+        for _ in range(3):
+            call(model, x).sum().backward()
+        assert model.state.dtype == after
+        found.append((bits(x.grad), bits(model.state)))
+    assert found[0] == found[1]
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "zero": lambda: torch._efficientzerotensor(3),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "freed": lambda: _freed(torch.ones(3)),
+    "of less than a byte": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.uint4),
+}
+
+
+def _freed(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+@both
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("kind", ODD)
+def test_an_attribute_that_can_not_be_copied(kind: str, wrap: Wrap) -> None:
+    model = nn.Linear(4, 4)
+    model.odd = ODD[kind]()
+    x = torch.ones(2, 4)
+    grads = []
+    for call in (wrap, wrap, plain):
+        model.zero_grad()
+        call(model, x).exp().sum().backward()
+        grads.append(bits(model.weight.grad))
+    assert grads[0] == grads[1] == grads[2]
 
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64]

@@ -96,7 +96,7 @@ def _slower(plan: Plan, seen: Stats | None) -> float:
     t, tier = plan.predicted.traffic, plan.tier
     if seen is None or t is None or tier is None or not t.sent_bytes or not seen.bytes_written:
         return 1.0
-    moving = t.sent_bytes / tier.write_bytes_per_second + t.fetched_bytes / tier.read_bytes_per_second
+    moving = t.hidden_seconds + t.stalled_seconds
     waited = (seen.stalled_write_seconds + seen.stalled_read_seconds) * t.sent_bytes / seen.bytes_written
     return max(1 + (waited - t.stalled_seconds) / moving, 1.0)
 

@@ -42,7 +42,7 @@ def record_allocations(call: Callable[[], None]) -> list[MemoryEvent]:
 def record_steps(call: Callable[[], None], steps: int) -> list[list[MemoryEvent]]:
     """Run `call` several times under one recording; events of each run apart.
 
-    One recording, because frees of blocks that were allocated before it started are not in the record.
+    One recording, because frees of blocks that were allocated before it started are not in it (`_of_this_recording`).
     """
     events, starts = _record(call, steps)
     ends = [*starts[1:], 2**63]
@@ -59,7 +59,7 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
             with record_function(f"{_STEP}{k}"):
                 call()
     assert prof.kineto_results is not None
-    found, starts = [], []
+    found, starts, names = [], [], {f"{_STEP}{k}" for k in range(steps)}
     roots = reversed(prof.kineto_results.experimental_event_tree())
     todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in roots]
     while todo:
@@ -69,7 +69,7 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
             if fields.device.type == "cpu":
                 found.append(BlockEvent(node.start_time_ns, fields.alloc_size, fields.ptr, ops))
             continue
-        if node.name.startswith(_STEP):
+        if node.name in names:
             starts.append(node.start_time_ns)
         else:
             ops = (node.name, *ops)

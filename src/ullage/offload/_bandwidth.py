@@ -22,7 +22,7 @@ from ullage.offload._store import DiskStore, DiskTicket
 
 _TENSOR_BYTES = 16 * 2**20
 _COPY_BYTES = 64 * 2**20  # so large that what a copy costs by itself does not show
-_TRANSFERS = 32
+_BLOCKS = 32
 _AT_ONCE = 4  # tensors on their way, so that no thread waits for one
 
 
@@ -42,7 +42,7 @@ def measure_bandwidth(
 
     Args:
         directory: where.
-        nbytes: how much, a number or a text such as "512MiB"; this much is written twice, and timed once.
+        nbytes: how much, a number or a text such as "512MiB"; this much is written twice, and timed once. Then come some 50 blocks of 4 KiB.
         threads, buffer_bytes, device, link: as for the store. From a CUDA device, what comes out is the whole way to the disk and back.
 
     Raises:
@@ -73,8 +73,8 @@ def measure_bandwidth(
         _read(tickets)
         read = time.perf_counter()
         del tickets
-        alone = _seconds_of_a_transfer(store, block[:BLOCK])
-        return Bandwidth(count * size / (wrote - began), count * size / (read - wrote), store.direct, alone)
+        small = _seconds_of_blocks(store, block[:BLOCK])
+        return Bandwidth(count * size / (wrote - began), count * size / (read - wrote), store.direct, *small)
 
 
 def measure_link(device: torch.device | str, nbytes: int | str = "512MiB", *, link: Link | None = None) -> Bandwidth:
@@ -141,16 +141,24 @@ def _write(store: DiskStore, block: torch.Tensor, count: int) -> list[DiskTicket
     return tickets
 
 
-def _seconds_of_a_transfer(store: DiskStore, block: torch.Tensor) -> float:
-    """Of a block out or back, waited for: what waking a thread and asking the drive take."""
-    found = []
-    for _ in range(_TRANSFERS):
+def _seconds_of_blocks(store: DiskStore, block: torch.Tensor) -> tuple[float, float]:
+    """What a block out, or one back, takes in a queue of them; and how much longer if each is waited for."""
+    count = min(_BLOCKS, store.capacity // BLOCK)
+    began = time.perf_counter()
+    tickets = [store.put(block) for _ in range(count)]
+    store.flush()
+    _read(tickets)
+    queued = (time.perf_counter() - began) / (2 * count)
+    del tickets
+    alone = []
+    for _ in range(_BLOCKS // 2):
         began = time.perf_counter()
         ticket = store.put(block)
         store.flush()
         ticket.get()
-        found.append((time.perf_counter() - began) / 2)
-    return statistics.median(found)
+        alone.append((time.perf_counter() - began) / 2)
+        ticket.drop()
+    return queued, max(statistics.median(alone) - queued, 0.0)
 
 
 def _read(tickets: Sequence[Ticket]) -> None:

@@ -46,7 +46,7 @@ class Books(Ledger[FileRecord]):
         return True
 
     def _part_bytes(self, nbytes: int) -> int:
-        """So that all threads are at work on a tensor that someone waits for, unless it is small."""
+        """How large a part of a tensor is: so that all threads are at work on one that is waited for, unless it is small."""
         share = whole_blocks(-(-nbytes // self.limits.threads))
         return min(max(share, _record.SPLIT_BYTES), _record.PART_BYTES)
 

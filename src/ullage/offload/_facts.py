@@ -48,13 +48,15 @@ class Bandwidth:
         write_bytes_per_s: bytes per second out.
         read_bytes_per_s: bytes per second back.
         direct: whether the page cache was bypassed, as always in pinned memory; if not, reads may be faster than the drive is.
-        transfer_seconds: what one transfer takes beside its bytes; zero where that was not measured.
+        transfer_seconds: what each of many transfers takes beside its bytes; zero where that was not measured.
+        wait_seconds: what who waits for a transfer waits beyond that: threads are woken. Zero too.
     """
 
     write_bytes_per_s: float
     read_bytes_per_s: float
     direct: bool
     transfer_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 def endurance_note(bytes_per_step: int, steps_per_second: float, tbw: float | None = None) -> str:

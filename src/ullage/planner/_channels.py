@@ -27,12 +27,14 @@ class Channels:
         read_bytes_per_second: the same.
         window_bytes: of the backlog, and of the read-ahead.
         transfer_seconds: what each transfer takes beside its bytes.
+        wait_seconds: what each wait takes beyond what is waited for.
     """
 
     write_bytes_per_second: float
     read_bytes_per_second: float
     window_bytes: int
     transfer_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class _Step:
 
     def wait(self, until: float) -> None:
         if until > self.now:
-            self.stalled += until - self.now
-            self.now = until
+            self.stalled += until + self.c.wait_seconds - self.now
+            self.now = until + self.c.wait_seconds
 
     def drain(self) -> None:
         while self.backlog and self.backlog[0][0] <= self.now:

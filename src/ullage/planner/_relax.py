@@ -16,6 +16,7 @@ SLACK_BYTES = 4096  # the model may be off by this much without having been seen
 
 
 def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
+    """An assignment of all units, at least as fast as the chosen one, that is executed within `limit` bytes."""
     everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
     return _relax(s, everything, s.peak(chosen), limit)
 

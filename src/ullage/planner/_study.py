@@ -271,7 +271,7 @@ class Study:
         return self._fresh[wanted]
 
     def fresh_peak(self, assignment: Mapping[str, Option]) -> int:
-        """The larger peak of the two, in bytes."""
+        """The larger peak of that first and that later step, in bytes."""
         return max(self.peak(c) for c in self.execute_fresh(assignment))
 
 

@@ -33,7 +33,8 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         write_bytes_per_second, read_bytes_per_second: out and back.
         window_bytes: tensors on their way out may hold so many bytes of the device's memory, and those that come ahead of
             their use too.
-        transfer_seconds: what each transfer takes beside its bytes.
+        transfer_seconds, wait_seconds: what each transfer takes beside its bytes, and each wait beyond what is waited for; left out
+            of a plan's file where they were not measured, so that its digest is that of before.
     """
 
     name: ClassVar[str] = ""
@@ -43,7 +44,8 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     write_bytes_per_second: float
     read_bytes_per_second: float
     window_bytes: int = 0
-    transfer_seconds: float = 0.0
+    transfer_seconds: float | msgspec.UnsetType = msgspec.UNSET
+    wait_seconds: float | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def reserved_bytes(self) -> int:
@@ -54,7 +56,11 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def channels(self) -> Channels:
         """What moves tensors."""
         return Channels(
-            self.write_bytes_per_second, self.read_bytes_per_second, self.window_bytes, self.transfer_seconds
+            self.write_bytes_per_second,
+            self.read_bytes_per_second,
+            self.window_bytes,
+            self.transfer_seconds or 0.0,
+            self.wait_seconds or 0.0,
         )
 
 
@@ -176,7 +182,7 @@ def choose_tier(
         found,
         write_bytes_per_second=found.write_bytes_per_second / slower,
         read_bytes_per_second=found.read_bytes_per_second / slower,
-        transfer_seconds=found.transfer_seconds * slower,
+        transfer_seconds=found.transfer_seconds and found.transfer_seconds * slower,
     )
 
 
@@ -237,6 +243,7 @@ def _disk(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) 
         write_bytes_per_second=speed.write_bytes_per_s,
         read_bytes_per_second=speed.read_bytes_per_s,
         transfer_seconds=speed.transfer_seconds,
+        wait_seconds=speed.wait_seconds,
         device=msgspec.UNSET if kind.tensors == "cpu" else kind.tensors,
     )
 

@@ -126,15 +126,14 @@ class Inputs:
     def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
             first = held = self._known.get(id(value))
-            if (
-                held is None or self.hooked
-            ):  # how many are saved must not hang on which are one: in an outer replay fewer may be
-                leaf = self.made.get(id(value), -1) if self.made else -1
-                held = Held(value, self.hooked, leaf)
+            # under hooks each is saved: how many are must not hang on which are one, as in an outer replay fewer may be
+            if held is None or self.hooked:
+                held = Held(value, self.hooked, self.made.get(id(value), -1) if self.made else -1)
+                held.first = first
             if first is None:
                 self._known[id(value)] = held
             else:  # a forward may ask whether its arguments are one tensor, as attention does
-                held.first, self._repeated = first, True
+                self._repeated = True
             self.held.append((name, held))
             return held
         if isinstance(name, int):

@@ -197,7 +197,10 @@ class State:
                 continue
             if isinstance(obj, Tensor):
                 with torch.no_grad():
-                    obj.data.copy_(value)
+                    if (obj.shape, obj.dtype) == (value.shape, value.dtype):
+                        obj.data.copy_(value)
+                    else:  # it was given other memory since, by `.data =`
+                        obj.data = value.clone()
             else:
                 obj[...] = value
         for generator, state in self.generators:
@@ -208,11 +211,15 @@ class State:
         """Inside it, everything is as it was then; afterwards as it was just before."""
         tensors = tuple(o for o, _ in self.values if isinstance(o, Tensor))
         versions = tuple(t._version for t in tensors)
+        memory = [t.data for t in tensors]
         now = State._of([o for o, _ in self.containers], [o for o, _ in self.values], [g for g, _ in self.generators])
         try:
             self.put()
             yield
         finally:
+            for t, data in zip(tensors, memory, strict=True):
+                if not _is_in(t, data):  # maybe what stands for the output of an op that is skipped, and is no memory
+                    t.data = data
             try:
                 now.put()
             except BaseException:
@@ -221,3 +228,14 @@ class State:
             # the values are those that others may have saved: nothing was modified
             if versions != tuple(t._version for t in tensors):
                 torch._C._autograd._unsafe_set_version_counter(tensors, versions)
+
+
+def _is_in(t: Tensor, data: Tensor) -> bool:
+    """Does a tensor still have the memory of `data`, and all that says how to read it?"""
+    if (t.dtype, t.shape) != (data.dtype, data.shape) or t.layout != data.layout:
+        return False
+    try:
+        same = t.untyped_storage()._cdata == data.untyped_storage()._cdata
+        return same and (t.layout != torch.strided or t.stride() == data.stride())
+    except RuntimeError:  # no storage
+        return False

@@ -114,11 +114,24 @@ def _noted(obj: Any) -> tuple[Any, int]:
     return _host_copy(obj), obj._version
 
 
-def _host_copy(t: Tensor) -> np.ndarray[Any, Any] | None:
-    """None for what is more than its elements, or has none here: digests tell whether it changed, but it can't be put back."""
-    if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or (t.numel() and not t.untyped_storage().nbytes()):
+# integers of less than a byte, which `copy_` does not know
+_UNCOPIED = {getattr(torch, f"{kind}{n}", None) for kind in ("int", "uint") for n in range(1, 8)}
+_Copy = tuple[np.ndarray[Any, Any], torch.dtype]  # the elements as so many bytes each, and what they are
+
+
+def _host_copy(t: Tensor) -> _Copy | None:
+    """None for what is more than its elements, or has no memory: digests tell whether it changed, but it can't be put back."""
+    if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or t.is_nested or t._is_zerotensor():
         return None
-    return elements_of(t.detach().cpu()).copy()
+    if t.dtype in _UNCOPIED:
+        return None
+    try:
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        if t.numel() and t.untyped_storage().nbytes() < (int(t.storage_offset()) + span) * t.element_size():
+            return None  # FSDP's, for one, while their storages are freed
+        return elements_of(t.detach().cpu()).copy(), t.dtype
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _moved(obj: Any, host: Any, version: int) -> bool:
@@ -126,13 +139,14 @@ def _moved(obj: Any, host: Any, version: int) -> bool:
         return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
     if host is None:
         return bool(obj._version != version)
-    now = _host_copy(obj)
-    return now is None or now.shape != host.shape or bool(now.tobytes() != host.tobytes())
+    now, (array, dtype) = _host_copy(obj), host
+    return now is None or now[0].shape != array.shape or now[1] != dtype or bool(now[0].tobytes() != array.tobytes())
 
 
 def _restored(obj: Any, host: Any) -> Any:
     if isinstance(obj, np.ndarray) or host is None:
         return host
-    if not host.size:
-        return torch.empty(host.shape, dtype=obj.dtype, device=obj.device)
-    return torch.frombuffer(bytearray(host.tobytes()), dtype=obj.dtype).reshape(host.shape).to(obj.device)
+    array, dtype = host
+    if not array.size:
+        return torch.empty(array.shape, dtype=dtype, device=obj.device)
+    return torch.frombuffer(bytearray(array.tobytes()), dtype=dtype).reshape(array.shape).to(obj.device)
