@@ -111,14 +111,13 @@ def chosen(monkeypatch: pytest.MonkeyPatch, at: Path, choice: DeviceChoice) -> t
 def test_a_device_that_is_here_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = DeviceChoice("NVIDIA H200", find_device("h200"), False, 10**11, "cuda")
     disk, asked = chosen(monkeypatch, tmp_path, here)
-    assert (
-        asked == {"device": "cuda", "threads": 2, "buffer_bytes": 2**19} and disk.device == disk.device_type == "cuda"
-    )
+    store = {"threads": disk.threads, "buffer_bytes": disk.buffer_bytes}  # what it is measured with is what it will be
+    assert asked == {"device": "cuda", **store} and disk.device == disk.device_type == "cuda"
     assert (disk.write_bytes_per_second, disk.read_bytes_per_second) == (2e9, 3e9)
     assert msgspec.structs.replace(disk, window_bytes=1000).reserved_bytes == 2000  # staging is the host's
     assert msgspec.convert(msgspec.to_builtins(disk), Disk) == disk
     cpu, asked = chosen(monkeypatch, tmp_path, DeviceChoice("cpu", find_device("cpu"), False, 10**11, "cpu"))
-    assert asked["device"] == "cpu" and cpu.device_type == "cpu"
+    assert asked == {"device": "cpu", **store} and cpu.device_type == "cpu"
     assert msgspec.structs.replace(cpu, window_bytes=1000).reserved_bytes == 2000 + 2 * 2**19
 
 

@@ -59,7 +59,7 @@ class _Entry:
         kind: fresh, view (of the first argument), first (itself) or nothing.
         specs: per output its shape, strides, dtype, device and offset.
         container: None for a single output.
-        valued: may their values matter, or what they do to others'? See `Values.may_follow`.
+        valued: may their values matter, or what they do to others'? See `may_follow`.
     """
 
     kind: str

@@ -29,7 +29,7 @@ def prepare(
     progress: Callable[[str], None] | None = None,
     tier: OffloadTier | None = None,
 ) -> Study:
-    """What all decisions about one workload share: the plain step and the options of its units."""
+    """A study with the options of its units: plans for any number of budgets are made from one."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     s = study(work, device, mode, units, known, progress, tier)

@@ -16,17 +16,12 @@ SLACK_BYTES = 4096  # the model may be off by this much without having been seen
 
 
 def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
-    """An assignment of all units, at least as fast as the chosen one, that is executed within `limit` bytes."""
-    everything = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}
-    return _relax(s, everything, s.peak(chosen), limit)
-
-
-def _relax(s: Study, assignment: dict[str, Option], peak: int, limit: int) -> dict[str, Option]:
-    """Give units their next cheaper option where execution shows that this still fits; the most seconds first.
+    """What was chosen, for all units; those whose next cheaper option still fits as execution shows get it, the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
     too much, might have refused wrongly is executed. Where units are rebuilt together, or tensors leave, nothing is tried.
     """
+    assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, s.peak(chosen)
     if any(o.place is not None or o.offloads for o in assignment.values()):
         return assignment
     model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)

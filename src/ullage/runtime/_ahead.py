@@ -19,14 +19,10 @@ class Ahead:
         self._senders: list[Hashable] = []
         self._firsts: list[int] = []  # per tensor, the first of its graph
         self._first = 0  # the first that left since the last backward
-        self._front = (
-            0  # from this number on all have been named or asked for in this backward, or are of another graph
-        )
+        # from this number on all have been named or asked for in this backward, or are of another graph
+        self._front = 0
         self._named: set[int] = set()
         self._asked: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._senders)
 
     def forget_last(self) -> None:
         """The last one is gone; its number is used again."""
