@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -325,8 +325,7 @@ def test_the_cache_of_transformers(wrap: Wrap) -> None:
             seen.append((bits(x.grad), bits(w.grad), past.get_seq_length(), bits(past.layers[0].keys)))
         return seen
 
-    with _stale_logs(wrap):
-        assert run(wrap) == run(plain)
+    assert run(wrap) == run(plain)  # an empty cache and one with layers are units of their own: no log is stale
 
 
 class Lazy(nn.Module):
@@ -448,19 +447,23 @@ def test_an_input_written_in_place_by_a_nested_unit() -> None:
 
 # --- is_recomputing --------------------------------------------------------------------------------------------------
 
-_seen: list[bool] = []  # a global, which is outside what the runtime puts back
+
+class _Log:
+    """A class, which is not followed: the runtime puts back lists that a unit reaches."""
+
+    seen: ClassVar[list[bool]] = []
 
 
 @both
 def test_is_recomputing(wrap: Wrap) -> None:
     def f(x: Tensor) -> Tensor:
-        _seen.append(ullage.is_recomputing())
+        _Log.seen.append(ullage.is_recomputing())
         return x.exp().sin().cos()
 
-    _seen.clear()
+    _Log.seen.clear()
     (x,) = inputs((4, 4))
     out = wrap(f, x)
-    out.register_hook(lambda g: _seen.append(ullage.is_recomputing()))
+    out.register_hook(lambda g: _Log.seen.append(ullage.is_recomputing()))
     out.sum().backward()
-    assert _seen == [False, False, True]
+    assert _Log.seen == [False, False, True]
     assert not ullage.is_recomputing()

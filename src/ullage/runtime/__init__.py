@@ -5,6 +5,7 @@ from ullage.runtime import (
     _ahead,
     _ambient,
     _collect,
+    _content,
     _debug,
     _digest,
     _frame,
@@ -26,6 +27,7 @@ from ullage.runtime import (
     _sweep,
     _tier,
     _totals,
+    _walk,
     _watch,
 )
 from ullage.runtime._ambient import host_rng, host_rng_moved
@@ -68,7 +70,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EAGER = [
-    _array, _source, _ahead, _ambient, _collect, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _packing, _place, _reach, _reads, _replay,
-    _select, _site, _skip, _state, _survey, _sweep, _tier, _totals, _watch,
+    _array, _source, _ahead, _ambient, _collect, _content, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _packing, _place, _reach, _reads, _replay,
+    _select, _site, _skip, _state, _survey, _sweep, _tier, _totals, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import types
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 from ullage._errors import ArgumentError, ReplayError
 from ullage.runtime._frame import Frame, Options
 from ullage.runtime._keep import Keep, rule_of, torch_contexts
-from ullage.runtime._reach import roots_of
+from ullage.runtime._reach import Reached, objects_in, roots_of
 from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
@@ -28,8 +27,6 @@ _peek = torch._C._functorch.peek_interpreter_stack
 _options = functools.cache(Options)  # of plain values: there are few of them
 # What is remembered between calls: by module and function, or by a plain function's code.
 _sites: WeakKeyDictionary[Any, dict[Hashable, Site]] = WeakKeyDictionary()
-_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_counter = itertools.count()
 
 
 def checkpoint(
@@ -106,7 +103,8 @@ def checkpoint(
         debug = torchs._checkpoint_debug_enabled
     make = _options if rule is None and context_fn is None else Options
     options = make(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
-    return run(_site_of(function, rule, context_fn is None, args), options, function, args, kwargs)
+    site, reached = _site_of(function, rule, context_fn is None, args, kwargs)
+    return run(site, options, function, args, kwargs, reached=reached)
 
 
 def run(
@@ -116,6 +114,7 @@ def run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     on_replay: Callable[[], None] | None = None,
+    reached: Reached | None = None,
 ) -> Any:
     """Run one call of a unit, grad mode being on."""
     if _peek() is not None or forward_ad._current_level >= 0:  # torch.func and forward mode: torch's own
@@ -127,7 +126,7 @@ def run(
             f"{site.name}: a CUDA graph is being captured; a replay's checks and generators are not part of a graph. "
             "Capture the plain module, or use torch.utils.checkpoint there"
         )
-    frame = Frame(site, options, function, args, kwargs, on_replay)
+    frame = Frame(site, options, function, args, kwargs, on_replay, reached)
     out = frame.forward(args, kwargs)
     if options.place is not None and options.place.feeds and site.trail is not None:
         site.trail.note(frame, out)
@@ -159,13 +158,16 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     return checkpoint(lambda: function(), **options)
 
 
-def _site_of(function: Callable[..., Any], rule: Any, plain: bool, args: tuple[Any, ...]) -> Site:
+def _site_of(
+    function: Callable[..., Any], rule: Any, plain: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Site, Reached]:
+    """What is known of a unit, by what it reaches: one function may run many modules, each a unit of its own."""
     owner, name = _owner(function)
-    others: tuple[Any, ...] = ()
-    if isinstance(owner, types.CodeType):  # one function may run many modules, each a unit of its own
-        modules = [m for m in (*roots_of(function), *args) if isinstance(m, nn.Module)]
-        if modules:
-            owner, others = modules[0], (owner, *map(_number, modules[1:]))
+    reached = Reached(roots_of(function) + objects_in(args, kwargs))
+    if isinstance(owner, types.CodeType):
+        owner, others = (reached.modules[0] if reached.modules else owner), (owner, *reached.identity())
+    else:
+        others = reached.identity(without=owner)
     key = (name, others, rule, plain)
     try:
         sites = _sites.get(owner)
@@ -173,31 +175,29 @@ def _site_of(function: Callable[..., Any], rule: Any, plain: bool, args: tuple[A
             sites = _sites[owner] = {}
         site = sites.get(key)
     except TypeError:  # not hashable, or has no weak references
-        return Site(name)
+        return Site(name), reached
     if site is None:
         if len(sites) >= _MOST_SITES:
             del sites[next(iter(sites))]
         site = sites[key] = Site(name)
-    return site
-
-
-def _number(module: nn.Module) -> int:
-    """A number that no other module has or had."""
-    found = _numbers.get(module)
-    if found is None:
-        found = _numbers[module] = next(_counter)
-    return found
+    return site, reached
 
 
 def _owner(function: Any) -> tuple[Any, str]:
+    """A module, or the code (else the class) of what is called; and its name."""
     if isinstance(function, functools.partial):
         return _owner(function.func)
     if isinstance(function, types.MethodType):
-        name = f"{type(function.__self__).__name__}.{function.__func__.__name__}"
-        return (function.__self__ if isinstance(function.__self__, nn.Module) else function.__func__.__code__), name
+        name = f"{type(function.__self__).__name__}.{getattr(function.__func__, '__name__', '')}"
+        if isinstance(function.__self__, nn.Module):
+            return function.__self__, name
+        return getattr(function.__func__, "__code__", function.__func__), name
     if isinstance(function, types.FunctionType):
         return function.__code__, function.__qualname__
-    return function, type(function).__name__
+    if isinstance(function, nn.Module):
+        return function, type(function).__name__
+    call = getattr(type(function).__call__, "__code__", None)
+    return (call if call is not None else function), getattr(function, "__name__", type(function).__name__)
 
 
 def _compiled(function: Any, args: Any, kwargs: Any, keep: Any, preserve_rng_state: bool, context_fn: Any) -> Any:

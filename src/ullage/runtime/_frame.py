@@ -27,7 +27,7 @@ from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
 from ullage.runtime._notes import Notes
 from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
-from ullage.runtime._reach import Reached, name_in, objects_in, roots_of, tensors_around
+from ullage.runtime._reach import Reached, name_in, objects_in, roots_of
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
 from ullage.runtime._replay import rebuild
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
@@ -65,6 +65,7 @@ class Frame:
         args: positional arguments.
         kwargs: keyword arguments.
         on_replay: called at the start of every replay.
+        reached: what it reaches, if that has been looked up.
     """
 
     # most calls leave most of this as it is here
@@ -99,6 +100,7 @@ class Frame:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         on_replay: Callable[[], None] | None = None,
+        reached: Reached | None = None,
     ) -> None:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.rebuilt: dict[int, Any] = {}
@@ -108,10 +110,9 @@ class Frame:
             self.ops = []
         self.flags = ambient.read_flags()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
-        self.reached = Reached(self.roots)
-        around = tensors_around(self.roots) if not local.skipping else []  # placeholders, some of them
-        if around:
-            self.around = [Around(t) for t in around]
+        self.reached = reached if reached is not None else Reached(self.roots)
+        if self.reached.around and not local.skipping:  # placeholders, some of them
+            self.around = [Around(t) for t in self.reached.around]
         place = options.place
         trail = site.trail.take() if place is not None and site.trail is not None else None
         before, local.quiet = local.quiet, True
@@ -137,7 +138,7 @@ class Frame:
             return self.run(args, kwargs, packer(self, Notes()))
         options, training = self.options, self.reached.training
         grads = (*self.inputs.kinds(), *[a.kind for a in self.around])
-        kinds = self.kinds = (training, flags_of(args, kwargs), grads, *map(type, self.roots))
+        kinds = self.kinds = (training, *self.reached.flags, flags_of(args, kwargs), grads, *map(type, self.roots))
         facts = self.site.facts.get(kinds)
         selective = options.rule is not None and options.context_fn is None
         if selective:
@@ -185,6 +186,8 @@ class Frame:
         buffers = self.reached.buffers()
         if buffers:
             self.note_buffers(buffers)
+        if self.reached.arrays:
+            self._note_arrays()
         if facts.host_rng or self.options.host_rng:
             self.rng.append((ambient.HOST, ambient.HOST[0]()))
         return True
@@ -198,6 +201,13 @@ class Frame:
             entry.values += [(t, t.detach().clone()) for t, _ in self.watched if t.numel() <= SMALL]
         if entry.values:
             self.entry = entry
+
+    def _note_arrays(self) -> None:
+        """Small numpy arrays are copied, changed so far or not: they have no version that would show it."""
+        entry = self.entry if self.entry is not None else State([], [], [])
+        known = {id(o) for o, _ in entry.values}
+        entry.values += [(a, a.copy()) for a in self.reached.arrays if a.size <= SMALL and id(a) not in known]
+        self.entry = entry if entry.values else self.entry
 
     def _look_for_unseen(self) -> None:
         """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
@@ -218,14 +228,20 @@ class Frame:
             must_keep = f"some of its forwards write {argument} in place, so a replay would start from other values"
             self.site.facts[self.kinds] = Facts(must_keep=must_keep)
             self.site.say(f"{must_keep}; its activations are kept", warn=False)
+        if self.unseen:
+            self._let_go_of_replay()
 
     def keep_all(self) -> None:
         """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
         self.notes = self.noted()
         self.complete = True
-        self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], ()
+        self._let_go_of_replay()
         self.previous = None
-        self.reached = Reached(())
+
+    def _let_go_of_replay(self) -> None:
+        """Nothing will run again: what a replay needs may hold, through a tensor that the unit wrote to, the graph that holds this."""
+        self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], ()
+        self.watched, self.reached, self.fn = (), Reached(()), _gone
 
     def noted(self) -> Notes:
         """What this forward has saved, so far if it is not over."""
@@ -326,6 +342,10 @@ class Frame:
         """What the unit's forward changes, for messages."""
         paths = [p for f in self.site.facts.values() for p in (*f.changes.containers, *f.changes.values)]
         return ", ".join(dict.fromkeys(map(describe, paths)))
+
+
+def _gone() -> None:
+    """In the place of a unit's forward that won't run again."""
 
 
 def _let_go(frame: ReferenceType[Frame]) -> None:

@@ -2,11 +2,13 @@
 
 Tensors are held detached (a unit may return its own input, and the graph must not hold itself), or, where somebody else's
 saved-tensor hooks are in force (an outer checkpoint, `save_on_cpu`), as saved tensors of theirs: they decide what
-happens to them. Lists, tuples and dicts are copied, so a replay that appends to one appends to the copy.
+happens to them. What has no graph is given to the replay itself. Containers of any class are copied, so a replay that
+appends to one appends to the copy.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 from weakref import ref
@@ -14,7 +16,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ullage.runtime._content import Slots, base_of, content_of, put_content
 from ullage.runtime._local import local
+from ullage.runtime._state import same_memory
+from ullage.runtime._walk import CONTAINERS, slots_of
 from ullage.runtime._watch import storage_of
 
 _AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
@@ -47,7 +52,7 @@ def _holding(save: Any, *args: Any) -> Any:
 class Held:
     """One tensor argument."""
 
-    __slots__ = ("_hooked", "_theirs", "first", "kind", "leaf", "tensor", "version")
+    __slots__ = ("_hooked", "_same", "_theirs", "first", "kind", "leaf", "tensor", "version")
 
     def __init__(self, t: Tensor, hooked: bool, leaf: int = -1) -> None:
         self.first: Held | None = None  # that holds the same tensor, if this is not the first
@@ -55,8 +60,14 @@ class Held:
         # without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another
         self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
         self.leaf = leaf  # of the output of the unit before, from which it is made again; -1: it is held
+        self._same: Tensor | None = None
         if leaf < 0 and not hooked:
             self.tensor: Tensor | None = t.detach()
+            if self.kind != 1:
+                # Only weakly where nobody can tell once it is gone: written to later, it may hold the graph that holds this.
+                if type(t) is not Tensor or not t.dtype.is_floating_point or t.__dict__:
+                    self._same = t
+                self._theirs: Any = ref(t)
             return
         self.tensor, self._theirs = None, ref(t)
         self._hooked: Any = None
@@ -69,14 +80,35 @@ class Held:
             self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: that alone lets go of what it saved
 
     def give(self) -> Tensor:
-        """The argument for a replay, in grad mode; a leaf if it was one: autocast keeps casts of leaves for the next op."""
+        """The argument for a replay, in grad mode: the caller's own tensor, where that has no graph.
+
+        Otherwise a detached alias; a leaf if it was one: autocast keeps casts of leaves for the next op.
+        """
         if self.tensor is not None:
+            if self.kind != 1 and self.leaf < 0:
+                theirs = self._same if self._same is not None else self._theirs()
+                if theirs is not None and self._unmoved(theirs):
+                    return theirs
             t: Tensor = self.tensor.detach()
             if not self.kind:
                 return t
             return t.requires_grad_() if self.kind == 2 else _alias(t.requires_grad_())
         saved: Any = self._hooked
-        return saved.unpack() if _make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]  # type: ignore[no-any-return]
+        saved = saved.unpack() if _make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]
+        theirs = self._theirs() if self.kind != 1 else None
+        if theirs is not None and theirs._version == self.version and self._is_leaf_as_was(theirs):
+            return theirs  # type: ignore[no-any-return]
+        return saved  # type: ignore[no-any-return]
+
+    def _is_leaf_as_was(self, theirs: Tensor) -> bool:
+        return theirs.grad_fn is None and theirs.requires_grad == (self.kind == 2)
+
+    def _unmoved(self, theirs: Tensor) -> bool:
+        """Is it still a leaf as it was, over the memory that it had? `.data =` changes that and no version."""
+        assert self.tensor is not None
+        if not self._is_leaf_as_was(theirs):
+            return False
+        return type(theirs) not in (Tensor, torch.nn.Parameter) or same_memory(theirs, self.tensor)
 
     def written(self) -> bool:
         """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
@@ -85,20 +117,41 @@ class Held:
 
 
 class _Box:
-    """A list, tuple, dict or named tuple of arguments."""
+    """A container of arguments, of whatever class: what it holds, held, and its attributes.
 
-    __slots__ = ("items", "kind")
+    Args:
+        of: the container.
+    """
 
-    def __init__(self, kind: Any, items: Any) -> None:
-        self.kind, self.items = kind, items
+    __slots__ = ("cls", "extra", "fields", "items")
+
+    def __init__(self, of: Any) -> None:
+        self.cls = type(of)
+        self.items: Any = ()
+        self.fields: dict[str, Any] | None = None
+        self.extra: Any = of.maxlen if isinstance(of, deque) else getattr(of, "default_factory", None)
+
+    def empty(self) -> Any:
+        """A new container of that class; its `__init__` is not run."""
+        base = base_of(self.cls)
+        new: Any = base.__new__(self.cls)
+        if base is deque:
+            deque.__init__(new, (), self.extra)
+        elif self.extra is not None and isinstance(new, defaultdict):
+            new.default_factory = self.extra
+        return new
+
+    def fixed(self, items: list[Any]) -> Any:
+        """A new tuple or frozenset of that class."""
+        base = base_of(self.cls)
+        try:
+            return base.__new__(self.cls, items)
+        except TypeError:  # what torch's ops return: a tuple that is made in its own way
+            return self.cls(items)
 
 
 def _name(place: str | int) -> str:
     return place if isinstance(place, str) else f"argument {place}"
-
-
-def _maker(value: Any) -> Any:
-    return type(value)._make
 
 
 class Inputs:
@@ -116,7 +169,7 @@ class Inputs:
         self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
         self.made = made if not self.hooked else None
         self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
-        self._known: dict[int, Held] = {}  # by the tensor's id, while the caller holds them all
+        self._known: dict[int, Any] = {}  # by the tensor's id, while the caller holds them all
         self._repeated = False
         hold = self._hold
         self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
@@ -138,28 +191,47 @@ class Inputs:
             return held
         if isinstance(name, int):
             name = f"argument {name}"
-        if type(value) in (list, tuple):
-            return _Box(type(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
-        if type(value) is dict:
-            return _Box(dict, {k: self._hold(v, f"{name}[{k!r}]") for k, v in value.items()})
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return _Box(_maker(value), [self._hold(v, f"{name}[{i}]") for i, v in enumerate(value)])
-        return value
+        if not isinstance(value, CONTAINERS):
+            return value
+        box = self._known.get(id(value))
+        if box is None:
+            box = self._known[id(value)] = _Box(value)
+            if isinstance(value, dict):
+                box.items = {k: self._hold(v, f"{name}[{k!r}]") for k, v in content_of(value).items()}
+            else:
+                box.items = [self._hold(v, f"{name}[{i}]") for i, v in enumerate(content_of(value))]
+            fields = getattr(value, "__dict__", None)
+            slots = slots_of(box.cls)
+            if fields or slots:
+                fields = {**(fields or {}), **Slots(value, slots).read()}
+                box.fields = {k: self._hold(v, f"{name}.{k}") for k, v in fields.items()}
+        return box
 
-    def _give(self, value: Any, given: dict[int, Tensor]) -> Any:
+    def _give(self, value: Any, given: dict[int, Any]) -> Any:
         if isinstance(value, Held):
             if id(value) not in given:
                 given[id(value)] = value.give()  # each once, also of those that are one: the outer hooks count
             return given[id(value.first or value)]
         if not isinstance(value, _Box):
             return value
-        if value.kind is dict:
-            return {k: self._give(v, given) for k, v in value.items.items()}
-        return value.kind([self._give(v, given) for v in value.items])
+        if id(value) in given:
+            return given[id(value)]
+        if issubclass(value.cls, tuple | frozenset):
+            new = value.fixed([self._give(v, given) for v in value.items])
+            given[id(value)] = new
+        else:
+            new = given[id(value)] = value.empty()
+            if isinstance(value.items, dict):
+                put_content(new, {k: self._give(v, given) for k, v in value.items.items()})
+            else:
+                put_content(new, [self._give(v, given) for v in value.items])
+        for name, field in (value.fields or {}).items():
+            object.__setattr__(new, name, self._give(field, given))
+        return new
 
     def give(self) -> tuple[list[Any], dict[str, Any]]:
         """Arguments for one replay; what was one tensor is one."""
-        given: dict[int, Tensor] = {}
+        given: dict[int, Any] = {}
         if self._repeated:
             args = [self._give(a, given) for a in self.args]
         else:

@@ -11,7 +11,7 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import digest
@@ -71,7 +71,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
 def _selection(frame: Frame, recorder: Recorder) -> Selection:
     rule = frame.options.rule
     assert rule is not None
-    modules = [m for root in frame.roots if isinstance(root, nn.Module) for m in root.modules()]
+    modules = [m for root in frame.reached.modules for m in root.modules()]
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_torchdynamo_orig_callable") for m in modules):
         return refused("it is compiled, so what it saves is torch.compile's choice")
     return select(recorder.log, rule)

@@ -2,58 +2,54 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import types
-from collections.abc import Callable, Container, Iterable
+from collections import deque
+from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from torch import Generator, Tensor, nn
+import numpy as np
+from torch import Tensor, nn
 
-_DEEPEST = 3  # functions in closures of functions
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, types.ModuleType)
+from ullage.runtime._content import PLAIN, content_of
+from ullage.runtime._walk import (
+    CONTAINERS,
+    HOOKS,
+    MODULE_FIELDS,
+    MOST_NODES,
+    OPAQUE,
+    RANDOM,
+    Step,
+    children,
+    follow,
+    functions_of,
+    is_opaque,
+)
 
-
-def roots_of(fn: Callable[..., Any], depth: int = 0) -> list[Any]:
-    """Modules and other objects a callable holds: its `self`, closure, defaults, bound arguments."""
-    if isinstance(fn, nn.Module):
-        return [fn]
-    if isinstance(fn, functools.partial):
-        held = [fn.func, *fn.args, *fn.keywords.values()]
-    elif isinstance(fn, types.MethodType):
-        return [fn.__self__] if not isinstance(fn.__self__, type) else []
-    elif isinstance(fn, types.FunctionType):
-        cells = []
-        for cell in fn.__closure__ or ():
-            try:
-                cells.append(cell.cell_contents)
-            except ValueError:  # not filled yet
-                continue
-        held = [*cells, *(fn.__defaults__ or ())]
-    else:
-        return [fn]
-    found: list[Any] = []
-    for value in held:
-        if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-            found += roots_of(value, depth + 1) if depth < _DEEPEST else []
-        elif not isinstance(value, _PLAIN):
-            found.append(value)
-    return found
+_PLAIN = frozenset(PLAIN)
+_STATELESS = (Tensor, *PLAIN, *OPAQUE)
 
 
-_STATELESS = (Tensor, *_PLAIN)
+def roots_of(fn: Callable[..., Any]) -> list[Any]:
+    """Where a walk from a callable starts: its module, if it is one or a method of one, else itself."""
+    if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
+        return [fn.__self__]
+    return [fn]
 
 
 def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments that may carry state of their own: modules, caches, generators; in lists, tuples and dicts too."""
+    """Arguments that may carry state of their own: modules, caches, generators, functions; in containers too."""
     found: list[Any] = []
     for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, _STATELESS):
             continue
-        if isinstance(a, list | tuple | dict):
-            found += objects_in(a.values() if isinstance(a, dict) else a, {})
-        elif isinstance(a, Generator) or hasattr(a, "__dict__"):
+        if isinstance(a, CONTAINERS):  # copied for each replay, see `_inputs`
+            found += objects_in(
+                content_of(a).values() if isinstance(a, dict) else content_of(a), getattr(a, "__dict__", {})
+            )
+        else:
             found.append(a)
     return found
 
@@ -66,11 +62,13 @@ class Below:
         tensors: dicts of parameters and of buffers.
         buffers: dicts of buffers.
         modules: the modules.
+        loose: modules and steps from them to what may hold tensors or modules and is not registered.
     """
 
     tensors: list[dict[str, Any]]
     buffers: list[dict[str, Any]]
     modules: list[ReferenceType[nn.Module]]
+    loose: list[tuple[ReferenceType[nn.Module], Step]]
 
 
 _below: WeakKeyDictionary[nn.Module, Below] = WeakKeyDictionary()
@@ -79,15 +77,59 @@ _below: WeakKeyDictionary[nn.Module, Below] = WeakKeyDictionary()
 def _found_below(module: nn.Module) -> Below:
     modules = list(module.modules())
     tensors = [d for m in modules for d in (m._parameters, m._buffers) if d]
-    found = _below[module] = Below(tensors, [m._buffers for m in modules if m._buffers], [ref(m) for m in modules])
+    known = {id(m) for m in modules} | {id(t) for d in tensors for t in d.values()}
+    loose = [
+        (ref(m), step)
+        for m in modules
+        if m.__dict__.keys() - MODULE_FIELDS or any(m.__dict__.get(h) for h in HOOKS) or functions_of(type(m))
+        for step, _, value in children(m)
+        if step[0] != "m" or step[1][0] in HOOKS
+        if _may_hold(value, known)
+    ]
+    found = _below[module] = Below(
+        tensors, [m._buffers for m in modules if m._buffers], [ref(m) for m in modules], loose
+    )
     return found
+
+
+def _may_hold(value: Any, known: set[int]) -> bool:
+    """Can something be read through it that is not known: a tensor, an array, a module; or will there be?
+
+    `known`: ids of tensors and modules, and of objects that hold nothing else; what this finds of the latter is added.
+    """
+    if isinstance(value, list | dict | set | deque) and not value:
+        return True
+    todo, seen = [value], set()
+    while todo and len(seen) < MOST_NODES:
+        obj = todo.pop()
+        if is_opaque(obj) or id(obj) in known or id(obj) in seen:
+            continue
+        seen.add(id(obj))
+        if isinstance(obj, Tensor | np.ndarray | nn.Module):
+            return True
+        if not isinstance(obj, RANDOM):
+            todo += [child for _, _, child in children(obj)]
+    if not todo:
+        known |= seen
+    return False
 
 
 def forget(roots: Iterable[Any]) -> None:
     """Look again at the next call."""
-    for root in roots:
-        if isinstance(root, nn.Module):
-            _below.pop(root, None)
+    for root in Reached(roots).modules:
+        _below.pop(root, None)
+
+
+_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def _number(module: nn.Module) -> int:
+    """A number that no other module has or had."""
+    found = _numbers.get(module)
+    if found is None:
+        found = _numbers[module] = next(_counter)
+    return found
 
 
 class Reached:
@@ -95,23 +137,74 @@ class Reached:
 
     Args:
         roots: what `roots_of` and `objects_in` found.
+
+    Attributes:
+        modules: modules that are not below another one that was found before.
+        around: tensors that no module has registered.
+        arrays: numpy arrays.
+        training: of every module: state and draws depend on it.
+        flags: of plain objects and closures: what state a forward changes often depends on them.
     """
 
-    __slots__ = ("below", "training")
+    __slots__ = ("_code", "around", "arrays", "below", "flags", "modules", "training")
 
     def __init__(self, roots: Iterable[Any]) -> None:
         self.below: list[Below] = []
+        self.modules: list[nn.Module] = []
+        self.around: list[Tensor] = []
+        self.arrays: list[np.ndarray[Any, Any]] = []
+        self._code: list[Any] = []
+        self.flags: list[bool] = []
         training: list[bool] = []
-        for root in roots:
-            if isinstance(root, nn.Module):
-                below = _below.get(root) or _found_below(root)
+        todo = deque(roots)
+        seen: set[int] = set()
+        while todo:
+            obj = todo.popleft()
+            kind = type(obj)
+            if kind in _PLAIN or id(obj) in seen or len(seen) > MOST_NODES:
+                continue
+            seen.add(id(obj))
+            if isinstance(obj, Tensor):
+                self.around.append(obj)
+            elif isinstance(obj, nn.Module):
+                self._add(obj, training, seen, todo)
+            elif kind is np.ndarray:
+                self.arrays.append(obj)
+            elif not is_opaque(obj) and not isinstance(obj, RANDOM):
+                if kind is types.FunctionType:
+                    self._code.append(obj.__code__)
+                elif kind not in CONTAINERS:
+                    self._code.append(kind)
+                for _, _, child in children(obj):
+                    if type(child) is bool:
+                        self.flags.append(child)
+                    elif type(child) not in _PLAIN:
+                        todo.append(child)
+        self.training = tuple(training)
+        if self.around and self.below:
+            registered = {id(t) for below in self.below for d in below.tensors for t in d.values()}
+            self.around = [t for t in self.around if id(t) not in registered]
+
+    def _add(self, module: nn.Module, training: list[bool], seen: set[int], todo: deque[Any]) -> None:
+        below = _below.get(module) or _found_below(module)
+        try:
+            training += [m().training for m in below.modules]  # type: ignore[union-attr]
+        except AttributeError:  # one of them is gone: the structure has changed
+            below = _found_below(module)
+            training += [m.training for m in module.modules()]
+        self.below.append(below)
+        self.modules.append(module)
+        if below.loose:
+            seen.update([id(m()) for m in below.modules])
+            for owner, step in below.loose:
                 try:
-                    training += [m().training for m in below.modules]  # type: ignore[union-attr]
-                except AttributeError:  # one of them is gone: the structure has changed
-                    below = _found_below(root)
-                    training += [m.training for m in root.modules()]
-                self.below.append(below)
-        self.training = tuple(training)  # of every module: state and draws depend on it
+                    todo.append(follow(owner(), step))
+                except (AttributeError, KeyError, TypeError):  # not there at the moment
+                    continue
+
+    def identity(self, without: nn.Module | None = None) -> tuple[Hashable, ...]:
+        """What tells units of one function apart: modules by number, functions by code, other objects by type."""
+        return (*[_number(m) for m in self.modules if m is not without], *dict.fromkeys(self._code))
 
     def tensors(self, without: Container[tuple[int, str]] = ()) -> list[Tensor]:
         """Parameters and buffers of modules; `without`: keys of dicts, given by their id."""
@@ -126,24 +219,16 @@ class Reached:
         return [t for below in self.below for d in below.buffers for t in d.values() if t is not None]
 
 
-def tensors_around(roots: Iterable[Any], depth: int = 2) -> list[Tensor]:
-    """Tensors in containers and plain objects that a callable holds."""
-    found: list[Tensor] = []
-    for root in roots:
-        if isinstance(root, Tensor):
-            found.append(root)
-        elif depth and not isinstance(root, nn.Module):
-            fields = root if isinstance(root, dict) else getattr(root, "__dict__", None)
-            inner = fields.values() if isinstance(fields, dict) else root if isinstance(root, list | tuple) else ()
-            found += tensors_around(list(inner), depth - 1)
-    return found
-
-
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
     """What a person would call that tensor."""
-    for root in roots:
-        if isinstance(root, nn.Module):
-            for name, t in [*root.named_parameters(), *root.named_buffers()]:
-                if t is tensor:
-                    return name
+    todo = deque((root, "") for root in roots)
+    seen: set[int] = set()
+    while todo and len(seen) < MOST_NODES:
+        obj, name = todo.popleft()
+        if obj is tensor and name:
+            return name
+        if id(obj) in seen or is_opaque(obj) or isinstance(obj, (Tensor, np.ndarray, *RANDOM)):
+            continue
+        seen.add(id(obj))
+        todo.extend((child, f"{name}.{label}".strip(".")) for _, label, child in children(obj))
     return f"a tensor of shape {tuple(tensor.shape)} that it closes over"

@@ -37,7 +37,7 @@ class Around:
         self.tensor, self.version = ref(t), t._version
         self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
         with quiet(), torch.no_grad():
-            self.values = t.detach().clone() if t.numel() <= SMALL else None
+            self.values = _copy(t)
 
     def moved(self) -> Tensor | None:
         """The tensor, if it has been written to since."""
@@ -50,6 +50,25 @@ class Around:
         if t is not None and self.kind == 0 and _same(t, self.values):
             self.version, t = t._version, None
         return t
+
+
+def _copy(t: Tensor) -> Tensor | None:
+    """None for a large one, and for what can't be copied."""
+    try:
+        return t.detach().clone() if t.numel() <= SMALL and has_memory(t) else None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def has_memory(t: Tensor) -> bool:
+    """Can its elements be read? FSDP frees the memory of its parameters between uses."""
+    if t.layout != torch.strided or t.is_nested or t.is_meta:
+        return True
+    try:
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        return not t.numel() or t.untyped_storage().nbytes() >= (int(t.storage_offset()) + span) * t.element_size()
+    except RuntimeError:  # of a class that has no storage of its own
+        return True
 
 
 def _same(t: Tensor, values: Any) -> bool:

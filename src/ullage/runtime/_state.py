@@ -10,35 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ullage.runtime._local import Apart
+from ullage.runtime._content import content_of, put_content, put_random_state, random_state
+from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, children, follow, is_opaque, is_part, places
 
-MOST_NODES = 20_000
 _MISSING = object()
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_OF_MODULES = frozenset(nn.Module().__dict__)
-OPAQUE = (
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    Apart,
-)
-
-Path = tuple[
-    Any, ...
-]  # (index of the root, then ("a", attribute), ("i", item) or ("a", None), the attributes themselves)
+Path = tuple[Any, ...]  # (index of the root, then steps of `_walk`)
 
 
 @dataclass(frozen=True)
@@ -46,9 +29,9 @@ class Changes:
     """What a forward changes.
 
     Attributes:
-        containers: paths of dicts, lists, sets, deques and `__dict__`s whose content it changes.
+        containers: paths of containers, attributes, slots, cells and globals whose content it changes.
         values: paths of tensors and numpy arrays whose values it changes.
-        generators: paths of `torch.Generator`s, which it may draw from.
+        generators: paths of generators (torch's, numpy's, Python's), which it may draw from.
         parameters: names of parameters it writes to, and of other tensors that can't be put back.
     """
 
@@ -67,52 +50,12 @@ class Unreachable(Exception):
     """A path leads nowhere any more: what is known of this unit is of another structure."""
 
 
-def fields_of(obj: Any) -> dict[str, Any] | None:
-    """The attributes of a module or plain object, or None."""
-    if isinstance(obj, (*PLAIN, *OPAQUE, Tensor, np.ndarray, torch.Generator)):
-        return None
-    return getattr(obj, "__dict__", None)
-
-
-def content_of(obj: Any) -> Any:
-    """A shallow copy of a container's content."""
-    if isinstance(obj, dict):
-        return dict(obj)
-    if isinstance(obj, set):
-        return set(obj)
-    return list(obj)
-
-
-def _put_content(obj: Any, content: Any) -> None:
-    if isinstance(obj, dict):
-        for key in [k for k in obj if k not in content]:
-            dict.__delitem__(obj, key)
-        for key, value in content.items():
-            if obj.get(key, _MISSING) is not value:
-                dict.__setitem__(obj, key, value)
-    elif isinstance(obj, list):
-        obj[:] = content
-    else:
-        obj.clear()
-        obj.update(content) if isinstance(obj, set) else obj.extend(content)
-
-
-def same_content(a: Any, b: Any) -> bool:
-    if len(a) != len(b):
-        return False
-    if isinstance(a, set):
-        return bool(a == b)
-    pairs = [(v, b.get(k, _MISSING)) for k, v in a.items()] if isinstance(a, dict) else list(zip(a, b, strict=True))
-    return all(x is y or (isinstance(x, PLAIN) and type(x) is type(y) and x == y) for x, y in pairs)
-
-
 def _follow(roots: Sequence[Any], path: Path) -> Any:
     try:
         obj = roots[path[0]]
         for step in path[1:]:
-            kind, key = step
-            obj = obj[key] if kind == "i" else obj.__dict__ if key is None else obj.__dict__[key]
-    except (KeyError, IndexError, AttributeError, TypeError) as error:
+            obj = follow(obj, step)
+    except (KeyError, IndexError, AttributeError, TypeError, StopIteration) as error:
         raise Unreachable(str(path)) from error
     return obj
 
@@ -120,28 +63,32 @@ def _follow(roots: Sequence[Any], path: Path) -> Any:
 def _and_below(changed: list[Any]) -> list[Any]:
     """Containers that a forward changes, and those in them: what it put there once, it may change at its next call."""
     found, seen = list(changed), {id(c) for c in changed}
-    todo = list(changed)
+    todo: list[Any] = []
+    for place in changed:
+        content = content_of(place)
+        values = content.items() if isinstance(content, dict) else enumerate(content)
+        todo += [v for k, v in values if k not in MODULE_FIELDS]
     while todo and len(seen) < MOST_NODES:
-        content = todo.pop()
-        for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
-            if key in _OF_MODULES or isinstance(
-                value, (*PLAIN, *OPAQUE, Tensor, nn.Module, np.ndarray, torch.Generator)
-            ):
-                continue
-            if not isinstance(value, dict | list | set | deque | tuple):
-                value = getattr(value, "__dict__", None)
-            if value is not None and id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-                if not isinstance(value, tuple | types.MappingProxyType):
-                    found.append(value)
+        value = todo.pop()
+        if is_opaque(value) or isinstance(value, nn.Module) or is_part(value) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            continue
+        for _, place in places(value):
+            if not isinstance(place, dict) or id(place) not in seen or place is value:
+                seen.add(id(place))
+                found.append(place)
+        todo += [child for step, _, child in children(value) if step[0] != "g"]
     return found
 
 
 def describe(path: Path) -> str:
     """A path as a person would write it."""
     skip = ("_buffers", "_modules", "_parameters", None)
-    return ".".join(str(key) for _, key in path[1:] if key not in skip) or (
+    keys = [key for kind, key in path[1:] if kind not in ("self", "func", "G")]
+    keys = [key[1] if isinstance(key, tuple) else key for key in keys]
+    return ".".join(str(key) for key in keys if key not in skip) or (
         "attributes" if len(path) > 1 else "a tensor that it closes over"
     )
 
@@ -152,7 +99,7 @@ class State:
 
     containers: list[tuple[Any, Any]]
     values: list[tuple[Any, Any]]
-    generators: list[tuple[torch.Generator, Tensor]]
+    generators: list[tuple[Any, Any]]
 
     @staticmethod
     def read(roots: Sequence[Any], changes: Changes) -> State:
@@ -167,7 +114,7 @@ class State:
         return State(
             [(o, content_of(o)) for o in containers],
             [(o, o.detach().clone() if isinstance(o, Tensor) else o.copy()) for o in values],
-            [(g, g.get_state()) for g in generators],
+            [(g, random_state(g)) for g in generators],
         )
 
     def replaced(self) -> set[tuple[int, str]]:
@@ -184,14 +131,15 @@ class State:
         """Ids of what holds other values now, or is another object now: a replay sees what was there then."""
         ids = {id(o) for o, _ in self.values}
         for obj, content in self.containers:
-            if isinstance(obj, dict):
-                ids.update([id(v) for k, v in obj.items() if isinstance(v, Tensor) and content.get(k) is not v])
+            if isinstance(content, dict):
+                now = content_of(obj).items()
+                ids.update([id(v) for k, v in now if isinstance(v, Tensor) and content.get(k) is not v])
         return ids
 
     def put(self) -> None:
         """Write it all back."""
         for obj, content in self.containers:
-            _put_content(obj, content)
+            put_content(obj, content)
         for obj, value in self.values:
             if value is None:
                 continue
@@ -204,7 +152,7 @@ class State:
             else:
                 obj[...] = value
         for generator, state in self.generators:
-            generator.set_state(state)
+            put_random_state(generator, state)
 
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
@@ -218,7 +166,9 @@ class State:
             yield
         finally:
             for t, data in zip(tensors, memory, strict=True):
-                if not _is_in(t, data):  # maybe what stands for the output of an op that is skipped, and is no memory
+                if not same_memory(
+                    t, data
+                ):  # maybe what stands for the output of an op that is skipped, and is no memory
                     t.data = data
             try:
                 now.put()
@@ -230,7 +180,7 @@ class State:
                 torch._C._autograd._unsafe_set_version_counter(tensors, versions)
 
 
-def _is_in(t: Tensor, data: Tensor) -> bool:
+def same_memory(t: Tensor, data: Tensor) -> bool:
     """Does a tensor still have the memory of `data`, and all that says how to read it?"""
     if (t.dtype, t.shape) != (data.dtype, data.shape) or t.layout != data.layout:
         return False

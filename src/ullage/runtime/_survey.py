@@ -12,18 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._array import elements_of
-from ullage.runtime._state import (
-    MOST_NODES,
-    OPAQUE,
-    PLAIN,
-    Changes,
-    Path,
-    State,
-    content_of,
-    describe,
-    fields_of,
-    same_content,
-)
+from ullage.runtime._content import content_of, random_state, same_content
+from ullage.runtime._state import Changes, Path, State, describe
+from ullage.runtime._walk import MOST_NODES, RANDOM, children, is_opaque, places
 
 
 class Survey:
@@ -36,59 +27,49 @@ class Survey:
     def __init__(self, roots: Sequence[Any]) -> None:
         self._containers: dict[int, tuple[Path, Any, Any]] = {}
         self._values: dict[int, tuple[Path, Any, Any, int]] = {}
-        self._generators: dict[int, tuple[Path, torch.Generator, Any]] = {}
+        self._generators: dict[int, tuple[Path, Any, Any]] = {}
+        self._gradients: dict[int, tuple[str, Tensor, Any, int]] = {}
         self._parameters: dict[int, tuple[str, Tensor, int]] = {}
         self._seen: set[int] = set()
         self._held: list[Any] = list(roots)  # ids of the dead are used again
         for i, root in enumerate(roots):
-            self._look(root, (i,), "")
+            self._look(root, (i,))
 
-    def _look(self, obj: Any, path: Path, name: str) -> None:
-        if isinstance(obj, (*PLAIN, *OPAQUE)) or id(obj) in self._seen or len(self._seen) > MOST_NODES:
-            return
-        self._seen.add(id(obj))
-        self._held.append(obj)
-        if isinstance(obj, nn.Parameter):
-            self._parameters[id(obj)] = (name, obj, obj._version)
-        elif isinstance(obj, torch.Generator):
-            self._generators[id(obj)] = (path, obj, obj.get_state())
-        elif isinstance(obj, Tensor | np.ndarray):
-            self._values[id(obj)] = (path, obj, *_noted(obj))
-        elif isinstance(obj, dict | list | set | deque):
-            self._containers[id(obj)] = (path, obj, content_of(obj))
-            items = obj.items() if isinstance(obj, dict) else enumerate(obj) if not isinstance(obj, set) else ()
-            for key, value in list(items):
-                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
-        elif isinstance(obj, tuple):
-            for key, value in enumerate(obj):
-                self._look(value, (*path, ("i", key)), f"{name}.{key}".strip("."))
-        if not isinstance(obj, dict | list | set | deque | tuple):
-            self._look_at_fields(obj, path, name)
-
-    def _look_at_fields(self, obj: Any, path: Path, name: str) -> None:
-        fields = fields_of(obj)
-        if fields is None:
-            return
-        self._containers[id(fields)] = ((*path, ("a", None)), fields, dict(fields))
-        self._held.append(fields)
-        for key, value in list(fields.items()):
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+    def _look(self, root: Any, start: Path) -> None:
+        todo: deque[tuple[Any, Path, str]] = deque([(root, start, "")])
+        while todo and len(self._seen) <= MOST_NODES:
+            obj, path, name = todo.popleft()
+            if is_opaque(obj) or id(obj) in self._seen:
                 continue
-            inner = f"{name}.{key}".strip(".")
-            if key in ("_parameters", "_buffers", "_modules") and isinstance(value, dict):
-                self._seen.add(id(value))
-                if key != "_modules":
-                    self._containers[id(value)] = ((*path, ("a", key)), value, dict(value))
-                for k, v in list(value.items()):
-                    self._look(v, (*path, ("a", key), ("i", k)), f"{name}.{k}".strip("."))
+            self._seen.add(id(obj))
+            self._held.append(obj)
+            if isinstance(obj, Tensor) and obj.requires_grad and obj.is_leaf:
+                self._gradients[id(obj)] = (name, obj, obj.grad, _version_of(obj.grad))
+            if isinstance(obj, nn.Parameter):
+                self._parameters[id(obj)] = (name, obj, obj._version)
+            elif isinstance(obj, RANDOM):
+                self._generators[id(obj)] = (path, obj, random_state(obj))
+            elif isinstance(obj, Tensor | np.ndarray):
+                self._values[id(obj)] = (path, obj, *_noted(obj))
             else:
-                self._look(value, (*path, ("a", key)), inner)
+                for steps, place in places(obj):
+                    if id(place) not in self._seen or place is obj:
+                        self._seen.add(id(place))
+                        self._held.append(place)
+                        self._containers[id(place)] = ((*path, *steps), place, content_of(place))
+                for step, label, child in children(obj):
+                    todo.append((child, (*path, step), f"{name}.{label}".strip(".")))
 
     def changes(self, known: set[int]) -> tuple[Changes, State]:
         """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
         containers = [(p, o, c) for p, o, c in self._containers.values() if not same_content(c, content_of(o))]
         values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
         parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
+        parameters += tuple(
+            f"the gradient of {n or 'a tensor that it closes over'}"
+            for n, p, grad, version in self._gradients.values()
+            if p.grad is not grad or _version_of(p.grad) != version
+        )
         # without a copy there is nothing to put back
         parameters += tuple(describe(p) for p, o, h in values if h is None and not isinstance(o, FakeTensor))
         found = Changes(
@@ -103,6 +84,10 @@ class Survey:
             [(g, state) for _, g, state in self._generators.values()],
         )
         return found, entry
+
+
+def _version_of(grad: Tensor | None) -> int:
+    return grad._version if grad is not None else 0
 
 
 def _noted(obj: Any) -> tuple[Any, int]:

@@ -29,7 +29,7 @@ from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
 from ullage.runtime._ahead import Ahead
 from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
-from ullage.runtime._reach import roots_of
+from ullage.runtime._reach import Reached, roots_of
 from ullage.runtime._totals import totals
 
 if TYPE_CHECKING:
@@ -211,9 +211,8 @@ def movable(x: Tensor, resident: Iterable[int]) -> bool:
 def resident_keys(roots: Iterable[Any], args: Iterable[Any]) -> set[int]:
     """Keys of storages that a unit's modules hold, and of arguments that were not computed with gradients."""
     found = set()
-    for root in roots:
-        if isinstance(root, nn.Module):
-            found |= {t.untyped_storage()._cdata for t in (*root.parameters(), *root.buffers())}
+    for t in Reached(roots).tensors():
+        found.add(t.untyped_storage()._cdata)
     for a in args:
         if isinstance(a, Tensor) and a.layout is torch.strided and not (a.requires_grad and not a.is_leaf):
             found.add(a.untyped_storage()._cdata)
