@@ -12,7 +12,7 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage._source import source_line
 from ullage.runtime._debug import first_difference
-from ullage.runtime._notes import Check
+from ullage.runtime._notes import Check, meta_of
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
 from ullage.runtime._tier import brought_back, tensor_of
@@ -172,7 +172,7 @@ class Collector:
             return
         shape, stride, dtype, device = self.notes[i]
         raise self._error(
-            f"saved tensor {i} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device} in the replay, "
+            f"saved tensor {i} is {x.dtype} {tuple(x.shape)} with strides {meta_of(x)[1]} on {x.device} in the replay, "
             f"but was {dtype} {tuple(shape)} with strides {stride} on {device} in forward"
         )
 

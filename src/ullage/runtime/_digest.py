@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ullage._array import bytes_of
+from ullage._array import bytes_of, has_memory
 
 
 def digest(t: Tensor) -> bytes | None:
@@ -19,7 +19,7 @@ def digest(t: Tensor) -> bytes | None:
     """
     if isinstance(t, FakeTensor) or type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
         return None
-    if t.is_quantized or t.device.type == "meta":
+    if t.is_quantized or t.device.type == "meta" or not has_memory(t):
         return None
     t = t.detach().resolve_conj().resolve_neg().cpu()
     if t.is_complex():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import digest
@@ -35,6 +36,11 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         kwargs: keyword arguments.
         facts: what is known already, or None.
     """
+    if _makes_parameters(frame):  # the next call is the first to learn from
+        out = frame.run(args, kwargs, packer_of_all(frame))
+        forget(frame.roots)
+        frame.keep_all()
+        return out
     kinds = frame.kinds
     rule = frame.options.rule if frame.options.context_fn is None else None
     recorder = Recorder() if rule is not None and frame.known is None else None
@@ -66,6 +72,11 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     forget(frame.roots)  # a first call may make parameters
     frame.site.noted[kinds] = frame.notes
     return out
+
+
+def _makes_parameters(frame: Frame) -> bool:
+    """Does a lazy module make parameters or buffers in this call?"""
+    return any(is_lazy(t) for t in frame.reached.tensors())
 
 
 def _selection(frame: Frame, recorder: Recorder) -> Selection:

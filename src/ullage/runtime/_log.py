@@ -104,6 +104,11 @@ class Recorder(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()

@@ -22,7 +22,10 @@ _Guards = getattr(_guards, "TensorGuards", None)
 
 def meta_of(t: Tensor) -> Meta:
     """What forward notes of a saved tensor, and replay compares."""
-    return t.shape, t.stride(), t.dtype, t.device
+    try:
+        return t.shape, t.stride(), t.dtype, t.device
+    except RuntimeError:  # compressed sparse tensors have none
+        return t.shape, (str(t.layout),), t.dtype, t.device
 
 
 def _unknown(_: Tensor) -> bool:

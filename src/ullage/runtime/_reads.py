@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ullage._array import has_memory
 from ullage._errors import ReplayError
 from ullage.runtime._collect import Modified
 from ullage.runtime._digest import digest
@@ -58,17 +59,6 @@ def _copy(t: Tensor) -> Tensor | None:
         return t.detach().clone() if t.numel() <= SMALL and has_memory(t) else None
     except (NotImplementedError, RuntimeError):
         return None
-
-
-def has_memory(t: Tensor) -> bool:
-    """Can its elements be read? FSDP frees the memory of its parameters between uses."""
-    if t.layout != torch.strided or t.is_nested or t.is_meta:
-        return True
-    try:
-        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        return not t.numel() or t.untyped_storage().nbytes() >= (int(t.storage_offset()) + span) * t.element_size()
-    except RuntimeError:  # of a class that has no storage of its own
-        return True
 
 
 def _same(t: Tensor, values: Any) -> bool:

@@ -20,7 +20,7 @@ from ullage.runtime._select import Selection
 from ullage.runtime._site import refused
 from ullage.runtime._skip import SkipMode, Stale
 from ullage.runtime._totals import totals
-from ullage.runtime._watch import Changed, Watch
+from ullage.runtime._watch import Changed, Watch, storage_of
 
 if TYPE_CHECKING:
     from ullage.runtime._frame import Frame
@@ -128,14 +128,10 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
         return None
     # what the unit's forward writes to is what the plain step's backward would find now, too: not what was saved
     state = frame.entry.values if frame.entry is not None else ()
-    written = {o.untyped_storage()._cdata for o, _ in state if isinstance(o, Tensor)}
+    written = {storage_of(o) for o, _ in state if isinstance(o, Tensor)}
     with quiet():
         for i, wanted in frame.digests.items():
-            if (
-                wanted is None
-                or not isinstance(store.get(i), Tensor)
-                or (written and store[i].untyped_storage()._cdata in written)
-            ):
+            if wanted is None or not isinstance(store.get(i), Tensor) or (written and storage_of(store[i]) in written):
                 continue
             if digest(store[i]) != wanted:
                 return i

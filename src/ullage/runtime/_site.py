@@ -12,7 +12,7 @@ from weakref import ReferenceType, ref
 from ullage._errors import UllageWarning
 from ullage.runtime._local import Apart
 from ullage.runtime._log import Log
-from ullage.runtime._notes import Notes
+from ullage.runtime._notes import Notes, meta_of
 from ullage.runtime._place import Trail
 from ullage.runtime._select import Selection
 from ullage.runtime._state import Changes
@@ -187,7 +187,7 @@ def signature_of(args: Any, kwargs: Any, flags: Hashable, training: Hashable) ->
     parts: list[Any] = [flags, training]
     for a in (*args, *kwargs.values()) if kwargs else args:
         if hasattr(a, "untyped_storage"):
-            parts.append((type(a), a.shape, a.stride(), a.dtype, a.device, a.requires_grad))
+            parts.append((type(a), *meta_of(a), a.requires_grad))
         elif a is None or isinstance(a, bool | int | float | str):
             parts.append(a)
         elif isinstance(a, list | tuple):

@@ -1,0 +1,110 @@
+"""Units with sparse tensors, `torch.func` inside, lazy modules and `torch.cond`: the plain step's bits, at every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ullage
+from tests.runtime.steps import bits
+
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "keep": {"keep": "matmul_attention"},
+    "all": {"keep": lambda op: True},
+    "values": {"determinism_check": "values"},
+}
+
+
+class Graph(nn.Module):
+    """A graph convolution: its adjacency is a buffer, a closed-over tensor or an argument."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        dense = torch.eye(6) + torch.eye(6).roll(1, 0)
+        self.register_buffer("adjacency", dense.to_sparse() if layout == "coo" else dense.to_sparse_csr())
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.adjacency @ self.linear(x).sin()).exp()
+
+
+class Tangent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, tangent = torch.func.jvp(lambda t: self.linear(t).sin(), (x,), (x.cos(),))
+        return (out + tangent).exp()
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sin().exp()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "coo": lambda: Graph("coo"),
+    "csr": lambda: Graph("csr"),
+    "jvp": Tangent,
+    "lazy": Lazy,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:Tangent. a stale op log")  # jvp's zeros; what it dropped is rebuilt in full
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_as_the_plain_step(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    def run(call: Callable[..., Tensor]) -> Any:
+        torch.manual_seed(0)
+        model, seen = make(), []
+        for _ in range(3):
+            x = torch.linspace(0, 1, 24).view(6, 4).requires_grad_()
+            call(model, x).square().mean().backward()
+            seen.append([bits(x.grad), *[bits(p.grad) for p in model.parameters()]])
+            model.zero_grad()
+        return seen
+
+    assert run(lambda f, x: ullage.checkpoint(f, x, **options)) == run(lambda f, x: f(x))
+
+
+def test_a_lazy_module_is_kept_at_the_call_that_makes_its_parameters() -> None:
+    model = Lazy()
+    x = torch.ones(2, 3, requires_grad=True)
+    replays = []
+    for _ in range(3):
+        before = ullage.runtime.totals.replays
+        ullage.checkpoint(model, x).sum().backward()
+        replays.append(ullage.runtime.totals.replays - before)
+    assert replays == [0, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own, of what it imports
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_cond(options: dict[str, Any]) -> None:
+    w = torch.linspace(-1, 1, 16).view(4, 4).requires_grad_()
+
+    def unit(x: Tensor) -> Tensor:
+        h = (x @ w).sin()
+        return torch.cond(h.sum() > 0, lambda t: t.cos(), lambda t: t.exp(), (h,)).sin()
+
+    def run(call: Callable[..., Tensor]) -> Any:
+        seen = []
+        for sign in (1.0, -1.0):
+            w.grad = None
+            x = (sign * torch.linspace(0, 1, 8).view(2, 4)).requires_grad_()
+            call(unit, x).sum().backward()
+            seen.append((bits(x.grad), bits(w.grad)))
+        return seen
+
+    assert run(lambda f, x: ullage.checkpoint(f, x, **options)) == run(lambda f, x: f(x))
