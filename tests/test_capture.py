@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import ullage as ul
 from tests.zoo import workload
 from ullage.capture import Session
 from ullage.capture._outputs import KnownOutputs, argument_key
+from ullage.capture._trace import spec_of
+from ullage.cost._measure import _make
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
@@ -149,3 +152,30 @@ def test_forward_without_backward_leaves_nothing_behind() -> None:
     one, two = (ul.profile(work, costs="roofline") for _ in range(2))
     assert one == two and len(made) >= 2
     assert one.peak_bytes == ul.profile(workload("gpt"), costs="roofline").peak_bytes
+
+
+def test_specs_keep_lazy_bits_and_plain_ones_keep_their_saved_text() -> None:
+    x = torch.zeros(2, 3, dtype=torch.cfloat)
+    plain, conj, neg = spec_of(x), spec_of(x.conj()), spec_of(x.conj().imag)
+    assert repr(plain) == "TensorSpec(shape=(2, 3), stride=(3, 1), dtype=torch.complex64, device='cpu')"
+    assert (conj.conj, conj.neg, neg.conj, neg.neg) == (True, False, False, True)
+    assert repr(conj) == repr(plain)[:-1] + ", conj=True)"
+    for spec in (plain, conj, neg):
+        assert spec_of(_make(spec, 1)) == spec
+
+
+@pytest.mark.parametrize("op", [torch.bmm, lambda a, b: torch.einsum("fbd,fde->fbe", a, b)])
+def test_conjugated_arguments_of_complex_kernels_are_predicted_exactly(op: Any) -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8, 8, dtype=torch.cfloat))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + op(x.to(torch.cfloat), self.w).real
+
+    net = nn.Sequential(Complex(), Complex())
+    w = ul.Workload(net, torch.randn(3, 16, 8), loss=lambda o, b: o.square().mean())
+    plan = ul.plan(w, policy="every_block")
+    assert ul.measure(w, plan).peak_bytes == plan.predicted.peak_bytes
+    assert ul.measure(w, None).peak_bytes == plan.baseline.peak_bytes

@@ -18,6 +18,14 @@ class TensorSpec:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    conj: bool = False  # the bits of a lazy `.conj()` and of its imaginary part: a kernel may copy before it starts
+    neg: bool = False
+
+    def __repr__(self) -> str:
+        """Without bits the text is what saved profiles know; costs are kept under it."""
+        bits = "".join(f", {name}=True" for name in ("conj", "neg") if getattr(self, name))
+        plain = f"shape={self.shape!r}, stride={self.stride!r}, dtype={self.dtype!r}, device={self.device!r}"
+        return f"TensorSpec({plain}{bits})"
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def spec_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return TensorSpec(tuple(value.shape), (), value.dtype, str(value.device))
-        return TensorSpec(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type)
+        bits = value.is_conj(), value.is_neg()
+        return TensorSpec(tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type, *bits)
     if isinstance(value, list | tuple):
         return tuple(spec_of(v) for v in value)
     if isinstance(value, torch.Generator):

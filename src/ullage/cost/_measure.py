@@ -37,7 +37,10 @@ def _make(spec: TensorSpec, high: int) -> Tensor:
         base = torch.zeros(span, dtype=spec.dtype, device=spec.device)
     else:
         base = (torch.arange(span, device=spec.device) % high).to(spec.dtype)  # no draw: RNG stays as found
-    return base.as_strided(spec.shape, spec.stride)
+    made = base.as_strided(spec.shape, spec.stride)
+    if spec.conj:
+        made = made.conj()
+    return torch._neg_view(made) if spec.neg else made
 
 
 def _arguments(s: Signature) -> tuple[Any, Any]:
