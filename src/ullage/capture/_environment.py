@@ -9,8 +9,9 @@ import contextlib
 import functools
 import random
 import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._errors import CaptureError
-from ullage.measure._state import preserved_rng
+from ullage.measure._state import one_at_a_time, preserved_host_rng, unless_seeded
+from ullage.runtime import rng_states_from
 
 
 def _mkldnn_lstm(
@@ -73,6 +75,12 @@ def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
     return torch.zeros(*index.shape, classes, dtype=index.dtype).scatter_(-1, index.unsqueeze(-1), 1)
 
 
+def _here() -> Callable[[], bool]:
+    """A question: does the thread that is here now ask?"""
+    owner = threading.get_ident()
+    return lambda: threading.get_ident() == owner
+
+
 @contextlib.contextmanager
 def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
     old = getattr(owner, name)
@@ -85,30 +93,66 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unnoticed(tracker: Any) -> Iterator[None]:
-    """Patch what would notice the fake tensors, for the time of a capture; generators are put back as well."""
+    """Patch what would notice the fake tensors, for the time of a capture; generators are put back as well.
+
+    Patches are seen by the whole process, so there is one capture at a time, and each passes through in other threads.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_at_a_time())
         _fix_generators(stack, tracker)
         _watch_optimizers(stack, tracker)
         _choose_kernels(stack, tracker)
         hf = sys.modules.get("transformers.utils.import_utils")
         if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
-            stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False))
+            is_fake, mine = hf.is_fake_tensor, _here()
+            stack.enter_context(_patched(hf, "is_fake_tensor", lambda x: False if mine() else is_fake(x)))
         yield
 
 
-def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """Draws that steer a step are the same every time, and the user's generators stay where they are."""
-    get_rng_state = torch.get_rng_state
+class _Default:
+    """What `torch.get_rng_state`, `torch.manual_seed` and the like ask: in the thread that captures the tracker's generator.
 
-    def tracked_rng_state() -> Tensor:
-        state: Tensor = get_rng_state()
-        tracker.adopt(state)  # real bytes that checkpointing keeps per unit
+    Elsewhere it is torch's own, which a capture never moves.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        self._real, self._tracker, self._mine = torch.default_generator, tracker, _here()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tracker.generator if self._mine() else self._real, name)
+
+    def get_state(self) -> Tensor:
+        if not self._mine():
+            return self._real.get_state()
+        state: Tensor = self._tracker.generator.get_state()
+        self._tracker.adopt(state)  # real bytes that checkpointing keeps per unit
         return state
 
-    stack.enter_context(preserved_rng())
-    for seed in (torch.manual_seed, random.seed, np.random.seed):
+    def manual_seed(self, seed: int) -> torch.Generator:
+        (self._tracker.generator if self._mine() else self._real).manual_seed(seed)
+        return self._real  # `generator=torch.manual_seed(0)` is the default one
+
+
+def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """Draws that steer a step are the same every time, and the user's generators stay where they are.
+
+    Fake kernels draw nothing; what this thread sees of torch's generator is the tracker's own. Python's and numpy's have no
+    such door: they are seeded, and put back.
+    """
+
+    def put_back() -> None:
+        while tracker.moved_generators:
+            generator, state = tracker.moved_generators.popitem()
+            generator.set_state(state)
+
+    stack.callback(put_back)
+    stack.enter_context(unless_seeded())
+    stack.enter_context(preserved_host_rng())
+    for seed in (tracker.generator.manual_seed, random.seed, np.random.seed):
         seed(0)
-    stack.enter_context(_patched(torch, "get_rng_state", tracked_rng_state))
+    default = _Default(tracker)
+    stack.enter_context(_patched(torch.random, "default_generator", default))
+    stack.enter_context(rng_states_from(default.get_state, tracker.generator.set_state))
 
 
 def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
@@ -128,7 +172,11 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
 
         return run
 
+    mine = _here()
+
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
+        if not mine():
+            return None
         tracker.phase = "optimizer"
         for group in optimizer.param_groups:
             if any(not isinstance(p, FakeTensor) for p in group["params"]):
@@ -139,7 +187,8 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
         return tuple(map(in_forward, args)), {k: in_forward(v) for k, v in kwargs.items()}
 
     def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        tracker.phase = "forward"
+        if mine():
+            tracker.phase = "forward"
 
     import torch.optim.optimizer as optim
 
@@ -152,15 +201,15 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
 
 def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
     """Where C++ asks for the backend, which is Meta for a fake tensor, take the path of real tensors."""
-    one_hot, lstm = torch.nn.functional.one_hot, torch._VF.lstm
+    one_hot, lstm, mine = torch.nn.functional.one_hot, torch._VF.lstm, _here()
 
     def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
-        fits = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
+        fits = mine() and isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
         return _one_hot(tracker.kernels.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
 
     def choose_lstm(*args: Any) -> Any:
         """The other path would unroll over time."""
-        fits = len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
+        fits = mine() and len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
         return _mkldnn_lstm(*args) if fits else lstm(*args)
 
     stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))

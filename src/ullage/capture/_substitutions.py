@@ -15,6 +15,7 @@ Not substituted: statistics of low-precision norms (float32 on CUDA: a few bytes
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,7 +113,8 @@ def as_on_cuda() -> Iterator[None]:
 
     name = "_get_foreach_kernels_supported_devices"
     supported = getattr(optim, name)
-    setattr(optim, name, lambda: [*supported(), "cpu"])
+    owner = threading.get_ident()  # the patch is seen by every thread
+    setattr(optim, name, lambda: [*supported(), *(["cpu"] if threading.get_ident() == owner else [])])
     try:
         with _AsOnCuda():
             yield

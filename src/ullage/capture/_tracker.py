@@ -45,7 +45,8 @@ class Tracker(TorchDispatchMode):
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
         self.phase = "forward"
-        self._drawn = 0
+        self.moved_generators: dict[torch.Generator, Tensor] = {}  # the step's own, and how they were found
+        self.generator = values.generator  # stands for torch's default one, which other threads may draw from
         self.module_stack: list[str] = []
         self.replay_depth = 0  # how many of these are there because of a replay
         self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
@@ -121,9 +122,14 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _advance(self, generator: torch.Generator | None) -> None:
-        """A fake kernel draws nothing, but the runtime keeps the state of a generator that moved, and so must we."""
-        self._drawn += 1
-        (generator or torch.default_generator).manual_seed(self._drawn)
+        """A fake kernel draws nothing, but the runtime keeps the state of a generator that moved, and so must we.
+
+        It moves by its state alone, so that a replay draws what the forward drew.
+        """
+        own = self.generator if generator is None or generator is torch.default_generator else generator
+        if own is not self.generator:
+            self.moved_generators.setdefault(own, own.get_state())
+        own.manual_seed((own.initial_seed() + 1) % 2**64)
 
     def _accumulates_in_place(self, args: Any, kwargs: Any) -> bool:
         """Is this the engine adding into a gradient buffer that nothing else holds?

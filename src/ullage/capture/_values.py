@@ -47,6 +47,7 @@ class Values:
         self._poisoned: dict[int, weakref.ref[Any]] = {}
         self._drawn: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
+        self.generator = torch.Generator()  # draws for real are made from it, not from the user's
 
     def get(self, fake: Any) -> Tensor | None:
         """The real twin of a fake tensor, or None if its values are not known."""
@@ -99,12 +100,36 @@ class Values:
             return
         with _disable_current_modes(), torch.no_grad():
             given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
-            real = func(*given[0], **given_kwargs)
+            real = self._run(func, given[0], given_kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags or self.are_drawn(given)
         for f, r in zip(outs, [o for o in tree_flatten(real)[0] if isinstance(o, Tensor)], strict=True):
             self.attach(f, r)
             if drawn:
                 self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op for real; what it draws comes from our generator."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if kwargs.get("generator") not in (None, torch.default_generator):  # the step's own, which has to stay
+            state = kwargs["generator"].get_state()
+            try:
+                return func(*args, **kwargs)
+            finally:
+                kwargs["generator"].set_state(state)
+        name = func._overloadname
+        twin = getattr(func._overloadpacket, "generator" if name == "default" else f"{name}_generator", None)
+        for op in (func, twin):
+            if op is not None and any(a.name == "generator" for a in op._schema.arguments):
+                return op(*args, **{**kwargs, "generator": self.generator})
+        before = torch.default_generator.get_state()  # native_dropout takes no generator
+        try:
+            torch.default_generator.set_state(self.generator.get_state())
+            out = func(*args, **kwargs)
+            self.generator.set_state(torch.default_generator.get_state())
+            return out
+        finally:
+            torch.default_generator.set_state(before)
 
     def are_drawn(self, reals: Any) -> bool:
         """Does one of these values come from a random draw?"""

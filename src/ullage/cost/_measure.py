@@ -20,6 +20,7 @@ from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device
 from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
 from ullage.measure._allocator import MemoryEvent, record_allocations
+from ullage.measure._state import leaves_rng
 
 aten = torch.ops.aten
 MAX_BYTES = 8 * 2**30
@@ -95,6 +96,7 @@ def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
     return best
 
 
+@leaves_rng  # ops that draw are run for real
 def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback: Device) -> list[OpCost]:
     """Costs of ops, each run alone. What can't be run alone takes the roofline's cost.
 

@@ -102,7 +102,10 @@ def measure(
     with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
         say(f"recording the allocator over {PEAK_STEPS} steps")
         start, peaks, reserved, other = _peaks(inst, found.grads)
-        times = _times(inst, steps, say)
+        try:
+            times = _times(inst, steps, say)
+        finally:
+            hand_back_pages()
     ordered = sorted(times)
     middle = median(ordered)
     samples = inst.samples * inst.accumulate
@@ -203,3 +206,12 @@ def keep_pages() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def hand_back_pages() -> None:
+    """Undo `keep_pages`: glibc's defaults, and what is free now goes back. (What glibc had adapted itself to can't be read.)"""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX
+        libc.mallopt(-1, 128 * 1024)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)

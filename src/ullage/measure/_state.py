@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -114,12 +115,71 @@ def preserved_rng() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def leaves_rng(call: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that it leaves every global generator as found."""
+@contextlib.contextmanager
+def preserved_host_rng() -> Iterator[None]:
+    """Put back Python's and numpy's global generators."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def unless_seeded() -> Iterator[None]:
+    """Put torch's generators back if they were seeded meanwhile: a factory does that, and draws of other threads do not."""
+    found = [(g, g.initial_seed(), g.get_state()) for g in _default_generators()]
+    try:
+        yield
+    finally:
+        for generator, seed, state in found:
+            now = generator.get_state()
+            fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed()).get_state()
+            if not torch.equal(now, state) and (generator.initial_seed() != seed or torch.equal(now, fresh)):
+                generator.set_state(state)
+
+
+def _default_generators() -> list[torch.Generator]:
+    ready = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.default_generator, *(torch.cuda.default_generators if ready else ())]
+
+
+_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def one_at_a_time(say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Captures, measurements and verifications of one process wait for each other; `say` is told after a second."""
+    if not _LOCK.acquire(timeout=1.0):
+        if say is not None:
+            say("waiting for a plan or measurement in another thread")
+        _LOCK.acquire()
+    try:
+        yield
+    finally:
+        _LOCK.release()
+
+
+def captures(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that works on fake tensors: one at a time, and draws of other threads are left alone."""
 
     @functools.wraps(call)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with preserved_rng():
+        progress: Any = kwargs.get("progress")
+        with one_at_a_time(progress if callable(progress) else None):
+            return call(*args, **kwargs)
+
+    return wrapped
+
+
+def leaves_rng(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that runs real steps: one at a time, and every global generator is left as found."""
+
+    @functools.wraps(call)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        progress: Any = kwargs.get("progress")
+        with one_at_a_time(progress if callable(progress) else None), preserved_rng():
             return call(*args, **kwargs)
 
     return wrapped

@@ -10,7 +10,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, PlanError
 from ullage._files import write_whole
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
 from ullage.planner._plan import Plan, check_actions
 from ullage.planner._planner import decide, execute_choice, smallest_bytes
@@ -128,7 +128,7 @@ def _row(peak: int, seconds: float, fastest: float) -> str:
     return f"{format_bytes(peak):>12}  {format_seconds(seconds):>10}  {slower:>+8.1%}"
 
 
-@leaves_rng
+@captures
 def frontier(
     work: Workload,
     points: int = 12,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.mechanisms import Option
 from ullage.planner._levers import MOST_RUNS, levers
 from ullage.planner._live import Ledger, LiveTensor, by_category, live_tensors, moment, peak_op
@@ -170,7 +170,7 @@ def _holdings(s: Study, live: list[LiveTensor]) -> list[Holding]:
     return sorted(rows, key=lambda h: -h.nbytes)[:MOST_HOLDINGS]
 
 
-@leaves_rng
+@captures
 def bounds(
     work: Workload,
     plan: Plan | None = None,

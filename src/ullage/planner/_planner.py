@@ -10,7 +10,7 @@ from msgspec import structs
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError
 from ullage.apply import Report
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._confirm import infeasible, optimal, smallest_step, solution_of
 from ullage.planner._finish import finish, forecast
@@ -29,7 +29,7 @@ from ullage.planner._window import choose_window
 from ullage.workload import Workload
 
 
-@leaves_rng
+@captures
 def plan(
     work: Workload,
     budget: int | str | None = None,
@@ -84,7 +84,7 @@ def plan(
     return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, tier, progress)[1]
 
 
-@leaves_rng
+@captures
 def study_and_plan(
     work: Workload,
     budget: int | str | None,

@@ -11,7 +11,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage.capture._timeline import OpCost
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.planner._instance import StepModel
 from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_moment, peak_op, totals
 from ullage.planner._model import model_of
@@ -112,7 +112,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return "\n".join(lines)
 
 
-@leaves_rng
+@captures
 def profile(
     work: Workload,
     device: str | None = None,
@@ -133,7 +133,7 @@ def profile(
     return study_and_profile(work, device, costs, units, progress)[1]
 
 
-@leaves_rng
+@captures
 def study_and_profile(
     work: Workload,
     device: str | None = None,

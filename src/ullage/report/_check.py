@@ -11,7 +11,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetInfeasible, PlanError
 from ullage.capture import UnitFacts
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._plan import action_label, environment
@@ -106,7 +106,7 @@ def _changed(r: Row) -> str:
     return f"{signed(r.change)} ({before} -> {now})"
 
 
-@leaves_rng
+@captures
 def check(
     work: Workload,
     *,

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from ullage.capture import Session
 from ullage.measure._reach import optimizers_of
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._live import Ledger, categories, peak_op
@@ -26,7 +26,7 @@ from ullage.report._timeline import VERSION, Timeline
 from ullage.workload import Workload
 
 
-@leaves_rng
+@captures
 def timeline(
     work: Workload,
     plan: Plan | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError
 from ullage.measure._measure import Measurement
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import captures
 from ullage.planner import Frontier, Plan, Profile
 from ullage.planner._frontier import check_points, frontier_of
 from ullage.planner._planned import study_plan
@@ -23,7 +23,7 @@ from ullage.workload import Workload
 Given = Measurement | str | Path
 
 
-@leaves_rng
+@captures
 def report(
     work: Workload,
     plan: Plan | None = None,

@@ -30,7 +30,7 @@ from ullage.runtime import (
     _walk,
     _watch,
 )
-from ullage.runtime._ambient import host_rng, host_rng_moved
+from ullage.runtime._ambient import host_rng, host_rng_moved, rng_states_from
 from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
@@ -63,6 +63,7 @@ __all__ = [
     "is_recomputing",
     "level_rule",
     "recomputing_units",
+    "rng_states_from",
     "run",
     "run_offloaded",
     "select",

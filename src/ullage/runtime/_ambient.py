@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import CDLL, c_size_t, c_void_p
 from typing import Any
@@ -93,14 +94,29 @@ Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # get, set
 
 
 def _get_cpu() -> Tensor:
-    return torch.get_rng_state()  # looked up at each call: a capture counts these bytes
+    return torch.get_rng_state()  # looked up at each call: others patch it
 
 
 _CPU: tuple[Source, ...] = ((_get_cpu, torch.set_rng_state),)
+_stand_in = threading.local()
+
+
+@contextlib.contextmanager
+def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any]) -> Iterator[None]:
+    """In this thread, take these for the generators of torch: a capture leaves the real ones to other threads."""
+    before = getattr(_stand_in, "sources", None)
+    _stand_in.sources = ((get, put),)
+    try:
+        yield
+    finally:
+        _stand_in.sources = before
 
 
 def sources_for(args: Sequence[Any]) -> Sequence[Source]:
     """The CPU's default generator, and those of the accelerators that hold the tensors among `args` or are current."""
+    stood_in: Sequence[Source] | None = getattr(_stand_in, "sources", None)
+    if stood_in is not None:
+        return stood_in
     if _ACCELERATOR is None:
         return _CPU
     module = torch.get_device_module(_ACCELERATOR)

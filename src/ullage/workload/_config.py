@@ -50,7 +50,9 @@ def workload_from_config(
     make_inputs = _inputs(config, cls, batch, seq, DTYPES[dtype], target)
 
     def build() -> Workload:
-        with _default_dtype(DTYPES[dtype]), _weights_only_if_real():
+        import transformers
+
+        with _quietly(transformers), _default_dtype(DTYPES[dtype]), _weights_only_if_real():
             model = cls(config).train()
         model.tie_weights()  # part of what was left out for fake ones; again is no harm
         return Workload(
@@ -85,19 +87,30 @@ def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise WorkloadError(f"target={target!r}: needs transformers; pip install 'ullage[hf]'") from error
-    transformers.logging.set_verbosity_error()  # its advice is about checkpoints, of which there is none
     name = str(raw["architectures"][0])
     cls = getattr(transformers, name, None)
     if not inspect.isclass(cls):
         raise WorkloadError(f"target={target!r}: transformers {transformers.__version__} has no model class {name!r}")
     known = {k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype", "dtype")}
     try:
-        config = transformers.AutoConfig.for_model(raw["model_type"], **known)
+        with _quietly(transformers):
+            config = transformers.AutoConfig.for_model(raw["model_type"], **known)
     except Exception as error:  # an unknown model_type, sizes that do not fit each other
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WorkloadError(f"target={target!r}: transformers does not take this config: {reason}") from error
     config.use_cache = False
     return cls, config
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Its advice is about checkpoints, of which there is none."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
