@@ -99,7 +99,8 @@ def _may_hold(value: Any, known: set[int]) -> bool:
     """
     if isinstance(value, list | dict | set | deque) and not value:
         return True
-    todo, seen = [value], set()
+    todo: list[Any] = [value]
+    seen: set[int] = set()
     while todo and len(seen) < MOST_NODES:
         obj = todo.pop()
         if is_opaque(obj) or id(obj) in known or id(obj) in seen:
