@@ -66,7 +66,8 @@ class FakeKernels:
             raise CaptureError(
                 f"{source_line()}: {func} needs values that depend on activations (data-dependent control flow or "
                 "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
-                "as several units"
+                "as several units; if this is an optimizer's step (LBFGS), plan with an optimizer that reads no values "
+                "given as a callable (optimizer=torch.optim.AdamW, here or in Workload.from_factory)"
             )
         if self.values.are_drawn(given):
             where = source_line()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
-from ullage._errors import ArgumentError
+from ullage._errors import ApplyError, ArgumentError
 from ullage._stats import at_share, median
 from ullage.measure._allocator import record_steps
 from ullage.measure._reach import optimizers_of, reach
@@ -93,12 +93,14 @@ def measure(
 
     Raises:
         ArgumentError: `steps` is not a whole number of 1 or more.
-        ApplyError, PlanMismatch: the plan can't be applied.
+        ApplyError: a plan is in force on the model already.
+        PlanMismatch: the plan can't be applied.
     """
     check_arguments(work, plan, steps)
     say = progress or (lambda _: None)
     say("building the model")
     inst = work.instance()
+    _refuse_a_plan_in_force(inst, plan)
     with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
         say(f"recording the allocator over {PEAK_STEPS} steps")
         start, peaks, reserved, other = _peaks(inst, found.grads)
@@ -130,6 +132,7 @@ def record_peak(work: Workload, plan: Plan | None = None) -> int:
     """The peak alone, in bytes: three real steps under the allocator's record, no timing."""
     check_arguments(work, plan, 1)
     inst = work.instance()
+    _refuse_a_plan_in_force(inst, plan)
     with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
         return max(_peaks(inst, found.grads)[1])
 
@@ -146,6 +149,18 @@ def check_arguments(work: Any, plan: Any, steps: Any) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps={steps!r}: expected a whole number of 1 or more")
+
+
+def _refuse_a_plan_in_force(inst: Instance, plan: Plan | None) -> None:
+    """The plain step is asked for, and the model runs a planned one. With a plan given, `apply` refuses."""
+    from ullage.apply import handle_on
+
+    handle = handle_on(inst.model) if plan is None else None
+    if handle is not None:
+        raise ApplyError(
+            f"measure without a plan measures the plain step, but plan {handle.plan.digest} is in force on the model; "
+            "call remove() of its handle first, then measure(work) or measure(work, plan)"
+        )
 
 
 def _peaks(inst: Instance, held: Sequence[Tensor]) -> tuple[int, list[int], int, int]:

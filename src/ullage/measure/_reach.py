@@ -45,7 +45,8 @@ class Reach:
     def _parts(self, value: Any, owned: bool) -> list[tuple[Any, bool]]:
         if isinstance(value, Tensor):
             self.tensors.append(value)
-            return []
+            hooks = (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None))
+            return [(h, False) for group in hooks if group for h in group.values()]
         if isinstance(value, torch.Generator):
             self.generators.append(value)
             return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import UllageError, WorkloadError
-from ullage.workload._rebind import rebind
+from ullage.workload._copy import Copier
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
@@ -198,11 +197,11 @@ class Workload:
         memo: dict[int, Any] = {}
         try:
             with FakeCopyMode(mode):
-                model = copy.deepcopy(self.model, memo)
-                loss, step = rebind(self.loss, memo), rebind(self.step, memo)
+                copied = Copier(memo)
+                model, loss, step = copied(self.model), copied(self.loss), copied(self.step)
                 is_instance = isinstance(self.optimizer, torch.optim.Optimizer)
-                optimizer: Any = copy.deepcopy(self.optimizer, memo) if is_instance else None
-                batch = copy.deepcopy(self.batch, memo)
+                optimizer: Any = copied(self.optimizer) if is_instance else None
+                batch = copied(self.batch)
         except Exception as error:
             raise WorkloadError(
                 f"the model can't be copied onto fake tensors ({type(error).__name__}: {error}); "

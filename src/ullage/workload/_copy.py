@@ -1,0 +1,162 @@
+"""Copy a workload's objects with all they reach: models, optimizers, hooks, and functions with what these close over.
+
+`copy.deepcopy` treats functions as atoms, so that a hook or a step would write to the original; it leaves a parameter's
+hooks out, and of an optimizer whatever `Optimizer.__getstate__` does not name. What this can't reach is caught while
+capturing: an optimizer that steps real parameters, or an op on a real parameter, is an error there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STATEFUL = (nn.Module, Tensor, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
+_CONTAINERS = (list, dict, set, tuple)
+_ATOMS = (int, float, complex, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType)
+_LIBRARIES = {"torch", "ullage", "transformers", *sys.stdlib_module_names} - {"__main__"}
+
+
+def _names(code: types.CodeType) -> list[str]:
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
+    return list(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
+    """What a person's function reads of its module and what may be stateful; nothing for a library's function."""
+    if (fn.__module__ or "").partition(".")[0] in _LIBRARIES:
+        return {}
+    kinds = (*_STATEFUL, *_CONTAINERS, types.FunctionType, functools.partial)
+    found = {n: fn.__globals__[n] for n in _names(fn.__code__) if n in fn.__globals__}
+    return {n: v for n, v in found.items() if isinstance(v, kinds) and not isinstance(v, type)}
+
+
+class Copier:
+    """Copies things that may refer to each other; `memo` maps ids of originals to copies, as for `copy.deepcopy`."""
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self.memo = memo
+        self._scopes: dict[int, dict[str, Any]] = {}  # a module's globals, by their id: its functions share them
+        self._kept: list[Any] = []  # what was copied, temporary states too: an id in `memo` stays one thing's
+
+    def __call__(self, value: Any) -> Any:
+        """The copy of `value`, which may be itself."""
+        if isinstance(value, _ATOMS):
+            return value
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        self._kept.append(value)
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value) if self._is_stateful(value, set()) else value
+        if isinstance(value, functools.partial):
+            keywords = {k: self(v) for k, v in value.keywords.items()}
+            return functools.partial(self(value.func), *[self(a) for a in value.args], **keywords)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self(value.__self__))
+        if isinstance(value, weakref.ref):
+            target = value()
+            return weakref.ref(self(target)) if isinstance(target, _STATEFUL) else value
+        return self._object(value)
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        """With its attributes and, of a leaf, the hooks on its gradient."""
+        new: Tensor = copy.deepcopy(value, self.memo)
+        self.memo[id(value)] = new
+        for name, attribute in vars(value).items():
+            if name not in vars(new):
+                setattr(new, name, self(attribute))
+        if value.is_leaf and new.is_leaf and new.requires_grad:
+            for hook in list((value._backward_hooks or {}).values()):
+                new.register_hook(self(hook))
+            for hook in list((getattr(value, "_post_accumulate_grad_hooks", None) or {}).values()):
+                new.register_post_accumulate_grad_hook(self(hook))
+        return new
+
+    def _object(self, value: Any) -> Any:
+        memo, kind = self.memo, type(value)
+        if kind is tuple:
+            items = [self(v) for v in value]
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            return memo.setdefault(id(value), tuple(items))
+        if kind is list:
+            new: Any = memo.setdefault(id(value), [])
+            new.extend(self(v) for v in value)
+        elif kind is dict:
+            new = memo.setdefault(id(value), {})
+            new.update((self(k), self(v)) for k, v in value.items())
+        elif isinstance(value, torch.optim.Optimizer) or (
+            isinstance(value, nn.Module) and not hasattr(value, "__deepcopy__") and "__reduce_ex__" not in vars(value)
+        ):
+            new = memo[id(value)] = kind.__new__(kind)
+            vars(new).update({k: self(v) for k, v in vars(value).items()})
+        else:
+            new = self._reduced(value)
+        return new
+
+    def _reduced(self, value: Any) -> Any:
+        """What `copy.deepcopy` would make, its parts by this copier."""
+        if hasattr(value, "__deepcopy__"):
+            new = value.__deepcopy__(self.memo)
+        else:
+            form = value.__reduce_ex__(4)
+            if isinstance(form, str):
+                return value
+            new = copy._reconstruct(value, self.memo, *form, deepcopy=lambda v, _: self(v))  # type: ignore[attr-defined]
+        self.memo[id(value)] = new
+        return new
+
+    def _is_stateful(self, value: Any, seen: set[int]) -> bool:
+        """Does a function reach anything that must be a copy?"""
+        if isinstance(value, types.MethodType):
+            return True
+        if isinstance(value, functools.partial):
+            return any(self._is_stateful(v, seen) for v in (value.func, *value.args, *value.keywords.values()))
+        if not isinstance(value, types.FunctionType):
+            plain = isinstance(value, _ATOMS) or not (isinstance(value, (*_STATEFUL, *_CONTAINERS)) or callable(value))
+            return not plain
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
+        cells = [c.cell_contents for c in value.__closure__ or () if _is_set(c)]
+        reached = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return any(self._is_stateful(v, seen) for v in [*reached, *_globals_of(value).values()])
+
+    def _function(self, fn: types.FunctionType) -> types.FunctionType:
+        used = {n: v for n, v in _globals_of(fn).items() if self._is_stateful(v, set())}
+        scope = fn.__globals__
+        if used:
+            scope = self._scopes.setdefault(id(scope), dict(scope))
+        cells = tuple(self._cell(c) for c in fn.__closure__ or ())
+        new = types.FunctionType(fn.__code__, scope, fn.__name__, None, cells or None)
+        self.memo[id(fn)] = new
+        for name, value in used.items():
+            scope[name] = self(value)
+        for old, cell in zip(fn.__closure__ or (), cells, strict=True):
+            if _is_set(old) and not _is_set(cell):
+                cell.cell_contents = self(old.cell_contents)
+        new.__defaults__ = self(fn.__defaults__)
+        new.__kwdefaults__ = self(fn.__kwdefaults__)
+        new.__dict__.update(fn.__dict__)
+        new.__module__, new.__qualname__ = fn.__module__, fn.__qualname__
+        return new
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """One new cell for each: functions that share a variable go on sharing it."""
+        return self.memo.setdefault(id(cell), types.CellType())  # type: ignore[no-any-return]
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
