@@ -198,7 +198,7 @@ def _gradients(inst: Instance, seen: dict[str, Tensor]) -> Any:
                 seen[f"{label['step']}: gradient of {name}"] = q.grad.detach().to("cpu", copy=True)
 
             handles.append(p.register_post_accumulate_grad_hook(note))
-            hooks: Any = p._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            hooks: Any = p._post_accumulate_grad_hooks
             others = [(k, h) for k, h in hooks.items() if k != handles[-1].id]
             for key, _ in others:  # ours first: a hook that steps an optimizer takes the gradient away
                 del hooks[key]
