@@ -1,6 +1,6 @@
 """What surrounds a forward and must surround its replay: generators, autocast, global flags.
 
-Reading all of it costs about 4 us per call; setting it again happens only where it differs.
+Reading all of it costs about 6 us per call; setting it again happens only where it differs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+from ullage.runtime._settings import put_settings, read_settings
 
 _differ = CDLL(None).memcmp
 _differ.argtypes = (c_void_p, c_void_p, c_size_t)
@@ -36,7 +38,7 @@ Flags = tuple[Any, ...]
 
 
 def read_flags() -> Flags:
-    """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device."""
+    """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
     device = None
     if torch._C._len_torch_function_stack():
         modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
@@ -54,6 +56,7 @@ def read_flags() -> Flags:
         torch.get_default_dtype(),
         (flash(), efficient(), math(), cudnn()),
         device,
+        read_settings(),
     )
 
 
@@ -65,27 +68,46 @@ def autocasting() -> bool:
 @contextlib.contextmanager
 def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
     """Set the flags that differ, and put them back."""
-    cache, deterministic, warn_only, dtype, kernels, device = wanted[4:]
+    cache, _, _, _, _, device, settings = wanted[4:]
     with contextlib.ExitStack() as stack:
         if wanted[:5] != now[:5]:
             # the one context that also drops its cache of casts at the end
             stack.enter_context(torch.autocast("cpu", wanted[1], enabled=wanted[0], cache_enabled=cache))
             if _ACCELERATOR is not None:
                 stack.enter_context(torch.autocast(_ACCELERATOR, wanted[3], enabled=wanted[2], cache_enabled=cache))
-        if wanted[5:7] != now[5:7]:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            stack.callback(torch.use_deterministic_algorithms, now[5], warn_only=now[6])
-        if dtype != now[7]:
-            torch.set_default_dtype(dtype)
-            stack.callback(torch.set_default_dtype, now[7])
-        for name, want, have in zip(_KERNELS, kernels, now[8], strict=True):
-            if want != have:
-                setter = getattr(torch._C, f"_set_sdp_use_{name}")
-                setter(want)
-                stack.callback(setter, have)
+        if wanted[5:9] != now[5:9]:
+            stack.callback(_put_globals, now, wanted)
+            _put_globals(wanted, now)
+        if settings != now[10]:
+            stack.callback(put_settings, now[10], settings)
+            put_settings(settings, now[10])
         if device is not None:
             stack.enter_context(device)
         yield
+
+
+def _put_globals(wanted: Flags, now: Flags) -> None:
+    if wanted[5:7] != now[5:7]:
+        torch.use_deterministic_algorithms(wanted[5], warn_only=wanted[6])
+    if wanted[7] != now[7]:
+        torch.set_default_dtype(wanted[7])
+    for name, want, have in zip(_KERNELS, wanted[8], now[8], strict=True):
+        if want != have:
+            getattr(torch._C, f"_set_sdp_use_{name}")(want)
+
+
+def put_back(was: Flags) -> None:
+    """What a forward that stopped half-way has left set otherwise than it was."""
+    now = read_flags()
+    if now == was:
+        return
+    if now[:5] != was[:5]:
+        for kind, at in (("cpu", 0), *(((_ACCELERATOR, 2),) if _ACCELERATOR is not None else ())):
+            torch.set_autocast_enabled(kind, was[at])
+            torch.set_autocast_dtype(kind, was[at + 1])
+        torch.set_autocast_cache_enabled(was[4])
+    _put_globals(was, now)
+    put_settings(was[10], now[10])
 
 
 # --- generators ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ tensor back from what was kept, from what was rebuilt, or after a replay.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class Frame:
         if options.debug:
             self.ops = []
         self.flags = ambient.read_flags()
+        self.context = contextvars.copy_context()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
         self.reached = reached if reached is not None else Reached(self.roots)
         if self.reached.around and not local.skipping:  # placeholders, some of them

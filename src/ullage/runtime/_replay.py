@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
+from ullage.runtime._after import Attributes
 from ullage.runtime._collect import Collector, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
@@ -167,6 +168,7 @@ def _attempt(
     torch._C._set_grad_enabled(True)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
+    attributes, flags = Attributes(frame.reached), ambient.read_flags()
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
         args, kwargs = frame.inputs.give()
@@ -190,6 +192,9 @@ def _attempt(
         torch._C._set_grad_enabled(grad)
         for put, state in before:
             put(state)
+        # a forward that stops half-way leaves behind what it would have put back itself
+        attributes.put_back()
+        ambient.put_back(flags)
 
 
 @contextlib.contextmanager
@@ -215,9 +220,9 @@ def _run(
     try:
         if selection is not None:
             with SkipMode(selection, frame.kept):
-                return frame.fn(*args, **kwargs)
+                return _call(frame, args, kwargs)
         elif frame.contexts is None and frame.ops is None and watch is None:
-            return frame.fn(*args, **kwargs)
+            return _call(frame, args, kwargs)
         else:
             with contextlib.ExitStack() as stack:
                 if frame.contexts is not None:
@@ -226,10 +231,15 @@ def _run(
                     stack.enter_context(watch)
                 if frame.ops is not None:
                     stack.enter_context(OpNames(replay.ops))
-                return frame.fn(*args, **kwargs)
+                return _call(frame, args, kwargs)
     except Stop:
         return None
     finally:
         local.skipping = skipping
         pop_hooks()
         local.units.pop()
+
+
+def _call(frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """The forward, with the context variables of its call; those that it sets are gone afterwards."""
+    return frame.context.copy().run(frame.fn, *args, **kwargs)
