@@ -2,6 +2,7 @@
 
 from ullage import _array, _source
 from ullage.runtime import (
+    _after,
     _ahead,
     _ambient,
     _collect,
@@ -20,6 +21,7 @@ from ullage.runtime import (
     _reads,
     _replay,
     _select,
+    _settings,
     _site,
     _skip,
     _state,
@@ -71,7 +73,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EAGER = [
-    _array, _source, _ahead, _ambient, _collect, _content, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _packing, _place, _reach, _reads, _replay,
-    _select, _site, _skip, _state, _survey, _sweep, _tier, _totals, _walk, _watch,
+    _array, _source, _after, _ahead, _ambient, _collect, _content, _debug, _digest, _frame, _inputs, _learn, _local, _log, _notes, _packing, _place, _reach, _reads, _replay,
+    _select, _settings, _site, _skip, _state, _survey, _sweep, _tier, _totals, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)
