@@ -59,7 +59,8 @@ class Collector:
         self.notes = frame.noted()
         self.total = len(self.notes)
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
-        self.stops = not whole and (frame.options.early_stop or not frame.complete)
+        early = frame.options.early_stop and not frame.site.fills
+        self.stops = not whole and (early or not frame.complete)
         self.drops = whole == "dropped"
         self.seen = 0
         self.checks = frame.options.determinism_check != "none" or selection is not None

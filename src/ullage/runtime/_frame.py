@@ -22,6 +22,7 @@ from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
+from ullage.runtime._digest import comparable, digest
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
@@ -105,6 +106,7 @@ class Frame:
     ) -> None:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.rebuilt: dict[int, Any] = {}
+        self.late: dict[int, Tensor] = {}  # digested when the forward is over, as it is filled only then
         if options.determinism_check == "values":
             self.digests = {}
         if options.debug:
@@ -275,6 +277,10 @@ class Frame:
         """After a forward that went well: generators nobody drew from go, versions of what it read are noted."""
         self.notes = self.noted()
         self.complete = True
+        if self.late and self.digests is not None:
+            with quiet():
+                self.digests.update({i: digest(x) for i, x in self.late.items() if comparable(x)})
+            self.late = {}
         self._look_for_unseen()
         if not self.notes:
             return

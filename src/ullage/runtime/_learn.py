@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ullage.runtime import _ambient as ambient
-from ullage.runtime._digest import digest
+from ullage.runtime._digest import comparable, digest
+from ullage.runtime._fills import UNTIL_THE_END, late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
@@ -47,8 +48,17 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     with quiet():
         survey = Survey(frame.roots) if facts is None else None
     host = ambient.HOST[0]() if facts is None else None
+    since = mark()
     with recorder if recorder is not None else contextlib.nullcontext():
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
+    late = late_kernels(out, since)
+    if late:
+        frame.site.late, frame.site.fills = True, UNTIL_THE_END in late
+        if frame.digests is not None:  # those of what was not filled yet
+            with quiet():
+                frame.digests.update(
+                    {i: digest(x) for i, (x, v) in frame.kept.items() if x._version == v and comparable(x)}
+                )
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
@@ -117,7 +127,9 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
     if proof.claim(frame) and frame.digests is None:
         with quiet():
             kept = {i: (tensor_of(frame.kept[i][0]), frame.kept[i][1]) for i in dropped}
-            frame.digests = {i: digest(x) for i, (x, version) in kept.items() if _comparable(x, version)}
+            frame.digests = {
+                i: digest(x) for i, (x, version) in kept.items() if x._version == version and comparable(x)
+            }
     for i in dropped:
         del frame.kept[i]
         frame.held.pop(i, None)
@@ -130,8 +142,3 @@ def _send(frame: Frame, away: frozenset[int]) -> None:
         tensor, version = frame.kept[i]
         if isinstance(tensor, Tensor) and tensor._version == version:
             frame.kept[i] = (frame.site.send(tensor) or tensor, version)
-
-
-def _comparable(t: Tensor, version: int) -> bool:
-    """Not written to since it was saved, and not a kernel's workspace (oneDNN, cuDNN), where some bytes are never set."""
-    return t._version == version and not (t.dtype == torch.uint8 and t.dim() == 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ullage.runtime._digest import digest
+from ullage.runtime._digest import comparable, digest
 from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Notes, meta_of
 
@@ -74,8 +74,11 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
             if local.holding:
                 held[i] = None
         elif digests is not None:
-            with quiet():
-                digests[i] = digest(x)
+            if site.late:
+                frame.late[i] = x.detach()
+            elif comparable(x):
+                with quiet():
+                    digests[i] = digest(x)
         return i
 
     return pack_some

@@ -149,8 +149,12 @@ class _Chooser:
         self.used: set[int] = set()
         self.wanted: list[Value] = [v for i, v in enumerate(log.saved) if i not in self.kept]
         last, done = -1, set[Value]()
+        # saved before the op that fills it
+        late = {i for i, at in enumerate(log.saved_at) if at < len(log.ops) and log.saved[i][0] in log.ops[at].writes}
         while True:
-            ends = [log.saved_at[i] for i in range(len(log.saved)) if i not in self.kept or i in self.used]
+            ends = [
+                log.saved_at[i] + (i in late) for i in range(len(log.saved)) if i not in self.kept or i in self.used
+            ]
             if max(ends, default=0) <= last:
                 break
             last = max(ends, default=0)

@@ -139,6 +139,8 @@ class Site(Apart):
         sent_bytes: what left memory, in all.
         late: how often backward waited for what was on its way back.
         notes: what a user should know, each once.
+        fills: a kernel of it fills a tensor that is saved already, so that its replays run to their end.
+        late: digests of what it saves are taken when its forward is over.
     """
 
     name: str
@@ -155,6 +157,8 @@ class Site(Apart):
     sent_bytes: int = 0
     late: int = 0
     notes: dict[str, None] = field(default_factory=dict)
+    fills: bool = False
+    late: bool = False
 
     def learns(self, options: Options) -> bool:
         """Will its next call be one that learns?"""
