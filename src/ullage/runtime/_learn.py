@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -53,7 +52,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
     if late:
-        frame.site.late, frame.site.fills = True, UNTIL_THE_END in late
+        frame.site.digests_last, frame.site.fills = True, UNTIL_THE_END in late
         if frame.digests is not None:  # those of what was not filled yet
             with quiet():
                 frame.digests.update(

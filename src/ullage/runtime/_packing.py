@@ -74,7 +74,7 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
             if local.holding:
                 held[i] = None
         elif digests is not None:
-            if site.late:
+            if site.digests_last:
                 frame.late[i] = x.detach()
             elif comparable(x):
                 with quiet():

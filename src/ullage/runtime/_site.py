@@ -140,7 +140,7 @@ class Site(Apart):
         late: how often backward waited for what was on its way back.
         notes: what a user should know, each once.
         fills: a kernel of it fills a tensor that is saved already, so that its replays run to their end.
-        late: digests of what it saves are taken when its forward is over.
+        digests_last: digests of what it saves are taken when its forward is over.
     """
 
     name: str
@@ -158,7 +158,7 @@ class Site(Apart):
     late: int = 0
     notes: dict[str, None] = field(default_factory=dict)
     fills: bool = False
-    late: bool = False
+    digests_last: bool = False
 
     def learns(self, options: Options) -> bool:
         """Will its next call be one that learns?"""
