@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
-from ullage._errors import AlreadyCheckpointed, CaptureError, UllageError
+from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._arguments import contents
 from ullage.capture._environment import unnoticed
@@ -24,7 +24,7 @@ from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of, reach
 from ullage.mechanisms import Sites, UnitSettings
-from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing
+from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, unit_of
 from ullage.workload import Instance, Workload, run_step
 
 
@@ -50,11 +50,21 @@ class Call:
 
 
 class OptionFailed(CaptureError):
-    """A unit's option can't be run; carries the unit and the cause."""
+    """A unit's option can't be run. Where the planner chooses, it takes the option away and chooses again.
 
-    def __init__(self, fqn: str, option: str, cause: Exception) -> None:
-        super().__init__(f"{fqn}: option {option} can't be used: {type(cause).__name__}: {cause}")
-        self.fqn, self.option, self.cause = fqn, option, cause
+    Attributes:
+        fqn: the unit.
+        option: its name.
+        cause: the error.
+        why: what it says, the unit's name left out.
+        linked: the unit was to be rebuilt together with its neighbours.
+    """
+
+    def __init__(self, fqn: str, option: str, cause: Exception, linked: bool = False) -> None:
+        ours = isinstance(cause, UllageError)
+        self.why = (str(cause) if ours else f"{type(cause).__name__}: {cause}").removeprefix(f"{fqn}: ")
+        super().__init__(f"{fqn}: option {option} can't be used: {self.why}")
+        self.fqn, self.option, self.cause, self.linked = fqn, option, cause, linked
 
 
 def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -124,7 +134,6 @@ class Session:
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
-        self._failed: OptionFailed | None = None
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
@@ -228,10 +237,13 @@ class Session:
                 if host_rng_moved(host, host_rng()):
                     note = "the step draws from Python's or numpy's generator; if that steers it, it was captured for one draw"
                     self.values.assumptions[note] = None
-        except UllageError:
+        except (OptionFailed, AlreadyCheckpointed):
             raise
         except Exception as error:
-            raise self._explain(error) from error
+            explained = self._explain(error)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
             for _, module in modules:
                 uninstall(module)
@@ -264,22 +276,24 @@ class Session:
                 if isinstance(t, Tensor):
                     self.tracker.adopt(t, "optimizer state")
 
-    def _explain(self, error: Exception) -> CaptureError:
+    def _explain(self, error: Exception) -> Exception:
+        """Of an error in a step in which units are wrapped: which unit's option it is. The plain step has run before any such one."""
         stack = self.tracker.module_stack
-        wrapped = [n for n in stack if n in self._settings]
-        options = {s.option.name for s in self._settings.values()}
-        if wrapped or (options and options != {"keep"}):
-            fqn = wrapped[-1] if wrapped else self._unit_of_node() or next(iter(self._settings))
-            return OptionFailed(fqn, self._settings[fqn].option.name, error)
+        wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
+        if wrapped and (not isinstance(error, UllageError) or isinstance(error, ReplayError | CaptureError)):
+            inside = next((n for n in reversed(stack) if n in wrapped), None)
+            told = unit_of(error)
+            fqn = (told if told in wrapped else None) or inside or self._unit_of_node(wrapped) or wrapped[0]
+            option = self._settings[fqn].option
+            return OptionFailed(fqn, option.name, error, option.place is not None)
+        if isinstance(error, UllageError):
+            return error
         where = f" in module {stack[-1] or '(root)'}" if stack else ""
         return CaptureError(f"the step can't be run on fake tensors{where}: {type(error).__name__}: {error}")
 
-    def _unit_of_node(self) -> str | None:
+    def _unit_of_node(self, wrapped: list[str]) -> str | None:
         last = self.tracker._source_of_sequence.get(self.trace.sequence[-1]) if self.trace.sequence else None
-        for fqn in reversed(self.tracker.stacks[last[1]] if last else ()):
-            if fqn in self._settings:
-                return fqn
-        return None
+        return next((f for f in reversed(self.tracker.stacks[last[1]] if last else ()) if f in wrapped), None)
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:

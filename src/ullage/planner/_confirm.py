@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetInfeasible
-from ullage.mechanisms import KEEP, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner._finish import too_much_offloaded
 from ullage.planner._links import assignment_of
 from ullage.planner._live import peak_moment
@@ -113,7 +113,8 @@ def infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> Budget
     steps = s.execute_fresh(best.assignment)
     size = max(map(s.peak, steps)) + s.reserve_bytes
     phase, module, op = peak_moment(s, max(steps, key=s.peak))
-    kept = Counter(u.keep_reason for u in s.units if u.keep_reason)
+    reasons_to_keep = (u.keep_reason or s.reasons.get((u.fqn, RECOMPUTE.name), "") for u in s.units)
+    kept = Counter(filter(None, reasons_to_keep))
     reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
     reasons += f"; {format_bytes(s.headroom_bytes)} of it are headroom" if s.headroom_bytes else ""
     reasons += f"; with {', '.join(s.restrictions)}" if s.restrictions else ""

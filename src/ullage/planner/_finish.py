@@ -9,7 +9,7 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
-from ullage.mechanisms import KEEP, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
 from ullage.planner._live import peak_moment
 from ullage.planner._model import model_of
@@ -117,11 +117,7 @@ def _decisions(
                 bytes_freed=0 if option == KEEP else freed,
                 seconds_added=seconds,
                 recomputed_ops=ops,
-                reason=u.keep_reason
-                or pinned.get(u.fqn)
-                or (
-                    "fits" if option == KEEP else "needed for the budget" if policy == "optimal" else f"policy {policy}"
-                ),
+                reason=u.keep_reason or pinned.get(u.fqn) or _why(s, u.fqn, option, policy),
                 buffers=list(u.buffers),
                 keeps_routing=u.routing,
                 input_elements=_elements(shape.shapes) if shape else 0,
@@ -129,6 +125,13 @@ def _decisions(
             )
         )
     return rows
+
+
+def _why(s: Study, fqn: str, option: Option, policy: str) -> str:
+    """Why a unit that nobody pinned has its option."""
+    if option != KEEP:
+        return "needed for the budget" if policy == "optimal" else f"policy {policy}"
+    return s.reasons.get((fqn, RECOMPUTE.name), "fits")
 
 
 def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:

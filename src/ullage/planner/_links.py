@@ -30,7 +30,7 @@ def linkable(s: Study) -> list[int]:
     alone = {u.fqn for u in s.units if u.calls == 1 and not u.routing and RECOMPUTE in s.options[u.fqn]}
     found = []
     for k, (a, b) in enumerate(zip(s.units, s.units[1:], strict=False)):
-        if a.fqn in alone and b.fqn in alone and calls[a.fqn].outputs & calls[b.fqn].inputs:
+        if a.fqn in alone and b.fqn in alone and b.fqn not in s.unlinked and calls[a.fqn].outputs & calls[b.fqn].inputs:
             found.append(k + 1)
     return found
 

@@ -151,6 +151,7 @@ def _run_facts(
         for u, fqn in enumerate(order):
             place = s.captures[label].assignment[fqn].place
             able = all(RECOMPUTE in s.options[f] for f in order[max(u - 1, 0) : u + 1])
+            able &= fqn not in s.unlinked
             if able and place is not None and place.depth and s.captures[label].session.links(fqn):
                 freed[u] = max(-of_units[u], 0)
 

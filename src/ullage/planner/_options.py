@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
 from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
+from ullage.planner._failed import take_away
 from ullage.planner._levels import find_levels
 from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
@@ -153,9 +154,7 @@ def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
         try:
             s.captures[label] = s.execute(assignment)
         except OptionFailed as failed:
-            _take_away(s, failed, assignment[failed.fqn])
-            s.session = s.another_session(explores=True)
-            s.session.run(steps=2)  # as the one before: what it noted of the first step is asked for
+            take_away(s, failed)
 
 
 def _level(s: Study, k: int, fqn: str) -> Option:
@@ -167,20 +166,9 @@ def _level_of(s: Study, levels: Mapping[str, list[Option]], k: int, fqn: str) ->
     return found[min(k, len(found) - 1)] if found else _like(s.options[fqn], RECOMPUTE)
 
 
-def _take_away(s: Study, failed: OptionFailed, used: Option) -> None:
-    """An option failed on a unit: take it from all units of that class."""
-    kind = next(u.class_name for u in s.units if u.fqn == failed.fqn)
-    s.reasons[failed.fqn, used.name] = str(failed.cause)
-    for u in s.units:
-        if u.class_name == kind:
-            s.options[u.fqn] = [o for o in s.options[u.fqn] if o.name != used.name]
-
-
 def _may(s: Study, fqn: str, option: Option) -> bool:
-    """Can a unit be run again, and has this option not failed on one of its class?"""
-    kinds = {u.fqn: u.class_name for u in s.units}
-    failed = {kinds[f] for f, name in s.reasons if name == option.name}
-    return RECOMPUTE in s.options[fqn] and kinds[fqn] not in failed
+    """Can a unit be run again, and has this option not been taken from it?"""
+    return RECOMPUTE in s.options[fqn] and (fqn, option.name) not in s.reasons
 
 
 def _like(options: Sequence[Option], wanted: Option) -> Option:

@@ -13,6 +13,7 @@ from ullage.apply import Report
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._confirm import infeasible, optimal, smallest_step, solution_of
+from ullage.planner._failed import without_failures
 from ullage.planner._finish import finish, forecast
 from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
@@ -120,6 +121,7 @@ def study_and_plan(
     return s, decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
 
 
+@without_failures
 def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Restriction | None = None) -> Plan:
     """Decide within `limit` bytes; as often as one likes on one study. A limit may be None for a named policy.
 
@@ -184,11 +186,13 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     return assignment_of(model, (solution_of(s, limit - s.reserve_bytes) or smallest(model)).schedule)
 
 
+@without_failures
 def smallest_bytes(s: Study) -> int:
     """The smallest budget that some plan is executed within."""
     return s.fresh_peak(smallest_step(s).assignment) + s.reserve_bytes
 
 
+@without_failures
 def execute_choice(s: Study, limit: int) -> None:
     """Execute afresh what the solver chooses within `limit`.
 

@@ -62,6 +62,8 @@ class Study:
         default_factory=dict
     )  # per unit, of calls that levels name
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    failed: set[tuple[str, str]] = field(default_factory=set)  # options that did not run, by unit
+    unlinked: set[str] = field(default_factory=set)  # units that can't be rebuilt together with the one before
     captures: dict[str, StepCapture] = field(default_factory=dict)
     plain_steps: list[slice] = field(default_factory=list)
     known_costs: dict[str, OpCost] = field(default_factory=dict)

@@ -97,7 +97,7 @@ def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> tuple[StepCapt
     others = [u.fqn for u in p.s.units if u.fqn not in rebuilt]
     finer = [f"{f}.{n}" for f in rebuilt for n in parts]
     units = unit_facts(p.s.plain_session, saved_bytes(p.s), [*others, *finer])
-    s = replace(p.s, units=units, options={}, reasons={}, _fresh={}, _executed={})
+    s = replace(p.s, units=units, options={}, reasons={}, failed=set(), unlinked=set(), _fresh={}, _executed={})
     find_options(s)
     wanted = {**p.assignment, **dict.fromkeys(finer, RECOMPUTE)}
     try:

@@ -38,7 +38,7 @@ from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
-from ullage.runtime._local import Apart, is_recomputing, recomputing_units
+from ullage.runtime._local import Apart, is_recomputing, recomputing_units, unit_of
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
@@ -71,6 +71,7 @@ __all__ = [
     "run_offloaded",
     "select",
     "totals",
+    "unit_of",
 ]  # fmt: skip
 
 _EAGER = [

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ullage._source import source_line
 from ullage.runtime._local import local
+from ullage.runtime._log import is_query
 
 
 class OpNames(TorchDispatchMode):
@@ -26,7 +27,7 @@ class OpNames(TorchDispatchMode):
         self.names = names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not local.quiet:
+        if not (local.quiet or is_query(func)):
             self.names.append(f"{func} at {source_line()}")
         return func(*args, **(kwargs or {}))
 

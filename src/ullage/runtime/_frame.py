@@ -25,7 +25,7 @@ from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._keep import Rule
-from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
+from ullage.runtime._local import blame, local, pop_hooks, push_hooks, quiet
 from ullage.runtime._notes import Notes
 from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
@@ -297,9 +297,15 @@ class Frame:
 
         def unpack(i: int) -> Tensor:
             found = rebuilt(i, None)
-            if found is None:
-                found = self._missing(i)
-            return found if type(found) is not Modified else self._modified(i, found)  # type: ignore[no-any-return]
+            if found is not None and type(found) is not Modified:
+                return found  # type: ignore[no-any-return]
+            try:
+                if found is None:
+                    found = self._missing(i)
+                return found if type(found) is not Modified else self._modified(i, found)  # type: ignore[no-any-return]
+            except Exception as error:
+                blame(error, self.site.name)
+                raise
 
         return unpack
 

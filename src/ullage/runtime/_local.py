@@ -27,6 +27,18 @@ class _Local(threading.local):
 local = _Local()
 
 
+def blame(error: Exception, unit: str) -> None:
+    """Note on an error which unit's backward it came out of; of units in units, the innermost."""
+    if unit_of(error) is None:
+        with contextlib.suppress(Exception):  # a class of the model's own may refuse attributes
+            error.ullage_unit = unit  # type: ignore[attr-defined]
+
+
+def unit_of(error: BaseException) -> str | None:
+    """The name of the unit whose backward an error came out of, if it came out of one."""
+    return getattr(error, "ullage_unit", None)
+
+
 def is_recomputing() -> bool:
     """True while ullage re-runs a unit's forward during backward."""
     return bool(local.units)

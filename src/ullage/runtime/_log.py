@@ -28,8 +28,15 @@ Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
 
 # ops whose answer goes to Python, so their input has to be there
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
-# what fake tensors are asked for by C++ (`prim::device`), where nothing may be raised: no ops
-QUERIES = "prim"
+# C++ asks fake tensors and subclasses for their device, sizes and strides by these (`prim::device` of a fake tensor, `aten::sym_size` of
+# a jagged one), also where C++ can't unwind: `InputMetadata` is made so, and an error raised there ends the process. So a dispatch mode
+# of ours passes them on before it looks at anything.
+_METADATA = (
+    "size", "stride", "numel", "dim", "storage_offset", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_contiguous",
+    "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "layout",
+)  # fmt: skip
+_PACKETS = [p for n in _METADATA if (p := getattr(aten, n, None)) is not None]
+QUERIES = frozenset(getattr(p, overload) for p in _PACKETS for overload in p.overloads())
 # they look at the shape, dtype and device of what they are given, not at what is in it
 SHAPE_ONLY = {
     getattr(aten, n).default
@@ -47,6 +54,11 @@ _BATCH_NORMS = {
     "_batch_norm_with_update",
     "miopen_batch_norm",
 }
+
+
+def is_query(func: Any) -> bool:
+    """Is this no op but a question about a tensor's metadata, at which nothing may be raised?"""
+    return func in QUERIES or getattr(func, "namespace", "") == "prim"
 
 
 def draws(func: Any, args: Any) -> bool:
@@ -117,7 +129,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if local.quiet or func.namespace == QUERIES:
+        if local.quiet or is_query(func):
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
             self.log.refusal = f"{func} is a higher-order op"

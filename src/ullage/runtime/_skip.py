@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ullage._source import source_line
 from ullage.runtime._local import local
-from ullage.runtime._log import QUERIES, SHAPE_ONLY
+from ullage.runtime._log import SHAPE_ONLY, is_query
 from ullage.runtime._select import RUN, Selection, Step
 from ullage.runtime._tier import brought_back
 
@@ -89,7 +89,7 @@ class SkipMode(TorchDispatchMode):
         at = self.at
         step = self.steps[at] if at < len(self.steps) else None
         if step is None or func is not step.func:
-            if func is _TO_COPY or func.namespace == QUERIES:  # autocast had this cast in its cache in forward
+            if func is _TO_COPY or is_query(func):  # autocast had this cast in its cache in forward
                 return func(*args, **(kwargs or {}))
             if type(func) is OpOverload and func.is_view and args and type(args[0]) is Placeholder:
                 # after an in-place op on a view of a subclass, autograd takes the view again

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ullage.runtime._local import local
+from ullage.runtime._log import is_query
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _KNOWN = ("aten", "prims")
@@ -44,7 +45,7 @@ class Watch(TorchDispatchMode):
         self.changed = dict(changed)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if local.quiet:
+        if local.quiet or is_query(func):
             return func(*args, **(kwargs or {}))
         read = dict.fromkeys(storage_of(t) for t in _tensors((args, kwargs or {})))  # in the order of the arguments
         name = next((self.changed[s] for s in read if s in self.changed), None)
