@@ -1,26 +1,22 @@
-"""Small random training programs as plain data, and how to run them.
+"""Small random training programs as plain data, drawn from numbers.
 
 A `Program` is a tree of `Block`s of `Op`s. An op picks its operands from the list of live tensors by numbers that are valid
 whatever the list holds, so every tree is a program, and so is every part of one. `random_program(seed)` draws one;
-`program_from(choose)` draws one from any source of numbers, such as hypothesis.
+`program_from(choose)` draws one from any source of numbers, such as hypothesis. `with_constructs` puts more into one, so that what a
+seed drew before there were these constructs is drawn still. `program_units` runs them.
 """
 
 from __future__ import annotations
 
-import functools
 import random
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.utils.checkpoint as torchs
-from torch import Tensor, nn
 
-import ullage as ul
-from tests.runtime.program_ops import NAMES, OPS
+from tests.runtime.program_calls import CALLS, MORE_CALLS, MORE_PASSINGS, PASSINGS
+from tests.runtime.program_ops import MORE_NAMES, NAMES
 
 aten = torch.ops.aten
 Choose = Callable[[int], int]  # a number from 0 to n - 1; 0 is the simplest
@@ -44,10 +40,11 @@ class Block:
         ops: what it does, in order.
         how: a key of `HOW`: "plain", or how it is checkpointed.
         inputs: which live tensors of its parent it is given.
-        call: how it is called, see `_callable`.
-        passing: how its arguments are passed, see `_arguments`.
-        returns: what it returns, see `_result`.
+        call: how it is called, see `callable_of`.
+        passing: how its arguments are passed, see `arguments`.
+        returns: what it returns, see `result_of`.
         times: how often it is called, on what its last call made.
+        after: what its caller then writes in place: 0 nothing, else see `_written_after`.
     """
 
     ops: tuple[Op | Block, ...]
@@ -57,6 +54,7 @@ class Block:
     passing: int = 0
     returns: int = 0
     times: int = 1
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,8 @@ class Program:
         frozen: every how many-th parameter is frozen (0: none).
         needs_grad: bit per input: does it need a gradient?
         batch: rows.
+        between: what changes between forward and backward: 0 nothing, else see `program_steps.change`.
+        hooks: hooks around backward and the update: 0 none, else see `program_steps.hooked`.
     """
 
     top: Block
@@ -81,6 +81,8 @@ class Program:
     frozen: int = 0
     needs_grad: int = 1
     batch: int = 2
+    between: int = 0
+    hooks: int = 0
 
 
 HOW: dict[str, Any] = {
@@ -95,163 +97,6 @@ HOW: dict[str, Any] = {
     "not_matmul": lambda op: op not in (aten.mm.default, aten.addmm.default, aten.bmm.default),
 }
 SELECTIVE = [h for h in HOW if h not in ("plain", "full")]
-
-
-# --- running a program --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Result:
-    """A result of no container that torch knows."""
-
-    value: Tensor
-    other: Any = None
-    name: str = "result"
-
-
-_mode = ["plain"]  # "plain", "torch" or "ullage": what runs checkpointed blocks
-
-
-class Unit(nn.Module):
-    """A block as a module; its weights are made when they are first asked for, or are those of `like`."""
-
-    def __init__(self, block: Block, frozen: int, path: str = "top", like: Unit | None = None) -> None:
-        super().__init__()
-        self.block, self.frozen, self.path = block, frozen, path
-        self.flag = False
-        self.calls = 0
-        self.history: list[int] = []
-        self.cache: dict[int, Tensor] = {}
-        self.table = np.zeros(4)
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("average", torch.zeros(()))
-        self.register_buffer("moved", torch.ones(()))
-        self.weights = nn.ParameterDict()
-        self.norms = nn.ModuleDict()
-        inner = [(k, o) for k, o in enumerate(block.ops) if isinstance(o, Block)]
-        self.units = nn.ModuleDict(
-            {str(k): Unit(o, frozen, f"{path}.{k}", like and like.units[str(k)]) for k, o in inner}  # type: ignore[arg-type]
-        )
-        if like is not None:
-            for key, w in like.weights.items():
-                self._make(key, tuple(w.shape))
-            for key, norm in like.norms.items():
-                self.norms[key] = nn.BatchNorm1d(norm.num_features)  # type: ignore[arg-type]
-
-    def _make(self, key: str, shape: tuple[int, ...]) -> None:
-        number = zlib.crc32(f"{self.path}.{key}".encode())
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(number))
-        self.weights[key] = nn.Parameter(
-            values * (shape[-1] ** -0.5), requires_grad=not self.frozen or number % self.frozen > 0
-        )
-
-    def weight(self, k: int, *shape: int, bias: bool = False) -> Tensor:
-        key = f"{k}_{'b' if bias else 'w'}_{'_'.join(map(str, shape))}"
-        if key not in self.weights:
-            self._make(key, shape)
-        return self.weights[key]
-
-    def batch_norm(self, k: int, width: int) -> nn.Module:
-        key = f"{k}_{width}"
-        if key not in self.norms:
-            self.norms[key] = nn.BatchNorm1d(width)
-        return self.norms[key]
-
-    def forward(self, *args: Any, flag: bool = False, scale: float = 1.0, **named: Any) -> Any:
-        self.flag = flag
-        live = [t for a in (*args, *named.values()) for t in _tensors_of(a)]
-        entered = len(live)
-        for k, op in enumerate(self.block.ops):
-            if isinstance(op, Block):
-                made = self._call(self.units[str(k)], op, live, flag, scale)  # type: ignore[arg-type]
-            else:
-                x, y = (live[-1 - i % len(live)] for i in (op.a, op.b))
-                out = OPS[op.name](self, k, x if scale == 1.0 or k else x * scale, y, op.n)
-                made = out if isinstance(out, list) else [out]
-            live += [_small(t) for t in made]
-        return _result(live, entered, self.block.returns)
-
-    @staticmethod
-    def _call(unit: Unit, block: Block, live: list[Tensor], flag: bool, scale: float) -> list[Tensor]:
-        made = [live[-1 - i % len(live)] for i in block.inputs]
-        for _ in range(block.times):
-            extra = live[0]
-            args, kwargs = _arguments(made, block.passing, flag)
-            function, args = _callable(unit, block.call, args, extra)
-            made = _tensors_of(_run(function, block.how, args, kwargs)) or made
-        return made
-
-
-def _small(t: Tensor) -> Tensor:
-    return t.reshape(-1)[:128].reshape(2, 8, 8) if t.numel() > 512 else t.reshape(1) if t.dim() == 0 else t
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Result):
-        return _tensors_of([value.value, value.other])
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _tensors_of(v)] if isinstance(value, list | tuple) else []
-
-
-def _arguments(tensors: list[Tensor], passing: int, flag: bool) -> tuple[list[Any], dict[str, Any]]:
-    if passing == 1:
-        return [tensors[0]], {f"t{i}": t for i, t in enumerate(tensors[1:])} | {"flag": flag}
-    if passing == 2:
-        return [tensors], {"flag": flag, "scale": 0.5}
-    if passing == 3:
-        return [{f"t{i}": t for i, t in enumerate(tensors)}, None], {"flag": flag}
-    if passing == 4:
-        return [tuple(tensors), "name", 3], {}
-    if passing == 5:
-        return [Result(tensors[0], tensors[1:])], {"flag": flag}
-    return list(tensors), {"flag": flag}
-
-
-def _apply(unit: Unit, *args: Any, **kwargs: Any) -> Any:
-    return unit(*args, **kwargs)
-
-
-def _callable(unit: Unit, call: int, args: list[Any], extra: Tensor) -> tuple[Callable[..., Any], list[Any]]:
-    if call == 1:
-        return unit.forward, args
-    if call == 2:
-        return (lambda *a, **k: unit(*a, **k)), args
-    if call == 3:
-        return functools.partial(unit, args[0]), args[1:]
-    if call == 4:  # a tensor that it closes over
-        return (lambda *a, **k: unit(extra, *a, **k)), args
-    if call == 5:
-        return _apply, [unit, *args]
-    return unit, args
-
-
-def _result(live: list[Tensor], entered: int, returns: int) -> Any:
-    last, before = live[-1], live[-2] if len(live) > entered + 1 else live[0]
-    if returns == 1:
-        return last, None, before
-    if returns == 2:
-        return {"last": last, "none": None, "list": [before]}
-    if returns == 3:
-        return Result(last, before)
-    if returns == 4:
-        return [last, live[0]]  # its own input
-    if returns == 5:
-        return last, before.detach(), 3
-    return last
-
-
-def _run(function: Callable[..., Any], how: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if how == "plain" or _mode[0] == "plain":
-        return function(*args, **kwargs)
-    if _mode[0] == "torch":
-        return torchs.checkpoint(function, *args, use_reentrant=False, **kwargs)
-    return ul.checkpoint(function, *args, keep=HOW[how], **kwargs)
-
-
-# --- drawing programs ---------------------------------------------------------------------------------------------------
 
 
 def _block(choose: Choose, depth: int) -> Block:
@@ -279,6 +124,31 @@ def program_from(choose: Choose) -> Program:
     )
 
 
-def random_program(seed: int) -> Program:
-    """The program of a seed."""
-    return program_from(random.Random(seed).randrange)
+AFTER, BETWEEN, HOOKS = 6, 7, 4
+
+
+def with_constructs(program: Program, choose: Choose) -> Program:
+    """A program with constructs of `MORE_NAMES` in it, other containers and callables, in-place writes and hooks around its units."""
+    top = _more(program.top, choose, top=True)
+    between = 1 + choose(BETWEEN) if choose(12) == 11 else 0
+    hooks = 1 + choose(HOOKS) if choose(4) == 3 else 0
+    return replace(program, top=top, between=between, hooks=hooks)
+
+
+def _more(block: Block, choose: Choose, top: bool = False) -> Block:
+    ops = [_more(o, choose) if isinstance(o, Block) else o for o in block.ops]
+    for _ in range(choose(3)):
+        op = Op(MORE_NAMES[choose(len(MORE_NAMES))], choose(4), choose(4), choose(60))
+        ops.insert(choose(len(ops) + 1), op)
+    if top:
+        return replace(block, ops=tuple(ops))
+    passing = PASSINGS + choose(MORE_PASSINGS) if choose(3) == 2 else block.passing
+    call = CALLS + choose(MORE_CALLS) if choose(3) == 2 else block.call
+    after = 1 + choose(AFTER) if choose(5) == 4 else 0
+    return replace(block, ops=tuple(ops), passing=passing, call=call, after=after)
+
+
+def random_program(seed: int, constructs: int = 1) -> Program:
+    """The program of a seed; with `constructs=2` more is put into the same one."""
+    program = program_from(random.Random(seed).randrange)
+    return program if constructs == 1 else with_constructs(program, random.Random(f"{constructs}/{seed}").randrange)
