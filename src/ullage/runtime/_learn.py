@@ -55,9 +55,8 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         frame.site.digests_last, frame.site.fills = True, UNTIL_THE_END in late
         if frame.digests is not None:  # those of what was not filled yet
             with quiet():
-                frame.digests.update(
-                    {i: digest(x) for i, (x, v) in frame.kept.items() if x._version == v and comparable(x)}
-                )
+                kept = {i: (tensor_of(x), v) for i, (x, v) in frame.kept.items()}
+                frame.digests.update({i: digest(x) for i, (x, v) in kept.items() if x._version == v and comparable(x)})
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None

@@ -96,7 +96,7 @@ class Copier:
         elif isinstance(value, torch.optim.Optimizer) or (
             isinstance(value, nn.Module) and not hasattr(value, "__deepcopy__") and "__reduce_ex__" not in vars(value)
         ):
-            new = memo[id(value)] = kind.__new__(kind)
+            new = memo[id(value)] = object.__new__(kind)
             vars(new).update({k: self(v) for k, v in vars(value).items()})
         else:
             new = self._reduced(value)
