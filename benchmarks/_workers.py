@@ -125,6 +125,8 @@ class Workers:
             begun, patience = self._read(process, batch)
             process.kill() if patience else process.wait()
             code = process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
             with self._lock:
                 self._running.discard(process)
             errors.seek(0)

@@ -19,8 +19,9 @@ from ullage.runtime._fills import UNTIL_THE_END, late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
+from ullage.runtime._memory import Memory, memory_of, replaced
 from ullage.runtime._packing import packer_of_all
-from ullage.runtime._reach import forget
+from ullage.runtime._reach import forget, name_in
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
@@ -46,6 +47,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     recorder = Recorder() if rule is not None and frame.known is None else None
     with quiet():
         survey = Survey(frame.roots) if facts is None else None
+        memory = memory_of([*frame.reached.tensors(), *frame.reached.around])
     host = ambient.HOST[0]() if facts is None else None
     since = mark()
     with recorder if recorder is not None else contextlib.nullcontext():
@@ -60,6 +62,8 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
+    if not facts.must_keep and (replacing := _replacing(frame, memory)):
+        facts = frame.site.facts[kinds] = Facts(must_keep=replacing)
     if facts.must_keep:
         frame.keep_all()
         frame.site.say(f"{facts.must_keep}; its activations are kept")
@@ -85,6 +89,15 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
 def _makes_parameters(frame: Frame) -> bool:
     """Does a lazy module make parameters or buffers in this call?"""
     return any(is_lazy(t) for t in frame.reached.tensors())
+
+
+def _replacing(frame: Frame, memory: Memory) -> str:
+    """Why a forward that gives tensors other memory can't be run again; "" if it does not, or if what it replaces is put back."""
+    put_back = {id(o) for o, _ in frame.entry.values} if frame.entry is not None else set()
+    lost = [t for t in replaced(memory) if id(t) not in put_back]
+    if not lost:
+        return ""
+    return f"its forward gives {name_in(frame.roots, lost[0])} other memory (`.data =`, `set_`), which a replay would replace again"
 
 
 def _selection(frame: Frame, recorder: Recorder) -> Selection:

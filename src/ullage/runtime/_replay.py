@@ -16,6 +16,8 @@ from ullage.runtime._collect import Collector, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
+from ullage.runtime._memory import make_good
+from ullage.runtime._reach import name_in
 from ullage.runtime._reads import changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
 from ullage.runtime._site import refused
@@ -195,6 +197,12 @@ def _attempt(
         # a forward that stops half-way leaves behind what it would have put back itself
         attributes.put_back()
         ambient.put_back(flags)
+        if selection is not None and (lost := make_good(frame.reached.tensors())) is not None:
+            name = name_in(frame.roots, lost)
+            raise ReplayError(
+                f"{frame.site.name}: its selective replay has given {name} other memory (`.data =`, `set_`), though the forward it follows "
+                f"had not; {name} is full of NaN now. Leave this unit out of checkpointing, or run it without `keep`"
+            )
 
 
 @contextlib.contextmanager
