@@ -44,7 +44,7 @@ def _steps(how: str, rows: int, sizes: list[int], keep: Any, checkpointed: bool)
     return found
 
 
-@pytest.mark.parametrize("keep", KEEPS, ids=str)
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: getattr(k, "__name__", str(k)))
 @pytest.mark.parametrize("how", ["data", "set_"])
 def test_a_parameter_that_is_given_other_memory_is_that_of_the_plain_step(how: str, keep: Any) -> None:
     plain = _steps(how, 0, [4, 4, 4], keep, False)
@@ -53,7 +53,7 @@ def test_a_parameter_that_is_given_other_memory_is_that_of_the_plain_step(how: s
     assert len(found) == len(plain) and all(map(torch.equal, found, plain))
 
 
-@pytest.mark.parametrize("keep", KEEPS[1:], ids=str)
+@pytest.mark.parametrize("keep", KEEPS[1:], ids=lambda k: getattr(k, "__name__", str(k)))
 def test_also_where_only_a_later_signature_does_it(keep: Any) -> None:
     plain = _steps("data", 5, [4, 4, 6, 6], keep, False)
     with pytest.warns(ul.UllageWarning, match=r"gives scale other memory.*; its activations are kept"):
