@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,27 +83,22 @@ class Workers:
         threads = [threading.Thread(target=self._drain, daemon=True) for _ in range(processes)]
         for thread in threads:
             thread.start()
-        timer = threading.Timer(seconds, self.stop) if seconds is not None else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
+        end = time.monotonic() + seconds if seconds is not None else float("inf")
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.5)  # in slices, so that an interrupt comes through
+            while any(thread.is_alive() for thread in threads) and not self._stop.is_set() and time.monotonic() < end:
+                time.sleep(0.1)  # in slices, so that a signal comes through
+            complete = not any(thread.is_alive() for thread in threads)
         finally:
-            complete = not self._stop.is_set()
             self.stop()
-            if timer is not None:
-                timer.cancel()
+            while any(thread.is_alive() for thread in threads):  # one may be starting a process just now
+                for process in list(self._running):
+                    process.kill()
+                time.sleep(0.1)
         return complete
 
     def stop(self) -> None:
-        """End the processes; what they had not finished is not counted."""
+        """Have `run` end the processes; what they had not finished is not counted. May be called by a signal's handler: takes no lock."""
         self._stop.set()
-        with self._lock:
-            for process in self._running:
-                process.kill()
 
     def _drain(self) -> None:
         while not self._stop.is_set():
@@ -120,15 +116,13 @@ class Workers:
             process = subprocess.Popen(
                 [sys.executable, str(self.script), *asked], stdout=subprocess.PIPE, stderr=errors
             )
-            with self._lock:
-                self._running.add(process)
+            self._running.add(process)
             begun, patience = self._read(process, batch)
             process.kill() if patience else process.wait()
             code = process.wait()
             assert process.stdout is not None
             process.stdout.close()
-            with self._lock:
-                self._running.discard(process)
+            self._running.discard(process)
             errors.seek(0)
             stderr = errors.read().decode(errors="replace")
         if self._stop.is_set() or (code == 0 and not batch.count):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,16 @@ def _more() -> list[str]:
     from tests.runtime.program_ops import MORE_NAMES
 
     return MORE_NAMES
+
+
+def test_a_signal_in_the_middle_ends_it_with_what_there_is(tmp_path: Path) -> None:
+    script = Path(benchmark.__file__)
+    asked = ["--programs", "100000", "--processes", "2", "--output", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, str(script), *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert json.loads((tmp_path / "programs.json").read_text())["complete"] is False
