@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -33,7 +33,16 @@ _PLAIN = (
     branch, apart, custom, state,
 )  # fmt: skip
 _MORE = (grows, toggled, restored, swapped, bits, kinds)
-OPS: dict[str, Callable[[Unit, int, Tensor, Tensor, int], Made]] = {f.__name__: f for f in (*_PLAIN, *_MORE)}
+
+
+class OPS:
+    """The ops by name. An attribute of a class: no unit reaches the ops that it does not run."""
+
+    named: ClassVar[dict[str, Callable[[Unit, int, Tensor, Tensor, int], Made]]] = {
+        f.__name__: f for f in (*_PLAIN, *_MORE)
+    }
+
+
 _OFTEN = (
     ["unary"] * 4
     + ["binary"] * 3

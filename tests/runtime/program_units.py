@@ -88,7 +88,7 @@ class Unit(nn.Module):
                 made = self._call(self.units[str(k)], op, live, flag, scale)  # type: ignore[arg-type]
             else:
                 x, y = (live[-1 - i % len(live)] for i in (op.a, op.b))
-                out = OPS[op.name](self, k, x if scale == 1.0 or k else x * scale, y, op.n)
+                out = OPS.named[op.name](self, k, x if scale == 1.0 or k else x * scale, y, op.n)
                 made = out if isinstance(out, list) else [out]
             live += [_small(t) for t in made]
         return result_of(live, entered, self.block.returns)

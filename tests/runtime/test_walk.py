@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ullage
 from tests.runtime.steps import bits
+from ullage.runtime._survey import Survey
 
 Make = Callable[[list[nn.Module]], Callable[[Tensor], Tensor]]
 
@@ -258,3 +259,13 @@ def test_an_argument_that_gets_a_graph_later() -> None:
     buffer.add_(x)  # now part of a graph, and of another version
     with pytest.raises(ullage.ReplayError, match="argument 1 was changed"):
         (y.sum() + buffer.sum()).backward()
+
+
+_relu = torch.ops.aten.relu
+
+
+def test_tables_of_torch_ops_are_not_walked() -> None:
+    # ops are globals of many models, and lead to torch's decompositions and all that these close over
+    seen = Survey([lambda x: _relu(x)])._held
+    assert not [o for o in seen if isinstance(o, torch._ops.OperatorBase | torch._ops.OpOverloadPacket)]
+    assert len(seen) < 4

@@ -20,6 +20,7 @@ from ullage.runtime._walk import (
     MODULE_FIELDS,
     MOST_NODES,
     OPAQUE,
+    OPAQUE_TYPES,
     RANDOM,
     Step,
     children,
@@ -109,7 +110,7 @@ def _may_hold(value: Any, known: set[int]) -> bool:
         if isinstance(obj, Tensor | np.ndarray | nn.Module):
             return True
         if not isinstance(obj, RANDOM):
-            todo += [child for _, _, child in children(obj)]
+            todo += [child for _, _, child in children(obj) if type(child) not in OPAQUE_TYPES]
     if not todo:
         known |= seen
     return False

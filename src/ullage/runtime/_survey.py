@@ -14,7 +14,26 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ullage._array import elements_of
 from ullage.runtime._content import content_of, random_state, same_content
 from ullage.runtime._state import Changes, Path, State, describe
-from ullage.runtime._walk import MOST_NODES, RANDOM, children, is_opaque, places
+from ullage.runtime._walk import MOST_NODES, OPAQUE_TYPES, RANDOM, Step, children, is_opaque, places
+
+# How something was reached: the way to what has it (None: it is a root), the step from there, what a person calls that step.
+_Way = tuple[Any, Any, str]
+
+
+def _path(way: _Way) -> Path:
+    steps: list[Any] = []
+    while way[0] is not None:
+        steps.append(way[1])
+        way = way[0]
+    return (way[1], *reversed(steps))
+
+
+def _name(way: _Way) -> str:
+    labels: list[str] = []
+    while way[0] is not None:
+        labels.append(way[2])
+        way = way[0]
+    return ".".join(label for label in reversed(labels) if label)
 
 
 class Survey:
@@ -25,49 +44,59 @@ class Survey:
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
-        self._containers: dict[int, tuple[Path, Any, Any]] = {}
-        self._values: dict[int, tuple[Path, Any, Any, int]] = {}
-        self._generators: dict[int, tuple[Path, Any, Any]] = {}
-        self._gradients: dict[int, tuple[str, Tensor, Any, int]] = {}
-        self._parameters: dict[int, tuple[str, Tensor, int]] = {}
+        self._containers: dict[int, tuple[_Way, tuple[Step, ...], Any, Any]] = {}
+        self._values: dict[int, tuple[_Way, Any, Any, int]] = {}
+        self._generators: dict[int, tuple[_Way, Any, Any]] = {}
+        self._gradients: dict[int, tuple[_Way, Tensor, Any, int]] = {}
+        self._parameters: dict[int, tuple[_Way, Tensor, int]] = {}
         self._seen: set[int] = set()
         self._held: list[Any] = list(roots)  # ids of the dead are used again
         for i, root in enumerate(roots):
-            self._look(root, (i,))
+            self._look(root, (None, i, ""))
 
-    def _look(self, root: Any, start: Path) -> None:
-        todo: deque[tuple[Any, Path, str]] = deque([(root, start, "")])
-        while todo and len(self._seen) <= MOST_NODES:
-            obj, path, name = todo.popleft()
-            if is_opaque(obj) or id(obj) in self._seen:
+    def _look(self, root: Any, start: _Way) -> None:
+        todo: deque[tuple[Any, _Way]] = deque([(root, start)])
+        seen = self._seen
+        while todo and len(seen) <= MOST_NODES:
+            obj, way = todo.popleft()
+            if id(obj) in seen or is_opaque(obj):
                 continue
-            self._seen.add(id(obj))
+            seen.add(id(obj))
             self._held.append(obj)
             if isinstance(obj, Tensor) and obj.requires_grad and obj.is_leaf:
-                self._gradients[id(obj)] = (name, obj, obj.grad, _version_of(obj.grad))
+                self._gradients[id(obj)] = (way, obj, obj.grad, _version_of(obj.grad))
             if isinstance(obj, nn.Parameter):
-                self._parameters[id(obj)] = (name, obj, obj._version)
+                self._parameters[id(obj)] = (way, obj, obj._version)
             elif isinstance(obj, RANDOM):
-                self._generators[id(obj)] = (path, obj, random_state(obj))
+                self._generators[id(obj)] = (way, obj, random_state(obj))
             elif isinstance(obj, Tensor | np.ndarray):
-                self._values[id(obj)] = (path, obj, *_noted(obj))
+                self._values[id(obj)] = (way, obj, *_noted(obj))
             else:
                 for steps, place in places(obj):
-                    if id(place) not in self._seen or place is obj:
-                        self._seen.add(id(place))
+                    if id(place) not in seen or place is obj:
+                        seen.add(id(place))
                         self._held.append(place)
-                        self._containers[id(place)] = ((*path, *steps), place, content_of(place))
+                        self._containers[id(place)] = (way, steps, place, content_of(place))
                 for step, label, child in children(obj):
-                    todo.append((child, (*path, step), f"{name}.{label}".strip(".")))
+                    if type(child) not in OPAQUE_TYPES:
+                        todo.append((child, (way, step, label)))
 
     def changes(self, known: set[int]) -> tuple[Changes, State]:
         """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
-        containers = [(p, o, c) for p, o, c in self._containers.values() if not same_content(c, content_of(o))]
-        values = [(p, o, h) for p, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)]
-        parameters = tuple(f"parameter {n}" for n, p, version in self._parameters.values() if p._version != version)
+        containers = [
+            ((*_path(w), *steps), o, c)
+            for w, steps, o, c in self._containers.values()
+            if not same_content(c, content_of(o))
+        ]
+        values = [
+            (_path(w), o, h) for w, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)
+        ]
+        parameters = tuple(
+            f"parameter {_name(w)}" for w, p, version in self._parameters.values() if p._version != version
+        )
         parameters += tuple(
-            f"the gradient of {n or 'a tensor that it closes over'}"
-            for n, p, grad, version in self._gradients.values()
+            f"the gradient of {_name(w) or 'a tensor that it closes over'}"
+            for w, p, grad, version in self._gradients.values()
             if p.grad is not grad or _version_of(p.grad) != version
         )
         # without a copy there is nothing to put back
@@ -75,7 +104,7 @@ class Survey:
         found = Changes(
             tuple(p for p, _, _ in containers),
             tuple(p for p, _, _ in values),
-            tuple(p for p, _, _ in self._generators.values()),
+            tuple(_path(w) for w, _, _ in self._generators.values()),
             parameters,
         )
         entry = State(

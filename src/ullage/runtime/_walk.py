@@ -50,6 +50,9 @@ OPAQUE = (
     io.IOBase,
     ReferenceType,
     Apart,
+    torch._ops.OperatorBase,  # tables of ops lead to all of torch's decompositions
+    torch._ops.OpOverloadPacket,
+    torch._C.FunctionSchema,
 )
 _BOUND = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _GLOBAL_RNG = {id(getattr(random, "_inst", None)), id(getattr(np.random.mtrand, "_rand", None))}  # `_ambient` has these
@@ -66,13 +69,14 @@ _functions: WeakKeyDictionary[type, tuple[ReferenceType[types.FunctionType], ...
 _slots: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
 
-_OPAQUE_TYPES = frozenset((*PLAIN, type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.Size))
+# A quick look: most of what a walk meets. `is_opaque` knows the rest.
+OPAQUE_TYPES = frozenset((*PLAIN, type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.Size))
 
 
 def is_opaque(obj: Any) -> bool:
     """Is there nothing in it to follow?"""
     kind = type(obj)
-    if kind in _OPAQUE_TYPES:  # most of what a walk meets
+    if kind in OPAQUE_TYPES:
         return True
     return kind not in CONTAINERS and (isinstance(obj, (*PLAIN, *OPAQUE)) or id(obj) in _GLOBAL_RNG)
 
