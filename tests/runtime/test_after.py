@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.runtime.steps import Wrap, gradients, inputs, ours, plain, selective, steps
+from ullage.runtime import Apart
 from ullage.runtime._settings import put_settings, read_settings
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
@@ -93,10 +94,14 @@ class HalfWay(nn.Module):
         return (h * factor).exp()
 
 
-class Seen:
-    """What forwards and replays saw, where no replay puts it back: classes are not followed."""
+class Seen(Apart):
+    """What forwards and replays saw, where no replay puts it back."""
 
-    items: list[Any] = []  # noqa: RUF012
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+
+SEEN = Seen()
 
 
 KINDS = ["added", "deleted", "counted", "evaluated", "dtype", "deterministic", "attention", "mkldnn", "no_grad"]
@@ -145,10 +150,10 @@ def test_settings_of_the_forward_are_those_of_its_replay(wrap: Wrap) -> None:
             self.a, self.b = nn.Conv2d(3, 8, 5), nn.Conv2d(8, 8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            Seen.items.append(read_settings())
+            SEEN.items.append(read_settings())
             return self.b(self.a(x).sigmoid()).sigmoid()  # type: ignore[no-any-return]
 
-    Seen.items = []
+    SEEN.items = []
 
     def loss(model: nn.Module, call: Wrap) -> Tensor:
         torch._C._set_mkldnn_enabled(False)
@@ -161,16 +166,16 @@ def test_settings_of_the_forward_are_those_of_its_replay(wrap: Wrap) -> None:
     model = Convolutions()
     before = read_settings()
     loss(model, wrap).backward()
-    assert len(Seen.items) == 2
-    assert Seen.items[0] == Seen.items[1] != before == read_settings()
+    assert len(SEEN.items) == 2
+    assert SEEN.items[0] == SEEN.items[1] != before == read_settings()
     assert steps(Convolutions, loss, wrap) == steps(Convolutions, loss, plain)
 
 
 def test_flushing_of_denormals_and_threads() -> None:
-    Seen.items = []
+    SEEN.items = []
 
     def f(x: Tensor, w: Tensor) -> Tensor:
-        Seen.items.append((torch.get_num_threads(), (torch.tensor(2.0**-1022, dtype=torch.float64) / 2).item()))
+        SEEN.items.append((torch.get_num_threads(), (torch.tensor(2.0**-1022, dtype=torch.float64) / 2).item()))
         return (x @ w).sin().exp()
 
     threads = torch.get_num_threads()
@@ -182,7 +187,7 @@ def test_flushing_of_denormals_and_threads() -> None:
     torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
     out.backward()
-    assert Seen.items == [(threads + 1, 0.0), (threads + 1, 0.0)]
+    assert SEEN.items == [(threads + 1, 0.0), (threads + 1, 0.0)]
     assert (torch.get_num_threads(), 2.0**-1022 * 0.5 > 0) == (threads, True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ullage
 from tests.runtime.steps import bits, frames
-from ullage.runtime import Options, Place, Site, Trail, run
+from ullage.runtime import Apart, Options, Place, Site, Trail, run
 
 Nested = Sequence[Any]  # of items: a unit's number, (number, "record"), or a run, again a sequence
 
@@ -40,10 +40,14 @@ def with_feeds(found: dict[int, Place]) -> list[Place]:
     return [Place(p.depth, p.item, p.records, u < last and found[u + 1].depth > 0) for u, p in sorted(found.items())]
 
 
-class _Log:
-    """A class, which is not followed: the runtime puts back what a unit reaches."""
+class _Log(Apart):
+    """No state of a unit's: no replay puts it back."""
 
-    forwards: ClassVar[Counter[int]] = Counter()
+    def __init__(self) -> None:
+        self.forwards: Counter[int] = Counter()
+
+
+_log = _Log()
 
 
 class Layer(nn.Module):
@@ -54,7 +58,7 @@ class Layer(nn.Module):
         self.linear, self.norm, self.u = nn.Linear(8, 8), nn.BatchNorm1d(8), u
 
     def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, None]:
-        _Log.forwards[self.u] += 1
+        _log.forwards[self.u] += 1
         return x + F.dropout(torch.tanh(self.norm(self.linear(x)) * scale), 0.3), None
 
 
@@ -80,7 +84,7 @@ def train(model: Chain, steps: int = 3) -> list[Any]:
     for step in range(steps):
         torch.manual_seed(step)
         x, scale = torch.randn(6, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-        _Log.forwards.clear()
+        _log.forwards.clear()
         loss = model(x, scale).square().sum()
         loss.backward()
         seen.append(
@@ -113,7 +117,7 @@ def test_gradients_state_and_forwards(name: str) -> None:
     plain = Chain(n, None)
     wanted = train(plain)
     assert train(model) == wanted
-    assert [_Log.forwards[u] for u in range(n)] == forwards
+    assert [_log.forwards[u] for u in range(n)] == forwards
     del model
     assert frames() == before
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import ullage
 from tests.runtime.steps import Wrap, bits, gradients, inputs, ours, plain, selective, steps, torchs, unit
-from ullage.runtime import Site
+from ullage.runtime import Apart, Site
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
 XW = ((4, 4), (4, 4))
@@ -448,22 +448,26 @@ def test_an_input_written_in_place_by_a_nested_unit() -> None:
 # --- is_recomputing --------------------------------------------------------------------------------------------------
 
 
-class _Log:
-    """A class, which is not followed: the runtime puts back lists that a unit reaches."""
+class _Log(Apart):
+    """No state of a unit's: no replay puts it back."""
 
-    seen: ClassVar[list[bool]] = []
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+
+_log = _Log()
 
 
 @both
 def test_is_recomputing(wrap: Wrap) -> None:
     def f(x: Tensor) -> Tensor:
-        _Log.seen.append(ullage.is_recomputing())
+        _log.seen.append(ullage.is_recomputing())
         return x.exp().sin().cos()
 
-    _Log.seen.clear()
+    _log.seen.clear()
     (x,) = inputs((4, 4))
     out = wrap(f, x)
-    out.register_hook(lambda g: _Log.seen.append(ullage.is_recomputing()))
+    out.register_hook(lambda g: _log.seen.append(ullage.is_recomputing()))
     out.sum().backward()
-    assert _Log.seen == [False, False, True]
+    assert _log.seen == [False, False, True]
     assert not ullage.is_recomputing()

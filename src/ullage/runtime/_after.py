@@ -1,11 +1,29 @@
-"""What a replay leaves as it found it, although it stops half-way: a forward puts things back near its end."""
+"""What a replay leaves as it found it, although it stops half-way: a forward puts things back near its end.
+
+The attributes of modules are compared at every replay. All else that a unit reaches (containers, plain objects, slots, cells, globals,
+class attributes, hooks, arrays) is compared at the first replay that stops at a given tensor; at later ones only if that one
+has shown something.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Sequence
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import nn
+
+from ullage.runtime._classes import ClassFields, classes_in
+from ullage.runtime._content import content_of, put_content, same_content
 from ullage.runtime._reach import Reached
+from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, children, is_opaque, is_part, places
+
+if TYPE_CHECKING:
+    from ullage.runtime._collect import Collector
+    from ullage.runtime._frame import Frame
+
+_MOST_PLACES = 256  # where replays of one unit have stopped
 
 
 class Attributes:
@@ -34,3 +52,87 @@ def _put(fields: dict[str, Any], was: dict[str, Any]) -> None:
     if list(fields) != list(was):  # the order is content, too
         fields.clear()
     fields.update(was)
+
+
+class Everything:
+    """The content of every place that a call reaches, before a replay.
+
+    Args:
+        roots: where the walk starts.
+    """
+
+    __slots__ = ("_arrays", "_places")
+
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self._places: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
+        todo, held = list(roots), list[Any]()  # held: ids of the dead are used again
+        seen = set[int]()
+        while todo and len(seen) <= MOST_NODES:
+            obj = todo.pop()
+            if id(obj) in seen or (is_opaque(obj) and not isinstance(obj, type)):
+                continue
+            seen.add(id(obj))
+            held.append(obj)
+            if isinstance(obj, np.ndarray):
+                self._arrays.append((obj, obj.copy()))
+            elif not is_part(obj):
+                todo += classes_in(obj)
+                for place in _places(obj):
+                    if place is obj or id(place) not in seen:
+                        seen.add(id(place))
+                        held.append(place)
+                        self._places.append((place, content_of(place)))
+                todo += (
+                    [child for _, _, child in children(obj)] if not isinstance(obj, type) else ClassFields(obj).below()
+                )
+
+    def put_back(self) -> bool:
+        """What has another content now gets back what it had; was there anything?"""
+        places = [(p, c) for p, c in self._places if not same_content(c, content_of(p))]
+        arrays = [(a, was) for a, was in self._arrays if a.tobytes() != was.tobytes()]
+        for place, content in places:
+            put_content(place, content)
+        for array, was in arrays:
+            array[...] = was
+        return bool(places or arrays)
+
+
+def _places(obj: Any) -> Iterator[Any]:
+    if isinstance(obj, type):
+        yield ClassFields(obj)
+        return
+    for _, place in places(obj):
+        yield place
+    if isinstance(obj, nn.Module):  # its modules and hooks, too: a forward may register and remove some
+        yield from [v for k, v in obj.__dict__.items() if k in MODULE_FIELDS and isinstance(v, dict)]
+
+
+class Left:
+    """What one replay may leave changed: noted before it, put back after it.
+
+    Args:
+        frame: the call.
+        replay: what it collects, which says where it stops.
+    """
+
+    __slots__ = ("_attributes", "_everything", "_key", "_site")
+
+    def __init__(self, frame: Frame, replay: Collector) -> None:
+        self._attributes, self._site = Attributes(frame.reached), frame.site
+        self._key: Hashable = None
+        self._everything: Everything | None = None
+        if replay.stops:
+            selection = replay.selection
+            self._key = (frame.kinds, replay.total, selection.kept if selection is not None else None)
+            if self._site.leaves.get(self._key, True):
+                self._everything = Everything(frame.roots)
+
+    def put_back(self) -> None:
+        """All of it; notes whether the next replay that stops there has to look, too."""
+        self._attributes.put_back()
+        if self._everything is not None:
+            leaves = self._site.leaves
+            if len(leaves) >= _MOST_PLACES:
+                leaves.clear()
+            leaves[self._key] = self._everything.put_back()

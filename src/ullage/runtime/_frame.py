@@ -78,6 +78,7 @@ class Frame:
     digests: dict[int, bytes | None] | None = None
     ops: list[str] | None = None
     signature: Hashable = None
+    kinds: Hashable = None  # what its facts depend on
     unseen = ""
     # autograd holds the pack hook, so what that fills is emptied in place
     kept: dict[int, tuple[Tensor | Away, int]] = _NONE

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
-from ullage.runtime._after import Attributes
+from ullage.runtime._after import Left
 from ullage.runtime._collect import Collector, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
@@ -170,11 +170,10 @@ def _attempt(
     torch._C._set_grad_enabled(True)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
-    attributes, flags = Attributes(frame.reached), ambient.read_flags()
+    left, now = Left(frame, replay), ambient.read_flags()
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
         args, kwargs = frame.inputs.give()
-        now = ambient.read_flags()
         for source, state in frame.rng:
             source[1](state)
         if frame.entry is None and frame.flags == now:
@@ -195,8 +194,8 @@ def _attempt(
         for put, state in before:
             put(state)
         # a forward that stops half-way leaves behind what it would have put back itself
-        attributes.put_back()
-        ambient.put_back(flags)
+        left.put_back()
+        ambient.put_back(now)
         if selection is not None and (lost := make_good(frame.reached.tensors())) is not None:
             name = name_in(frame.roots, lost)
             raise ReplayError(

@@ -141,6 +141,7 @@ class Site(Apart):
         notes: what a user should know, each once.
         fills: a kernel of it fills a tensor that is saved already, so that its replays run to their end.
         digests_last: digests of what it saves are taken when its forward is over.
+        leaves: by where its replays stop: have they left something that its forward puts back later?
     """
 
     name: str
@@ -159,6 +160,7 @@ class Site(Apart):
     notes: dict[str, None] = field(default_factory=dict)
     fills: bool = False
     digests_last: bool = False
+    leaves: dict[Hashable, bool] = field(default_factory=dict)
 
     def learns(self, options: Options) -> bool:
         """Will its next call be one that learns?"""

@@ -151,7 +151,7 @@ def _host_copy(t: Tensor) -> _Copy | None:
 def _moved(obj: Any, host: Any, version: int) -> bool:
     if isinstance(obj, np.ndarray):
         return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
-    if host is None:
+    if host is None or obj._version != version:  # a write that the forward undoes is one: a replay may stop before that
         return bool(obj._version != version)
     now, (array, dtype) = _host_copy(obj), host
     return now is None or now[0].shape != array.shape or now[1] != dtype or bool(now[0].tobytes() != array.tobytes())
