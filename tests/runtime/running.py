@@ -128,6 +128,9 @@ def watching(found: dict[int, tuple[Site, bool]]) -> Iterator[None]:
         refusal, recorder.log.refusal = recorder.log.refusal, ""
         can = _select.select(recorder.log, frame.options.rule).skipped > 0  # type: ignore[arg-type]
         recorder.log.refusal = refusal
+        can &= not refusal.endswith(
+            ("a subclass of Tensor", "not strided")
+        )  # always replayed in full, as the documents say
         known = found.get(id(frame.site), (frame.site, False))[1]
         found[id(frame.site)] = (frame.site, known or can)
         return original(frame, recorder)

@@ -8,11 +8,13 @@ log. Digests of what it drops are what the first replay has to give back, bit fo
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ullage._errors import UllageWarning
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import UNTIL_THE_END, late_kernels, mark
@@ -75,6 +77,10 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
             shared.logs[frame.signature] = Learnt(recorder.log, notes, frame.site.name)
         if frame.known.selection.refusal:
             frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
+        if recorder.log.not_strided and ambient.autocasting():
+            # at every call that records: the next ones run as always
+            what = "under a dispatch mode, as this call was, torch's autocast leaves sparse products as they are; its values may differ"
+            warnings.warn(f"{frame.site.name}: {what}. Leave out `keep`", UllageWarning, stacklevel=2)
     selection = frame.known.selection if frame.known is not None else None
     _drop(frame, selection.kept if selection is not None else frozenset())
     _send(frame, selection.away if selection is not None else frozenset())

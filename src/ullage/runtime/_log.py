@@ -109,6 +109,7 @@ class Log:
     outside: set[int] = field(default_factory=set)
     refusal: str = ""
     dynamic: bool = False
+    not_strided: bool = False
 
 
 class Recorder(TorchDispatchMode):
@@ -168,6 +169,7 @@ class Recorder(TorchDispatchMode):
                 self.log.refusal = f"{func} has a {type(t).__name__}, a subclass of Tensor"
             elif isinstance(t, Tensor) and t.layout != torch.strided:
                 self.log.refusal = f"{func} has a tensor that is not strided"
+                self.log.not_strided = True
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
         written = []

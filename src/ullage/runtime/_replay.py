@@ -196,12 +196,19 @@ def _attempt(
         # a forward that stops half-way leaves behind what it would have put back itself
         left.put_back()
         ambient.put_back(now)
-        if selection is not None and (lost := make_good(frame.reached.tensors())) is not None:
-            name = name_in(frame.roots, lost)
-            raise ReplayError(
-                f"{frame.site.name}: its selective replay has given {name} other memory (`.data =`, `set_`), though the forward it follows "
-                f"had not; {name} is full of NaN now. Leave this unit out of checkpointing, or run it without `keep`"
-            )
+        if selection is not None:
+            _check_memory(frame)
+
+
+def _check_memory(frame: Frame) -> None:
+    """No parameter may be left with the memory that a placeholder does not have: the next forward would end the process."""
+    lost = make_good(frame.reached.tensors())
+    if lost is not None:
+        name = name_in(frame.roots, lost)
+        raise ReplayError(
+            f"{frame.site.name}: its selective replay has given {name} other memory (`.data =`, `set_`), though the forward it follows had not; "
+            f"{name} is full of NaN now. Leave this unit out of checkpointing, or run it without `keep`"
+        )
 
 
 @contextlib.contextmanager
