@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -182,6 +183,12 @@ def _verdict(plain: Outcome, by_torch: Outcome, by_ullage: Outcome) -> Verdict:
     return Verdict("mismatch" if what else "equal", what, theirs)
 
 
+def _torchs_own() -> set[int]:
+    """Ids of the jagged tensor that torch makes for itself when a program first has one, and of its parts."""
+    dummy = getattr(sys.modules.get("torch.nested._internal.nested_tensor"), "_dummy_instance", None)
+    return {id(t) for t in (dummy, getattr(dummy, "_values", None), getattr(dummy, "_offsets", None))}
+
+
 class Leaks:
     """Counts frames and tensors that outlive a program. `gc.freeze` keeps what was there before out of it."""
 
@@ -199,7 +206,8 @@ class Leaks:
         gc.collect()  # what the first one's finalizers let go of
         objects = gc.get_objects()
         frames = sum(type(o) is Frame for o in objects)
-        tensors = [o for o in objects if isinstance(o, Tensor)]
+        own = _torchs_own()
+        tensors = [o for o in objects if isinstance(o, Tensor) and id(o) not in own]
         sites = sum(type(o) is Site for o in objects)
         if not frames and not tensors:
             return f"{sites} sites" if sites > 200 else ""

@@ -108,3 +108,18 @@ def test_cond(options: dict[str, Any]) -> None:
         return seen
 
     assert run(lambda f, x: ullage.checkpoint(f, x, **options)) == run(lambda f, x: f(x))
+
+
+def test_sparse_products_under_autocast_are_told_at_every_call_that_records() -> None:
+    """torch's autocast casts for `torch.sparse.mm`, but under a dispatch mode it does not: the first call's values are others."""
+    adjacency = (torch.eye(6) + torch.eye(6).roll(1, 0)).to_sparse()
+    unit = lambda x: torch.sparse.mm(adjacency, x).sin().exp()  # noqa: E731
+
+    def dtypes(**options: Any) -> list[torch.dtype]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [ullage.checkpoint(unit, torch.ones(6, 4, requires_grad=True), **options).dtype for _ in range(3)]
+
+    assert dtypes() == [torch.bfloat16] * 3
+    with pytest.warns(ullage.UllageWarning, match="autocast leaves sparse products as they are") as told:
+        assert dtypes(keep="matmul_attention") == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert len(told) == 1

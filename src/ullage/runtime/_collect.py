@@ -12,6 +12,8 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage._source import source_line
 from ullage.runtime._debug import first_difference
+from ullage.runtime._jagged import with_rows
+from ullage.runtime._local import quiet
 from ullage.runtime._notes import Check, meta_of
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
@@ -211,9 +213,23 @@ class Collector:
         seen = self.seen if self.drops else len(store)
         if self.selection is None and seen < self.total and self.checks:
             raise self._error(f"its forward saved {self.total} tensors, its replay {seen}")
+        if frame.rows:
+            self._put_rows()
         if frame.kept and self.selection is None:
             return {i: x for i, x in store.items() if i not in frame.kept}
         return dict(store)
+
+    def _put_rows(self) -> None:
+        """Give jagged tensors the offsets of forward: those that the replay makes have another ragged size for autograd."""
+        store = self.store
+        with quiet():
+            for i, rows in self.frame.rows.items():
+                if not isinstance(store.get(i), Tensor):
+                    continue
+                found = with_rows(store[i], rows)
+                if found is None:
+                    raise self._error(f"saved tensor {i} is jagged, with other rows in the replay than in forward")
+                store[i] = found
 
     def close(self) -> None:
         """The replay's graph holds the hooks, and so this object: it must hold neither that graph's tensors nor the frame."""

@@ -24,6 +24,7 @@ from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._inputs import Inputs
+from ullage.runtime._jagged import Rows
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import blame, local, pop_hooks, push_hooks, quiet
 from ullage.runtime._notes import Notes
@@ -85,6 +86,7 @@ class Frame:
     # of these, arguments of units in this one; copies where there is no replay
     held: dict[int, Tensor | None] = _NONE
     restored: Mapping[int, str] = _NONE
+    rows: Mapping[int, Rows] = _NONE  # of the jagged tensors among what it saves
     around: Sequence[Around] = ()
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None

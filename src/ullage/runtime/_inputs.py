@@ -24,8 +24,15 @@ from ullage.runtime._watch import storage_of
 
 _AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_alias = torch.ops.aten.alias.default  # a view of equal strides, also where a dimension has one element
 _make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
+
+
+def _alias(t: Tensor) -> Tensor:
+    try:
+        view: Tensor = torch.ops.aten.alias.default(t)  # of equal strides, also where a dimension has one element
+    except NotImplementedError:  # a jagged tensor has none
+        return t.view_as(t)
+    return view
 
 
 class _SaveOne(torch.autograd.Function):

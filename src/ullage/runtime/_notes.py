@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage.runtime._jagged import jagged_meta
+
 Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
 Check = Callable[[Tensor], bool]
 
@@ -22,6 +24,8 @@ _Guards = getattr(_guards, "TensorGuards", None)
 
 def meta_of(t: Tensor) -> Meta:
     """What forward notes of a saved tensor, and replay compares."""
+    if t.layout is torch.jagged:
+        return jagged_meta(t)
     try:
         return t.shape, t.stride(), t.dtype, t.device
     except RuntimeError:  # compressed sparse tensors have none

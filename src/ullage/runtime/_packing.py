@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ullage.runtime._digest import comparable, digest
+from ullage.runtime._jagged import is_jagged, rows_of
 from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Notes, meta_of
 
@@ -46,6 +47,8 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
 
     def note(i: int, x: Tensor) -> None:
         nonlocal checks
+        if is_jagged(x):
+            frame.rows = {**frame.rows, i: rows_of(x)}
         if frame.odd is None and not expected.equal(i, x, checks):
             frame.odd, checks = Notes(expected[:i]), []
         if frame.odd is not None:
