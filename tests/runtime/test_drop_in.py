@@ -342,6 +342,25 @@ def test_graph_exec_group() -> None:
 
 
 @both
+def test_backwards_of_one_group_must_not_overlap(wrap: Any) -> None:
+    if not hasattr(tc, "GraphExecGroup"):
+        pytest.skip("this torch has no GraphExecGroup")
+    for call in (torchs, wrap):
+        x, w = inputs(*XW)
+        out = call(_f, x, w).sum()
+        with tc.GraphExecGroup():
+            out.backward(retain_graph=True)
+            with pytest.raises(tc.CheckpointError, match="GraphExecGroup"):
+                out.backward(retain_graph=True)
+        x.grad = None
+        with tc.GraphExecGroup():  # another one
+            out.backward()
+        (y, v) = inputs(*XW)
+        _f(y, v).sum().backward()
+        assert bits(x.grad) == bits(y.grad)
+
+
+@both
 def test_hooks_on_tensors(wrap: Any) -> None:
     def hooked(call: Any) -> Any:
         seen: list[Any] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -125,6 +126,10 @@ def test_options_that_mean_nothing() -> None:
         ({"context_fn": lambda: None, "keep": "attention"}, "context_fn: not together with keep"),
         ({"context_fn": lambda: None, "debug": True}, "context_fn: not together with debug"),
         ({"keep": 3}, "keep: expected a level's name"),
+        (
+            {"respect_saved_tensors_hooks": True, "keep": "attention"},
+            "respect_saved_tensors_hooks=True: .*leave out keep",
+        ),
     ):
         with pytest.raises(ullage.ArgumentError, match=match):
             ullage.checkpoint(_f, x, w, **given)
@@ -132,6 +137,102 @@ def test_options_that_mean_nothing() -> None:
             ullage.checkpoint(_f, x, w, **given)
     with pytest.raises(ullage.ArgumentError, match="function: expected something to call, got int"):
         ullage.checkpoint(3, x)
+
+
+def test_respect_saved_tensors_hooks() -> None:
+    for given in (None, False, True):
+        wrap = functools.partial(ours, respect_saved_tensors_hooks=given)
+        assert gradients(_f, inputs(*XW), wrap, 2) == gradients(_f, inputs(*XW), plain, 2)
+    wrap = functools.partial(selective, respect_saved_tensors_hooks=False)
+    assert gradients(_f, inputs(*XW), wrap, 2) == gradients(_f, inputs(*XW), plain, 2)
+    seen: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.numel()), t)[1], lambda t: t):
+        ullage.checkpoint(_f, *inputs(*XW), respect_saved_tensors_hooks=True)
+    assert seen == [16, 16]  # its arguments: they are all that is held
+
+
+def test_the_global_debug_setting_counts_for_context_fn_too() -> None:
+    contexts = lambda: (nullcontext(), nullcontext())  # noqa: E731
+    with tc.set_checkpoint_debug_enabled(True):
+        with pytest.raises(ValueError, match="incompatible with non-default context_fn"):
+            torchs(_f, *inputs(*XW), context_fn=contexts)
+        with pytest.raises(
+            ullage.ArgumentError, match=r"context_fn: not together with set_checkpoint_debug_enabled\(True\)"
+        ):
+            ullage.checkpoint(_f, *inputs(*XW), context_fn=contexts)
+    with tc.set_checkpoint_debug_enabled(False):
+        wrap = functools.partial(ours, context_fn=contexts, debug=True)
+        assert gradients(_f, inputs(*XW), wrap) == gradients(_f, inputs(*XW), plain)
+
+
+class _Swallows:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: Any) -> bool:
+        return True
+
+
+def test_a_context_that_swallows_exceptions() -> None:
+    def fails(x: Tensor, w: Tensor) -> Tensor:
+        raise ValueError("of the forward")
+
+    with pytest.raises(ullage.ReplayError, match="fails: the forward context of context_fn has swallowed an exception"):
+        ullage.checkpoint(fails, *inputs(*XW), context_fn=lambda: (_Swallows(), nullcontext()))
+    with pytest.raises(ValueError, match="of the forward"):
+        ullage.checkpoint(fails, *inputs(*XW), context_fn=lambda: (nullcontext(), _Swallows()))
+    both = functools.partial(
+        ours, context_fn=lambda: (_Swallows(), _Swallows())
+    )  # nor may it catch the end of a replay
+    assert gradients(_f, inputs(*XW), both, 2) == gradients(_f, inputs(*XW), plain, 2)
+
+
+@contextmanager
+def _default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+class _Seen:
+    devices: list[str] = []  # of a class: no replay puts it back
+
+
+def _notes_device(x: Tensor, w: Tensor) -> Tensor:
+    _Seen.devices.append(torch.zeros(1).device.type)
+    return (x @ w).sin().exp()
+
+
+def test_a_default_device_in_context_fn() -> None:
+    def contexts(first: str, again: str) -> Any:
+        return lambda: (_default_device(first), _default_device(again))
+
+    for around, inside, wanted in (("meta", None, "meta"), (None, "meta", "meta"), (None, None, "cpu")):
+        _Seen.devices.clear()
+        x, w = inputs(*XW)
+        context_fn = contexts(inside, inside) if inside else lambda: (nullcontext(), nullcontext())
+        with torch.device(around) if around else nullcontext():
+            out = ullage.checkpoint(_notes_device, x, w, context_fn=context_fn).sum()
+        with torch.device("meta") if not around else nullcontext():
+            torch.autograd.backward(out)
+        assert _Seen.devices == [wanted, wanted]
+        assert torch._C._len_torch_function_stack() == 0
+    a = torch.ones((), device="meta", requires_grad=True)
+    with _default_device("meta"):
+        ullage.checkpoint(lambda x: x.sin().cos(), a, context_fn=contexts("meta", "meta")).backward()
+    assert a.grad.device.type == "meta"
+    while torch._C._len_torch_function_stack():  # torch's own: it can't know that a context within has ended
+        torch._C._pop_torch_function_stack()
+
+
+def test_the_replay_has_no_default_device_where_the_forward_had_none() -> None:
+    for wrap in (ours, selective):
+        _Seen.devices.clear()
+        out = wrap(_notes_device, *inputs(*XW)).sum()
+        with torch.device("meta"):
+            torch.autograd.backward(out)
+        assert _Seen.devices == ["cpu", "cpu"]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -180,6 +281,8 @@ def test_determinism_check_none() -> None:
         _backward_after("shape", determinism_check="none")
     with pytest.warns(ullage.UllageWarning, match="other values than its forward"):
         _checkpoint_once("none")
+    with pytest.raises(ullage.ReplayError, match=r"its forward saved 2 tensors, its replay 1\."):  # as torch
+        _backward_after("fewer", determinism_check="none")
 
 
 def _checkpoint_once(check: str) -> None:

@@ -35,14 +35,11 @@ def _accelerator() -> str | None:
 _ACCELERATOR = _accelerator()
 
 Flags = tuple[Any, ...]
+DEVICE = 9  # the place in it of the default device
 
 
 def read_flags() -> Flags:
     """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
-    device = None
-    if torch._C._len_torch_function_stack():
-        modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
-        device = modes[-1].device if modes else None
     flash, efficient, math, cudnn = _kernels_enabled
     is_deterministic, warn_only = _deterministic
     return (
@@ -55,9 +52,15 @@ def read_flags() -> Flags:
         warn_only(),
         torch.get_default_dtype(),
         (flash(), efficient(), math(), cudnn()),
-        device,
+        default_device() if torch._C._len_torch_function_stack() else None,
         read_settings(),
     )
+
+
+def default_device() -> torch.device | None:
+    """Where factories make tensors, if a context or `set_default_device` says it."""
+    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+    return modes[-1].device if modes else None
 
 
 def autocasting() -> bool:
@@ -67,8 +70,8 @@ def autocasting() -> bool:
 
 @contextlib.contextmanager
 def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
-    """Set the flags that differ, and put them back."""
-    cache, _, _, _, _, device, settings = wanted[4:]
+    """Set the flags that differ, and put them back; `device_as` is for the default device."""
+    cache, settings = wanted[4], wanted[10]
     with contextlib.ExitStack() as stack:
         if wanted[:5] != now[:5]:
             # the one context that also drops its cache of casts at the end
@@ -81,8 +84,16 @@ def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
         if settings != now[10]:
             stack.callback(put_settings, now[10], settings)
             put_settings(settings, now[10])
-        if device is not None:
-            stack.enter_context(device)
+        yield
+
+
+@contextlib.contextmanager
+def device_as(wanted: torch.device | None) -> Iterator[None]:
+    """Have factories make tensors there."""
+    if default_device() == wanted:
+        yield
+        return
+    with wanted if wanted is not None else torch.device("cpu"):
         yield
 
 

@@ -40,6 +40,7 @@ def checkpoint(
     early_stop: bool = True,
     context_fn: Callable[[], tuple[Any, Any]] | None = None,
     debug: bool = False,
+    respect_saved_tensors_hooks: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `function(*args, **kwargs)` without keeping its activations; backward runs it again.
@@ -67,6 +68,8 @@ def checkpoint(
         early_stop: end a replay as soon as everything is rebuilt; `torch.utils.checkpoint.set_checkpoint_early_stop` has precedence.
         context_fn: returns the contexts around forward and around the replay, as for torch; not together with `keep`.
         debug: keep the names of all ops, and show in a ReplayError where forward and replay part.
+        respect_saved_tensors_hooks: of torch 2.14: do the saved-tensor hooks around the call get what `keep` or `context_fn` keeps? Here they
+            do not, so True is refused together with these.
         kwargs: keyword arguments of `function`.
 
     Raises:
@@ -82,6 +85,7 @@ def checkpoint(
         given = {
             "keep": keep, "use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state, "preserve_host_rng": preserve_host_rng,
             "determinism_check": determinism_check, "early_stop": early_stop, "context_fn": context_fn, "debug": debug,
+            "respect_saved_tensors_hooks": respect_saved_tensors_hooks,
         }  # fmt: skip
         return functools.partial(_decorate, options=given) if function is None else _decorate(function, given)
     if context_fn is torchs.noop_context_fn:
@@ -92,15 +96,27 @@ def checkpoint(
         raise ArgumentError("use_reentrant=True: ullage has the non-reentrant kind only; leave it out")
     if determinism_check not in _CHECKS:
         raise ArgumentError(f"determinism_check={determinism_check!r}: expected one of {', '.join(map(repr, _CHECKS))}")
+    if torchs._checkpoint_debug_enabled is not None:
+        debug = torchs._checkpoint_debug_enabled
     if context_fn is not None and (keep is not None or debug):
-        raise ArgumentError(f"context_fn: not together with {'keep' if keep is not None else 'debug'}; leave one out")
+        other = (
+            "keep"
+            if keep is not None
+            else "debug"
+            if torchs._checkpoint_debug_enabled is None
+            else "set_checkpoint_debug_enabled(True)"
+        )
+        raise ArgumentError(f"context_fn: not together with {other}; leave one out")
+    if respect_saved_tensors_hooks and (keep is not None or context_fn is not None):
+        raise ArgumentError(
+            "respect_saved_tensors_hooks=True: what is kept does not pass the hooks around the call; "
+            f"leave it out, or leave out {'keep' if keep is not None else 'context_fn'}"
+        )
     rule = rule_of(keep) if keep is not None else None
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     if torchs._enable_checkpoint_early_stop is not None:
         early_stop = torchs._enable_checkpoint_early_stop
-    if torchs._checkpoint_debug_enabled is not None:
-        debug = torchs._checkpoint_debug_enabled
     make = _options if rule is None and context_fn is None else Options
     options = make(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
     site, reached = _site_of(function, rule, context_fn is None, args, kwargs)

@@ -90,6 +90,7 @@ class Frame:
     around: Sequence[Around] = ()
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None
+    group: Any = None  # the `GraphExecGroup` that it was last rebuilt in
     previous: Frame | None = None  # the call whose output makes this one's input
     place = NOWHERE
     # what the pack hook of its forward notes
@@ -115,6 +116,7 @@ class Frame:
         if options.debug:
             self.ops = []
         self.flags = ambient.read_flags()
+        self.device = self.flags[ambient.DEVICE]
         self.context = contextvars.copy_context()
         self.roots = roots_of(fn) + objects_in(args, kwargs)
         self.reached = reached if reached is not None else Reached(self.roots)
@@ -270,9 +272,14 @@ class Frame:
             with contextlib.ExitStack() as stack:
                 if self.contexts is not None:
                     stack.enter_context(self.contexts[0])
+                    self.device = ambient.default_device()
                 if self.ops is not None:
                     stack.enter_context(OpNames(self.ops))
                 return self.fn(*args, **kwargs)
+            raise ReplayError(
+                f"{self.site.name}: the forward context of context_fn has swallowed an exception that the forward raised, so there is no output; "
+                "have its __exit__ let exceptions through"
+            )
         finally:
             pop_hooks()
 
@@ -336,6 +343,11 @@ class Frame:
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
             return tensor_of(tensor)
+        if self.group is not None and self.group is _group():
+            raise ReplayError(
+                f"{self.site.name}: saved tensor {i} is asked for a second time within one torch.utils.checkpoint.GraphExecGroup: the backwards in it "
+                "must not overlap. Call one of them outside of it, or use a group for each"
+            )
         if self.previous is not None:
             from ullage.runtime._sweep import make_inputs
 
@@ -344,6 +356,7 @@ class Frame:
                 return self.rebuilt.pop(i)
         store = rebuild(self)
         found = store.pop(i)
+        self.group = _group()
         if store and _graph_task() != -1:
             self.take(store)
         return found
@@ -351,7 +364,8 @@ class Frame:
     def take(self, store: dict[int, Any]) -> None:
         """Keep what a replay has rebuilt, for the rest of this backward."""
         self.rebuilt.update(store)
-        if _group() is None:
+        self.group = _group()
+        if self.group is None:
             # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
             _at_end_of_backward(functools.partial(_let_go, ref(self)))
 

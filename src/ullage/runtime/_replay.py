@@ -215,6 +215,8 @@ def _check_memory(frame: Frame) -> None:
 def _as_it_was(frame: Frame, now: ambient.Flags) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ambient.flags_as(frame.flags, now))
+        if frame.contexts is None:  # else it is set within these, which may set it themselves
+            stack.enter_context(ambient.device_as(frame.device))
         if frame.entry is not None:
             stack.enter_context(frame.entry.seen())
         yield
@@ -241,6 +243,7 @@ def _run(
             with contextlib.ExitStack() as stack:
                 if frame.contexts is not None:
                     stack.enter_context(frame.contexts[1])
+                    stack.enter_context(ambient.device_as(frame.device))
                 if watch is not None:
                     stack.enter_context(watch)
                 if frame.ops is not None:
