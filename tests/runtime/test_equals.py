@@ -123,3 +123,23 @@ def test_sparse_products_under_autocast_are_told_at_every_call_that_records() ->
     with pytest.warns(ullage.UllageWarning, match="autocast leaves sparse products as they are") as told:
         assert dtypes(keep="matmul_attention") == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert len(told) == 1
+
+
+class Scaled(Tensor):
+    """A subclass that only Python's functions know."""
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_a_parameter_of_a_subclass(options: dict[str, Any]) -> None:
+    w = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4).as_subclass(Scaled))
+
+    def run(call: Callable[..., Tensor]) -> Any:
+        seen = []
+        for _ in range(3):
+            w.grad = None
+            x = torch.linspace(0, 1, 8).view(2, 4).requires_grad_()
+            call(lambda x: (x.sin() @ w).as_subclass(Tensor).tanh(), x).sum().backward()
+            seen.append((bits(x.grad), bits(w.grad)))
+        return seen
+
+    assert run(lambda f, x: ullage.checkpoint(f, x, **options)) == run(lambda f, x: f(x))

@@ -6,9 +6,10 @@ import hashlib
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._array import bytes_of, has_memory
+
+_OWN = (Tensor, torch.nn.Parameter)
 
 
 def digest(t: Tensor) -> bytes | None:
@@ -17,8 +18,11 @@ def digest(t: Tensor) -> bytes | None:
     Reads on the host (a tensor on a device is copied there), because `torch.hash_tensor` folds by XOR and does not see
     two elements that changed places.
     """
-    if isinstance(t, FakeTensor) or type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
-        return None
+    if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None  # fake tensors, too
+    if type(t) not in _OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
+        with torch._C.DisableTorchFunctionSubclass():
+            t = t.as_subclass(Tensor)
     if t.is_quantized or t.device.type == "meta" or not has_memory(t):
         return None
     t = t.detach().resolve_conj().resolve_neg().cpu()

@@ -19,6 +19,7 @@ from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import UNTIL_THE_END, late_kernels, mark
 from ullage.runtime._frame import Frame
+from ullage.runtime._gathered import swapped
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Recorder
 from ullage.runtime._memory import Memory, memory_of, replaced
@@ -112,13 +113,15 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
     modules = [m for root in frame.reached.modules for m in root.modules()]
     if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_torchdynamo_orig_callable") for m in modules):
         return refused("it is compiled, so what it saves is torch.compile's choice")
+    if any(hasattr(m, "_get_fsdp_state") for m in modules):
+        return refused("FSDP gathers its parameters inside it, in a replay not as in forward")
     return select(recorder.log, rule)
 
 
 def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
     with quiet():
         changing = frame.site.changing
-        changes, entry = survey.changes(changing() if changing is not None else set())
+        changes, entry = survey.changes(changing() if changing is not None else set(), swapped(frame.reached))
     if changes.containers or changes.values or changes.generators:
         frame.entry = entry
     moved = ambient.host_rng_moved(host, ambient.HOST[0]())

@@ -13,6 +13,7 @@ from ullage._array import has_memory
 from ullage._errors import ReplayError
 from ullage.runtime._collect import Modified
 from ullage.runtime._digest import digest
+from ullage.runtime._gathered import shards
 from ullage.runtime._local import quiet
 from ullage.runtime._reach import name_in
 from ullage.runtime._state import State
@@ -101,10 +102,15 @@ class Reads:
         if list(map(_version, tensors)) == self.versions and list(map(id, tensors)) == self.ids:
             return {}
         was = dict(zip(self.ids, self.versions, strict=True))
+        known = tensors
         if list(map(id, tensors)) != self.ids:
-            new = (name_in(frame.roots, t) for t in tensors if id(t) not in was)
+            stand_ins = shards(frame.reached)
+            known = [t if id(t) in was else stand_ins.get(id(t), t) for t in tensors]
+        if list(map(id, known)) != self.ids:
+            new = (name_in(frame.roots, t) for t, k in zip(tensors, known, strict=True) if id(k) not in was)
             raise changed_error(frame, next(new, "the set of its parameters"))
-        return {storage_of(t): name_in(frame.roots, t) for t in tensors if t._version != was[id(t)]}
+        changed = [t for t, k in zip(tensors, known, strict=True) if k._version != was[id(k)]]
+        return {storage_of(t): name_in(frame.roots, t) for t in changed}
 
 
 def changed_reads(frame: Frame) -> dict[int, str]:

@@ -81,12 +81,17 @@ class Survey:
                     if type(child) not in OPAQUE_TYPES:
                         todo.append((child, (way, step, label)))
 
-    def changes(self, known: set[int]) -> tuple[Changes, State]:
-        """What changed since, and a state that holds what was there before. `known`: ids of tensors that do change."""
+    def changes(self, known: set[int], apart: set[int]) -> tuple[Changes, State]:
+        """What changed since, and a state that holds what was there before.
+
+        Args:
+            known: ids of tensors that do change.
+            apart: ids of containers that are not the unit's to change.
+        """
         containers = [
             ((*_path(w), *steps), o, c)
             for w, steps, o, c in self._containers.values()
-            if not same_content(c, content_of(o))
+            if id(o) not in apart and not same_content(c, content_of(o))
         ]
         values = [
             (_path(w), o, h) for w, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)

@@ -78,7 +78,14 @@ def is_opaque(obj: Any) -> bool:
     kind = type(obj)
     if kind in OPAQUE_TYPES:
         return True
-    return kind not in CONTAINERS and (isinstance(obj, (*PLAIN, *OPAQUE)) or id(obj) in _GLOBAL_RNG)
+    return kind not in CONTAINERS and (
+        isinstance(obj, (*PLAIN, *OPAQUE)) or id(obj) in _GLOBAL_RNG or _is_machinery(kind)
+    )
+
+
+def _is_machinery(kind: type) -> bool:
+    """Is it of torch.distributed (FSDP's states of modules, meshes), which keeps its own books of forwards and backwards?"""
+    return str(kind.__module__).startswith("torch.distributed.") and not issubclass(kind, nn.Module | Tensor)
 
 
 @functools.cache
