@@ -115,7 +115,7 @@ def _small(t: Tensor) -> Tensor:
 
 def _written_after(x: Tensor, out: Tensor, how: int) -> Tensor:
     """What a caller writes in place once a unit has run: to its residual, or to what the unit gave back."""
-    if how in (1, 2, 4) and x.is_leaf and x.requires_grad:
+    if (how in (1, 2, 4) and x.is_leaf and x.requires_grad) or (how == 6 and x.grad_fn is not None):
         return out
     if how == 1:
         return x.add_(out) if x.shape == out.shape and x.dtype == out.dtype else x.mul_(1.5)
@@ -129,7 +129,7 @@ def _written_after(x: Tensor, out: Tensor, how: int) -> Tensor:
         return x * out.mean()
     if how == 5 and not out.is_leaf:
         return out.tanh_()
-    x.data.mul_(0.9)  # unseen by autograd
+    x.data.mul_(0.9)  # unseen by autograd; of what a unit gave back, no replay is promised to have that
     return out
 
 

@@ -13,7 +13,7 @@ from ullage._errors import ReplayError
 from ullage._source import source_line
 from ullage.runtime._debug import first_difference
 from ullage.runtime._jagged import with_rows
-from ullage.runtime._local import quiet
+from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Check, meta_of
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
@@ -31,11 +31,13 @@ class Modified:
     Attributes:
         shape: its shape.
         by: what changed between forward and backward and went into it; "" if the unit itself writes to it after it was saved.
+        now: what it is now, if it is an argument of a unit in this one: that unit's backward may do without it.
     """
 
     shape: torch.Size
     by: str = ""
     _version: int = 0
+    now: Tensor | None = None
 
 
 _version = attrgetter("_version")
@@ -52,9 +54,10 @@ class Collector:
         frame: the call.
         selection: what to skip, or None for all of it.
         whole: "": it ends as soon as everything is there; "recorded": the unit's output is wanted too; "dropped": only that.
+        copies: copy the arguments of units in this one, which this one writes to afterwards.
     """
 
-    def __init__(self, frame: Frame, selection: Selection | None, whole: str = "") -> None:
+    def __init__(self, frame: Frame, selection: Selection | None, whole: str = "", copies: bool = False) -> None:
         self.frame, self.selection, self.name = frame, selection, frame.site.name
         self.store: dict[int, Any] = {}
         self.versions: list[int] = []
@@ -63,7 +66,7 @@ class Collector:
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
         early = frame.options.early_stop and not frame.site.fills
         self.stops = not whole and (early or not frame.complete)
-        self.drops = whole == "dropped"
+        self.drops, self.copies = whole == "dropped", copies
         self.seen = 0
         self.checks = frame.options.determinism_check != "none" or selection is not None
         self.ops: list[str] = []
@@ -73,6 +76,8 @@ class Collector:
         if self.drops:
             return self._dropping()
         pack = self._full() if self.selection is None else self._selective(self.selection)
+        if self.copies:
+            return self._copying(pack)
         if watch is None:
             return pack
 
@@ -82,9 +87,18 @@ class Collector:
             finally:  # the last one ends the replay
                 name, last = watch.name(x), next(reversed(self.store), -1)
                 if name is not None and self.store.get(last) is x:
-                    self.store[last] = Modified(x.shape, name, x._version)
+                    self.store[last] = Modified(x.shape, name, x._version, x if local.holding else None)
 
         return watched
+
+    def _copying(self, pack: Any) -> Any:
+        def copying(x: Tensor) -> int:
+            if local.holding:
+                with quiet():
+                    x = x.detach().clone()
+            return pack(x)  # type: ignore[no-any-return]
+
+        return copying
 
     def _full(self) -> Any:
         store, version, last, stops = self.store, self.versions.append, self.total - 1, self.stops

@@ -32,10 +32,11 @@ from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
 from ullage.runtime._reach import Reached, name_in, objects_in, roots_of
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
-from ullage.runtime._replay import rebuild
+from ullage.runtime._replay import rebuild, rebuild_arguments
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
 from ullage.runtime._tier import Away, tensor_of
+from ullage.runtime._watch import storage_of
 
 _NONE: Any = MappingProxyType({})
 _modes = torch._C._len_torch_dispatch_stack
@@ -321,10 +322,16 @@ class Frame:
 
     def _modified(self, i: int, found: Modified) -> Any:
         if found.by:
+            if found.now is not None and local.moved is not None:
+                local.moved[storage_of(found.now)] = found.by
+                return found.now
             raise changed_error(self, found.by)
+        if i in (store := rebuild_arguments(self)):
+            self.rebuilt.update({j: x for j, x in store.items() if type(self.rebuilt.get(j)) is Modified})
+            return store[i]
         raise ReplayError(
             f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "
-            "after it was saved, inside the unit; the plain step would fail too, unless it is the argument of a unit in this one"
+            "after it was saved, inside the unit; the plain step would fail too"
         )
 
     def _missing(self, i: int) -> Any:

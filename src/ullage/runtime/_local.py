@@ -22,6 +22,8 @@ class _Local(threading.local):
         self.quiet = False
         self.holding = False  # a unit's arguments are being saved with the hooks of a unit around it
         self.skipping = False  # a selective replay runs
+        # while a replay gets its arguments back from the hooks of a unit around it: those that are not what they were, by storage
+        self.moved: dict[int, str] | None = None
 
 
 local = _Local()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._after import Left
-from ullage.runtime._collect import Collector, Stop
+from ullage.runtime._collect import Collector, Modified, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
@@ -38,13 +38,21 @@ def rebuild(frame: Frame) -> dict[int, Any]:
     changed = changed_reads(frame)
     if changed:
         return _without(frame, changed)
+    try:
+        return _from_what_was(frame)
+    except _Moved as moved:
+        return _without(frame, moved.names)
+
+
+def _from_what_was(frame: Frame) -> dict[int, Any]:
+    """Rebuild from the arguments, parameters and state of the forward."""
     selection = _usable(frame)
     if selection is not None:
         try:
             store, _ = _attempt(frame, selection)
         except Stale as stale:
             _note_stale(frame, str(stale))
-        except ReplayError:
+        except (ReplayError, _Moved):
             raise
         except Exception as error:  # torch refuses a placeholder in many ways; what is the unit's own comes again
             _note_stale(frame, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
@@ -56,6 +64,16 @@ def rebuild(frame: Frame) -> dict[int, Any]:
     store, _ = _attempt(frame, None)
     _check_values(frame, store)
     return store
+
+
+def rebuild_arguments(frame: Frame) -> dict[int, Any]:
+    """Rebuild with copies of the arguments of units in this one, as they were when those were called.
+
+    The plain step does not save such an argument, so there the unit may write to it afterwards.
+    """
+    changed = changed_reads(frame)
+    store, _ = _attempt(frame, None, Watch(changed) if changed else None, copies=True)
+    return {i: x for i, x in store.items() if type(x) is not Modified}
 
 
 def run_again(frame: Frame, record: bool) -> Any:
@@ -71,7 +89,10 @@ def run_again(frame: Frame, record: bool) -> Any:
     changed = changed_reads(frame)
     if changed:
         raise changed_error(frame, next(iter(changed.values())))
-    store, out = _attempt(frame, None, whole="recorded" if record else "dropped")
+    try:
+        store, out = _attempt(frame, None, whole="recorded" if record else "dropped")
+    except _Moved as moved:
+        raise changed_error(frame, next(iter(moved.names.values()))) from None
     if record:
         _check_values(frame, store)
         frame.take(store)
@@ -158,9 +179,9 @@ def _check_values(frame: Frame, store: dict[int, Any]) -> None:
 
 
 def _attempt(
-    frame: Frame, selection: Selection | None, watch: Watch | None = None, whole: str = ""
+    frame: Frame, selection: Selection | None, watch: Watch | None = None, whole: str = "", copies: bool = False
 ) -> tuple[dict[int, Any], Any]:
-    replay = Collector(frame, selection, whole)
+    replay = Collector(frame, selection, whole, copies)
     if selection is None or not local.units:
         frame.site.replays += 1
     totals.replays += 1
@@ -173,7 +194,7 @@ def _attempt(
     left, now = Left(frame, replay), ambient.read_flags()
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
-        args, kwargs = frame.inputs.give()
+        args, kwargs = _arguments(frame, watch)
         for source, state in frame.rng:
             source[1](state)
         if frame.entry is None and frame.flags == now:
@@ -209,6 +230,30 @@ def _check_memory(frame: Frame) -> None:
             f"{frame.site.name}: its selective replay has given {name} other memory (`.data =`, `set_`), though the forward it follows had not; "
             f"{name} is full of NaN now. Leave this unit out of checkpointing, or run it without `keep`"
         )
+
+
+class _Moved(Exception):
+    """Arguments that the unit around this one can't give back as they were; names by storage."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+
+
+def _arguments(frame: Frame, watch: Watch | None) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments, as they were or followed by `watch`. `_Moved` if there is none and one is not as it was."""
+    if not frame.inputs.hooked:
+        return frame.inputs.give()
+    before, local.moved = local.moved, {}
+    try:
+        given = frame.inputs.give()
+        if local.moved:
+            if watch is None:
+                raise _Moved(local.moved)
+            watch.changed.update(local.moved)
+        return given
+    finally:
+        local.moved = before
 
 
 @contextlib.contextmanager
