@@ -22,7 +22,11 @@ from ullage.runtime._settings import put_settings, read_settings
 
 _differ = CDLL(None).memcmp
 _differ.argtypes = (c_void_p, c_void_p, c_size_t)
-_KERNELS = ("flash", "mem_efficient", "math", "cudnn")
+_KERNELS = tuple(
+    n
+    for n in ("flash", "mem_efficient", "math", "cudnn", "overrideable", "fa3")
+    if hasattr(torch._C, f"_get_{n}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{n}")
+)
 _kernels_enabled = tuple(getattr(torch._C, f"_get_{n}_sdp_enabled") for n in _KERNELS)
 _deterministic = torch._C._get_deterministic_algorithms, torch._C._get_deterministic_algorithms_warn_only
 
@@ -40,7 +44,6 @@ DEVICE = 9  # the place in it of the default device
 
 def read_flags() -> Flags:
     """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
-    flash, efficient, math, cudnn = _kernels_enabled
     is_deterministic, warn_only = _deterministic
     return (
         torch.is_autocast_enabled("cpu"),
@@ -51,7 +54,7 @@ def read_flags() -> Flags:
         is_deterministic(),
         warn_only(),
         torch.get_default_dtype(),
-        (flash(), efficient(), math(), cudnn()),
+        tuple([enabled() for enabled in _kernels_enabled]),
         default_device() if torch._C._len_torch_function_stack() else None,
         read_settings(),
     )
@@ -119,6 +122,8 @@ def put_back(was: Flags) -> None:
         torch.set_autocast_cache_enabled(was[4])
     _put_globals(was, now)
     put_settings(was[10], now[10])
+    if now[9] != was[9]:  # by `torch.set_default_device`: a context is left by an early stop, too
+        torch.set_default_device(was[9])
 
 
 # --- generators ------------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-Settings = tuple[Any, ...]
+Settings = tuple[
+    Any, ...
+]  # what `_SETTINGS` give, then what `_PRECISIONS` give if one of them is not as it is by itself
+Setting = tuple[Callable[[], Any], Callable[..., Any]]  # get, set
 
 _NAMES = (
     "mkldnn_enabled",
     "mkldnn_deterministic",
+    "nnpack_enabled",
     "cudnn_enabled",
     "cudnn_benchmark",
     "cudnn_deterministic",
@@ -21,6 +26,17 @@ _NAMES = (
     "cublas_allow_fp16_reduced_precision_reduction",
     "cublas_allow_bf16_reduced_precision_reduction",
     "cublas_allow_fp16_accumulation",
+    "cpu_allow_fp16_reduced_precision_reduction",
+    "math_sdp_allow_fp16_bf16_reduction",
+    "deterministic_fill_uninitialized_memory",
+)
+# they take a microsecond each, and no kernel of the CPU asks them
+_OF_ACCELERATORS = ("blas_preferred_backend", "linalg_preferred_backend", "cudnn_depthwise_kernel", "miopen_immediate")
+# by backend and op, as of torch 2.9; what says "none" is as the one before it says that has "all"
+_PAIRS = (
+    ("generic", "all"),
+    *(("cuda", op) for op in ("all", "matmul", "conv", "rnn")),
+    *(("mkldnn", op) for op in ("all", "matmul", "conv", "rnn")),
 )
 _SMALLEST = 2.0**-1022  # the smallest normal number: half of it is 0.0 where denormals are flushed
 
@@ -37,22 +53,51 @@ def _answers(get: Callable[[], Any]) -> bool:
     return True
 
 
-def _found() -> tuple[tuple[Callable[[], Any], Callable[..., Any]], ...]:
-    pairs = [(getattr(torch._C, f"_get_{n}", None), getattr(torch._C, f"_set_{n}", None)) for n in _NAMES]
+def settings_of(accelerator: bool) -> tuple[Setting, ...]:
+    """What there is in this torch to get and set. `accelerator`: is there one, whose kernels have settings of their own?"""
+    names = (*_NAMES, *_OF_ACCELERATORS) if accelerator else _NAMES
+    pairs = [(getattr(torch._C, f"_get_{n}", None), getattr(torch._C, f"_set_{n}", None)) for n in names]
     found = [(get, put) for get, put in pairs if get is not None and put is not None and _answers(get)]
+    order = getattr(torch._C, "_get_sdp_priority_order", None)
+    if accelerator and order is not None:
+        found.append((lambda: tuple(order()), lambda *wanted: torch._C._set_sdp_priority_order(list(wanted))))
+    einsum = torch.backends.opt_einsum
+    if einsum.is_available():
+        found += [
+            (functools.partial(getattr, einsum, name), functools.partial(setattr, einsum, name))
+            for name in ("enabled", "strategy")
+        ]
     return (*found, (torch.get_num_threads, torch.set_num_threads), (_flushes, torch.set_flush_denormal))
 
 
-_SETTINGS = _found()
-_GETTERS = tuple(get for get, _ in _SETTINGS)
+def _precisions() -> tuple[Setting, ...]:
+    get = getattr(torch._C, "_get_fp32_precision_getter", None)
+    put = getattr(torch._C, "_set_fp32_precision_setter", None)
+    if get is None or put is None or not _answers(lambda: [get(*pair) for pair in _PAIRS]):
+        return ()
+    return tuple([(functools.partial(get, *pair), functools.partial(put, *pair)) for pair in _PAIRS])
+
+
+_SETTINGS = settings_of(
+    torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+)
+_PRECISIONS = _precisions()
+# of oneDNN's ops: of matmul, which `set_float32_matmul_precision` sets, too, and of two that have none of their own if all above them have none
+_LAST = _PRECISIONS[-3:]
+_GETTERS = tuple(get for get, _ in (*_SETTINGS, *_LAST))
+_NONE = ("none",) * len(_LAST[1:])
+_OF_CPU = tuple([i for i, (backend, _) in enumerate(_PAIRS) if backend != "cuda"])
 
 
 def read_settings() -> Settings:
     """The settings now, to be compared as a whole."""
     try:
-        return tuple([get() for get in _GETTERS])
+        found = tuple([get() for get in _GETTERS])
+        if found[len(_SETTINGS) + 1 :] == _NONE:
+            return found
     except RuntimeError:  # of TF32, where the program mixes torch's old and new ways to set it
-        return tuple([_read(get) for get in _GETTERS])
+        pass
+    return tuple([_read(get) for get, _ in (*_SETTINGS, *_PRECISIONS)])
 
 
 def _read(get: Callable[[], Any]) -> Any:
@@ -64,6 +109,15 @@ def _read(get: Callable[[], Any]) -> Any:
 
 def put_settings(wanted: Settings, now: Settings) -> None:
     """Set those that differ."""
-    for (_, put), want, have in zip(_SETTINGS, wanted, now, strict=True):
-        if want != have and want is not None and have is not None:
+    if wanted == now:
+        return
+    for (get, put), want in zip(_SETTINGS, wanted, strict=False):
+        if want is not None and _read(get) != want:  # one that comes before it may have set it, too
             put(*want) if isinstance(want, tuple) else put(want)
+    precisions: Any = dict(enumerate(wanted[len(_SETTINGS) :]))
+    if len(precisions) < len(_PRECISIONS):
+        precisions = {**dict.fromkeys(_OF_CPU, "none"), len(_PRECISIONS) - len(_LAST): wanted[-len(_LAST)]}
+    for i, want in precisions.items():
+        get, put = _PRECISIONS[i]
+        if want is not None and _read(get) != want:
+            put(want)
