@@ -353,5 +353,5 @@ def test_control_flow_on_activations() -> None:
             y = self.w(x).sum()
             return y if y > 0 else -y
 
-    with pytest.raises(ul.CaptureError, match=r"test_bad_input.py:\d+: aten._local_scalar_dense"):
+    with pytest.raises(ul.CaptureError, match=r"test_bad_input.py:\d+: a value .* steers the step"):
         ul.profile(ul.Workload(Branch(), torch.ones(2, 4)), costs="roofline")

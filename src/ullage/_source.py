@@ -1,9 +1,10 @@
-"""The line of the model's own code that runs now."""
+"""The line of the model's own code that runs now, or that an error comes from."""
 
 from __future__ import annotations
 
 import functools
 import sys
+import sysconfig
 from pathlib import Path
 from types import FrameType
 
@@ -11,6 +12,7 @@ import torch
 
 _OURS = str(Path(__file__).parent)
 _FOREIGN = (str(Path(torch.__file__).parent), _OURS)
+_STANDARD = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
 _A_MODEL = str(Path(_OURS, "demo"))
 _A_STEP = str(Path(_OURS, "workload", "_step.py"))
 
@@ -32,8 +34,28 @@ def source_line() -> str:
     return ""
 
 
+def line_of(error: BaseException) -> str:
+    """As `source_line`, of the frames that an error has passed through since it was raised."""
+    found, at = "", error.__traceback__
+    while at is not None:
+        short = _short_path(at.tb_frame.f_code.co_filename)
+        found = f"{short}:{at.tb_lineno}" if short else found
+        at = at.tb_next
+    return found
+
+
+def files_of(error: BaseException) -> list[str]:
+    """The files whose code an error has passed through, the one that raised it last."""
+    found, at = [], error.__traceback__
+    while at is not None:
+        found.append(at.tb_frame.f_code.co_filename)
+        at = at.tb_next
+    return found
+
+
 @functools.cache
 def _short_path(filename: str) -> str:
     """The last two parts of a file that is the model's own, or ""."""
     foreign = filename.startswith(_FOREIGN) and not filename.startswith(_A_MODEL)
-    return "" if foreign or filename.startswith("<") else "/".join(filename.split("/")[-2:])
+    standard = filename.startswith(_STANDARD) and "-packages" not in filename
+    return "" if foreign or standard or filename.startswith("<") else "/".join(filename.split("/")[-2:])

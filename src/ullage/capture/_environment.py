@@ -18,51 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._errors import CaptureError
+from ullage.capture._recurrent import Pack, dense_lstm, packed, padded
 from ullage.measure._state import one_at_a_time, preserved_host_rng, unless_seeded
 from ullage.runtime import rng_states_from
-
-
-def _mkldnn_lstm(
-    x: Tensor,
-    hx: Any,
-    weights: Any,
-    bias: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    both: bool,
-    batch_first: bool,
-) -> Any:
-    """What `at::lstm` runs on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
-    directions = 2 if both else 1
-    per = 4 if bias else 2
-    h0, c0 = hx
-    hidden = h0.shape[2]
-    if batch_first:
-        x = x.transpose(0, 1)
-    x, h0, c0 = x.contiguous(), h0.contiguous(), c0.contiguous()
-    hs, cs = [], []
-    for layer in range(layers):
-        outs = []
-        for d in range(directions):
-            k = layer * directions + d
-            w = list(weights[k * per : (k + 1) * per])
-            if not bias:
-                w += [torch.zeros(w[0].shape[0], dtype=w[0].dtype)] * 2
-            out, h, c, _ = torch.ops.aten.mkldnn_rnn_layer(
-                x, *w, h0[k], c0[k], d == 1, [], 2, hidden, layers, bias, both, batch_first, train
-            )
-            outs.append(out)
-            hs.append(h)
-            cs.append(c)
-        x = outs[0] if directions == 1 else torch.cat(outs, -1)
-        if dropout and train and layer < layers - 1:
-            x = torch.dropout(x, dropout, True)
-    if batch_first:
-        x = x.transpose(0, 1)
-    return x, torch.stack(hs), torch.stack(cs)
 
 
 def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
@@ -102,6 +63,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         _fix_generators(stack, tracker)
         _watch_optimizers(stack, tracker)
         _choose_kernels(stack, tracker)
+        _read_values(stack, tracker)
         hf = sys.modules.get("transformers.utils.import_utils")
         if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
             is_fake, mine = hf.is_fake_tensor, _here()
@@ -209,9 +171,61 @@ def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
 
     def choose_lstm(*args: Any) -> Any:
         """The other path would unroll over time."""
-        fits = mine() and len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"
-        return _mkldnn_lstm(*args) if fits else lstm(*args)
+        if not (mine() and len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"):
+            return lstm(*args)
+        return dense_lstm(*args) if torch.backends.mkldnn.is_available() else lstm(*args)
 
     stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
-    if torch.backends.mkldnn.is_available():
-        stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))
+    stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))
+    runs: dict[str, Callable[..., Any]] = {k: functools.partial(packed, k) for k in _RECURRENT}
+    runs |= {"_pack_padded_sequence": Pack.apply, "_pad_packed_sequence": padded}
+    for name, run in runs.items():
+        stack.enter_context(_patched(torch._VF, name, _for_packed(getattr(torch._VF, name), run, mine)))
+
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _for_packed(plain: Callable[..., Any], run: Callable[..., Any], mine: Callable[[], bool]) -> Callable[..., Any]:
+    def chosen(*args: Any) -> Any:
+        lengths = args[1] if len(args) > 1 else None  # a dense layer has its hidden state there
+        is_packed = isinstance(lengths, FakeTensor) and lengths.dim() == 1 and not lengths.is_floating_point()
+        return run(*args) if is_packed and mine() else plain(*args)
+
+    return chosen
+
+
+def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """`f"{loss:.3f}"` and `.numpy()` ask in Python and C++ whether a tensor is a plain one, and then for its values."""
+    mine, values = _here(), tracker.kernels.values
+
+    def written(tensor: FakeTensor, spec: str) -> str:
+        if mine() and tensor.dim() == 0:
+            return tensor.item().__format__(spec)
+        return object.__format__(tensor, spec)
+
+    def numpy(tensor: FakeTensor, *, force: bool = False) -> Any:
+        if not mine():
+            return Tensor.numpy(tensor, force=force)
+        if not force and (tensor.requires_grad or tensor.device.type != "cpu"):  # as torch refuses a real one
+            wants = "grad" if tensor.requires_grad else f"device {tensor.device}"
+            raise RuntimeError(
+                f"Can't call numpy() on Tensor that requires {wants}. Use tensor.detach().cpu().numpy() instead."
+            )
+        with _disable_current_modes():
+            known = values.get(tensor)
+            return values.assumed.array(tensor, tracker.place()) if known is None else known.clone().numpy()
+
+    for name, value in (("__format__", written), ("numpy", numpy)):
+        stack.enter_context(_added(FakeTensor, name, value))
+
+
+@contextlib.contextmanager
+def _added(owner: type, name: str, value: Any) -> Iterator[None]:
+    """An attribute that a class inherits otherwise."""
+    assert name not in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ullage._errors import CaptureError
 from ullage._source import source_line
 from ullage.capture._outputs import KnownOutputs
 from ullage.capture._values import Values
@@ -18,11 +17,25 @@ from ullage.capture._values import Values
 aten = torch.ops.aten
 
 
-class FakeKernels:
-    """Runs ops; values of small tensors are carried along."""
+class NeedsValues(Exception):
+    """An op's shapes depend on values that a step on fake tensors does not have."""
 
-    def __init__(self, fake_mode: FakeTensorMode, values: Values, like: FakeKernels | None = None) -> None:
-        self.fake_mode, self.values = fake_mode, values
+    def __init__(self, func: Any) -> None:
+        super().__init__(f"{func} makes a tensor whose shape depends on values of activations")
+        self.func = func
+
+
+class FakeKernels:
+    """Runs ops; values of small tensors are carried along. `place` says where the step is now."""
+
+    def __init__(
+        self,
+        fake_mode: FakeTensorMode,
+        values: Values,
+        like: FakeKernels | None = None,
+        place: Callable[[], str] = source_line,
+    ) -> None:
+        self.fake_mode, self.values, self.place = fake_mode, values, place
         self.known: KnownOutputs = KnownOutputs(fake_mode, None if like is None else like.known)
 
     def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
@@ -40,11 +53,11 @@ class FakeKernels:
         return out, True
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if (
-            func is aten._local_scalar_dense.default
-            or torch.Tag.dynamic_output_shape in func.tags
-            or func is aten.equal.default
-        ):
+        if func is aten.index.Tensor and not any(i is not None and i.dtype in _MASKS for i in args[1]):
+            out = func(*args, **kwargs)  # of integers: the shape needs no values, though the op's tag says so
+            self.values.follow(func, args, kwargs, out)
+            return out
+        if func in _READS or torch.Tag.dynamic_output_shape in func.tags:
             return self._with_values(func, args, kwargs)
         if func is _GROUPED_MM and args[0].dtype != torch.bfloat16:
             return _grouped_mm(*args)
@@ -58,17 +71,8 @@ class FakeKernels:
     def _with_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An op whose result depends on values: compute it from the real twins."""
         given = self.values.reals(args, kwargs)
-        if given is None and func is aten.index.Tensor:
-            index = [None if i is None else self.values.get(i) for i in args[1]]
-            if all(i is None or known is not None for i, known in zip(args[1], index, strict=True)):
-                return args[0].new_empty(_indexed_shape(args[0], index))
         if given is None:
-            raise CaptureError(
-                f"{source_line()}: {func} needs values that depend on activations (data-dependent control flow or "
-                "shapes), which a step on fake tensors does not have; move it out of the model or give the model "
-                "as several units; if this is an optimizer's step (LBFGS), plan with an optimizer that reads no values "
-                "given as a callable (optimizer=torch.optim.AdamW, here or in Workload.from_factory)"
-            )
+            return self._without_values(func, args)
         if self.values.are_drawn(given):
             where = source_line()
             self.values.assumptions[f"{where}: a random draw steers the step; it was captured for one draw"] = None
@@ -77,6 +81,25 @@ class FakeKernels:
         if not isinstance(real, Tensor):
             return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)
         return self._to_fake(real)
+
+    def _without_values(self, func: Any, args: Any) -> Any:
+        """Where not all values are known: the shape may follow from those that are; a number is assumed.
+
+        Raises:
+            NeedsValues: neither.
+        """
+        if func in _READS:
+            dtype = args[0].dtype if func is aten._local_scalar_dense.default else torch.bool
+            return self.values.assumed.scalar(dtype, self.place())
+        if func is aten.index.Tensor:
+            index = [None if i is None else self.values.get(i) for i in args[1]]
+            if all(i is None or known is not None for i, known in zip(args[1], index, strict=True)):
+                return args[0].new_empty(_indexed_shape(args[0], index))
+        if func is aten.masked_select.default and (mask := self.values.get(args[1])) is not None:
+            with _disable_current_modes():
+                chosen = int(mask.expand(torch.broadcast_shapes(args[0].shape, mask.shape)).sum())
+            return args[0].new_empty(chosen)
+        raise NeedsValues(func)
 
     def _to_fake(self, real: Tensor) -> Tensor:
         with _disable_current_modes():
@@ -88,16 +111,17 @@ class FakeKernels:
 def _indexed_shape(tensor: Tensor, index: Sequence[Tensor | None]) -> torch.Size:
     """The shape of `tensor[index]`, None standing for a whole dimension."""
 
-    def on_meta(i: Tensor | None) -> Any:
+    def on_meta(i: Tensor | None) -> list[Any]:
         if i is None:
-            return slice(None)
-        flat_mask = i.dtype == torch.bool and i.dim() == 1
-        return (i.nonzero(as_tuple=True)[0] if flat_mask else i).to("meta")
+            return [slice(None)]
+        return [x.to("meta") for x in (i.nonzero(as_tuple=True) if i.dtype in _MASKS else (i,))]
 
     with _disable_current_modes():
-        return torch.empty(tensor.shape, device="meta")[tuple(on_meta(i) for i in index)].shape
+        return torch.empty(tensor.shape, device="meta")[tuple(x for i in index for x in on_meta(i))].shape
 
 
+_READS = {aten._local_scalar_dense.default, aten.equal.default}
+_MASKS = (torch.bool, torch.uint8)
 _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
 
 

@@ -16,10 +16,12 @@ from torch.utils._pytree import tree_flatten
 from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, UllageError
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._arguments import contents
+from ullage.capture._checks import raised_on_purpose
 from ullage.capture._environment import unnoticed
+from ullage.capture._explain import explained
 from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
-from ullage.capture._trace import Signature, Trace
+from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of, reach
@@ -61,8 +63,7 @@ class OptionFailed(CaptureError):
     """
 
     def __init__(self, fqn: str, option: str, cause: Exception, linked: bool = False) -> None:
-        ours = isinstance(cause, UllageError)
-        self.why = (str(cause) if ours else f"{type(cause).__name__}: {cause}").removeprefix(f"{fqn}: ")
+        self.why = str(cause).removeprefix(f"{fqn}: ")
         super().__init__(f"{fqn}: option {option} can't be used: {self.why}")
         self.fqn, self.option, self.cause, self.linked = fqn, option, cause, linked
 
@@ -113,6 +114,7 @@ class Session:
         as_cuda: estimate a CUDA device from tensors on the CPU (see `ullage.capture._substitutions`).
         explores: many assignments will be run; what the runtime learns of a unit under one serves the others.
         like: a session of the same workload, with which it shares what is known of fake kernels.
+        trial: see `Assumed`.
     """
 
     def __init__(
@@ -122,12 +124,13 @@ class Session:
         as_cuda: bool = False,
         explores: bool = False,
         like: Session | None = None,
+        trial: int = 0,
     ) -> None:
         self._as_cuda = as_cuda
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
-        self.values = Values()
+        self.values = Values(trial)
         self.tracker: Tracker = Tracker(
             self.fake_mode, self.values, round_bytes, None if like is None else like.tracker
         )
@@ -137,6 +140,7 @@ class Session:
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
+        self.raised_on_purpose = False  # what the last run failed with
         self.store = CapturedStore(lambda: (self.tracker.clock, tuple(self.tracker.module_stack)), here)
         self.family = Sites(explores, Tier(self.store))
         with self._active(), warnings.catch_warnings():
@@ -240,10 +244,10 @@ class Session:
         except (OptionFailed, AlreadyCheckpointed):
             raise
         except Exception as error:
-            explained = self._explain(error)
-            if explained is error:
+            ours = self._explain(error)
+            if ours is error:
                 raise
-            raise explained from error
+            raise ours from error
         finally:
             for _, module in modules:
                 uninstall(module)
@@ -276,20 +280,20 @@ class Session:
                 if isinstance(t, Tensor):
                     self.tracker.adopt(t, "optimizer state")
 
-    def _explain(self, error: Exception) -> Exception:
+    def _explain(self, error: Exception) -> UllageError:
         """Of an error in a step in which units are wrapped: which unit's option it is. The plain step has run before any such one."""
         stack = self.tracker.module_stack
         wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
-        if wrapped and (not isinstance(error, UllageError) or isinstance(error, ReplayError | CaptureError)):
+        self.raised_on_purpose = raised_on_purpose(error)
+        ours = error if isinstance(error, UllageError) else None
+        told = ours or explained(error, self.tracker.failed, stack[-1] if stack else "", self.values.assumed.read)
+        if wrapped and (ours is None or isinstance(ours, ReplayError | CaptureError)):
             inside = next((n for n in reversed(stack) if n in wrapped), None)
-            told = unit_of(error)
-            fqn = (told if told in wrapped else None) or inside or self._unit_of_node(wrapped) or wrapped[0]
+            of = unit_of(error)
+            fqn = (of if of in wrapped else None) or inside or self._unit_of_node(wrapped) or wrapped[0]
             option = self._settings[fqn].option
-            return OptionFailed(fqn, option.name, error, option.place is not None)
-        if isinstance(error, UllageError):
-            return error
-        where = f" in module {stack[-1] or '(root)'}" if stack else ""
-        return CaptureError(f"the step can't be run on fake tensors{where}: {type(error).__name__}: {error}")
+            return OptionFailed(fqn, option.name, told, option.place is not None)
+        return told
 
     def _unit_of_node(self, wrapped: list[str]) -> str | None:
         last = self.tracker._source_of_sequence.get(self.trace.sequence[-1]) if self.trace.sequence else None
@@ -302,7 +306,8 @@ class Session:
         counts: dict[str, int] = {}
 
         def keys(value: Any) -> frozenset[int]:
-            return frozenset(t.untyped_storage()._cdata for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+            tensors = [unwrapped(t) for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+            return frozenset(t.untyped_storage()._cdata for t in tensors if has_storage(t))
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             fqn = names.get(id(module))

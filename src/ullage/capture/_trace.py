@@ -64,6 +64,18 @@ class Trace:
     marks: list[int] = field(default_factory=list)  # op index at which each step starts
 
 
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor that torch.func's transforms wrap, if they do."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Has it one storage? Sparse and nested ones have not."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def spec_of(value: Any) -> Any:
     """A hashable description of an op argument."""
     if isinstance(value, Tensor):
@@ -76,6 +88,15 @@ def spec_of(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return None
     return value
+
+
+def tensors_of(spec: Any) -> Any:
+    """The tensors of what `spec_of` made, in their places; without numbers and words."""
+    if isinstance(spec, dict):
+        return tuple((k, tensors_of(v)) for k, v in spec.items())
+    if isinstance(spec, tuple):
+        return tuple(tensors_of(v) for v in spec)
+    return spec if isinstance(spec, TensorSpec) else None
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ullage._errors import CaptureError
 from ullage._source import source_line
+from ullage.capture._explain import FailedOp
 from ullage.capture._kernels import FakeKernels
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
@@ -40,7 +42,7 @@ class Tracker(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.round_bytes = round_bytes
-        self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels)
+        self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels, self.place)
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
@@ -60,6 +62,8 @@ class Tracker(TorchDispatchMode):
         self._source_of_sequence: dict[int, tuple[str, int]] = {}
         self._saved_scalars: list[tuple[int, Storage]] = []  # (sequence of the node that saved it, its storage)
         self._unique = (0, 0, 0)
+        self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # real tensors from outside: their twins
+        self.failed: FailedOp | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -113,9 +117,17 @@ class Tracker(TorchDispatchMode):
         if in_engine and func is aten.add.Tensor and self._accumulates_in_place(args, kwargs):
             func = aten.add_.Tensor
         self._queried.clear()
-        self._refuse_real(func, args)
+        if func not in _LIFTS:
+            args = self._adopted(func, args)
+            if kwargs:
+                kwargs = dict(zip(kwargs, self._adopted(func, tuple(kwargs.values())), strict=True))
         key = (func, argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
-        out, fresh = self.kernels.call(key, func, args, kwargs)
+        try:
+            out, fresh = self.kernels.call(key, func, args, kwargs)
+        except Exception as error:
+            if self.failed is None or self.failed.error is not error:
+                self.failed = FailedOp(error, func, self.place(), next(iter(self.module_stack[-1:]), ""))
+            raise
         if draws(func, args):
             self._advance(kwargs.get("generator"))
         self._record(key, func, args, kwargs, out, in_engine, fresh)
@@ -162,17 +174,69 @@ class Tracker(TorchDispatchMode):
         del x, y
         self.trace, self._alive = Trace(), {}
 
-    def _refuse_real(self, func: Any, args: Any) -> None:
-        if not self.real_parameters:
-            return
+    def place(self) -> str:
+        """Where the step is now: the line that runs, or in backward the one whose gradient is computed."""
+        if torch._C._current_graph_task_id() == -1:
+            return source_line() or ("the optimizer's step" if self.phase == "optimizer" else "")
+        node = torch._C._current_autograd_node()
+        known = self._source_of_sequence.get(node._sequence_nr()) if node is not None else None
+        return source_line() or (known[0] if known is not None else "")
+
+    def _adopted(self, func: Any, args: Any) -> Any:
+        """The arguments with fake twins of real tensors: constants that are part of neither model nor batch."""
         for a in args:
-            if isinstance(a, list | tuple):
-                self._refuse_real(func, a)
-            elif isinstance(a, Tensor) and id(a) in self.real_parameters:
-                raise CaptureError(
-                    f"{source_line()}: {func} uses a parameter of the real model; the loss or step reaches the model "
-                    "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"
-                )
+            if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor | None):
+                if any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in a):
+                    break
+            elif isinstance(a, Tensor) and not isinstance(a, FakeTensor):
+                break
+        else:
+            return args
+        return tuple(
+            type(a)(self._adopted(func, tuple(a)))
+            if type(a) in (list, tuple)
+            else self._guest(func, a)
+            if isinstance(a, Tensor) and not isinstance(a, FakeTensor)
+            else a
+            for a in args
+        )
+
+    def _guest(self, func: Any, real: Tensor) -> Tensor:
+        """The fake twin of a tensor from outside, which has been there all along.
+
+        Raises:
+            CaptureError: the step would train it.
+        """
+        known: Tensor | None = self._guests.get(real)
+        if known is not None:
+            return known
+        where = f"{self.place()}: {func} uses "
+        if id(real) in self.real_parameters:
+            raise CaptureError(
+                f"{where}a parameter of the real model; the loss or step reaches the model "
+                "in a way that can't be copied. Pass it as an argument or use Workload.from_factory"
+            )
+        what = f"a tensor {tuple(real.shape)} of {real.dtype} that is no parameter or buffer of the model, nor in the batch"
+        if real.requires_grad and (torch.is_grad_enabled() or not real.is_leaf):
+            raise CaptureError(
+                f"{where}{what}, and it requires grad, so that the step would write to its gradient; make it a parameter of "
+                "the model, or build the model and what it uses in a function for Workload.from_factory"
+            )
+        if real.layout is not torch.strided or type(real) not in (Tensor, torch.nn.Parameter):
+            kind = str(real.layout) if type(real) is Tensor else type(real).__name__
+            raise CaptureError(
+                f"{where}{what} ({kind}), which can't be made a fake one; make the ops that use it an op of yours with a fake kernel "
+                "(torch.library.custom_op, register_fake) that holds it, or use a dense tensor, best a buffer of the model"
+            )
+        with _disable_current_modes(), torch.no_grad():
+            fake = self.kernels.fake_mode.from_tensor(real.detach())
+            self.kernels.values.seed([fake], [real])
+        self._guests[real] = fake
+        self.adopt(fake, "other")
+        record = self._alive[fake.untyped_storage()._cdata][1] if real.numel() else None
+        if record is not None:
+            record.birth = -1
+        return fake
 
     def _record(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool) -> None:
         trace = self.trace
@@ -264,6 +328,7 @@ class Tracker(TorchDispatchMode):
             self.own_generators.update(self.module_stack)
 
 
+_LIFTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}  # a constant on its way in
 _SAVES_SCALAR = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}

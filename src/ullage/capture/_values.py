@@ -2,7 +2,8 @@
 
 Fake tensors have no values, yet model code asks for some: masks, positions, step counters, sizes. What does not depend
 on activations is computed for real on the side. What does depend on them gets a recorded assumption (balanced routing,
-all finite) or stays unknown; asking for an unknown value is a `CaptureError`.
+all finite) or stays unknown. A number that is unknown and read all the same is `_assumed`; a shape that depends on one is
+refused.
 """
 
 from __future__ import annotations
@@ -17,21 +18,31 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ullage.capture._assumed import Assumed
 from ullage.capture._trace import written_arguments
 
 aten = torch.ops.aten
 MAX_NUMEL = 1 << 18
-MAX_FLOAT_NUMEL = 1 << 12
 
 _INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
 _INDEX_OUTPUTS |= {aten.argmax.default}
 _COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.isnan.default}
+_ABOVE, _BELOW = {aten.gt.Scalar, aten.ge.Scalar}, {aten.lt.Scalar, aten.le.Scalar}
+_COMPARISONS |= _ABOVE | _BELOW
 _ASSUMED = _INDEX_OUTPUTS | _COMPARISONS
+_LARGE = 1e4  # a bound that only a guard against overflow has
 _KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
 
 
+def _against(bound: Any, above: bool) -> bool | None:
+    """Is `x > bound` (or `x < bound`) true of every activation? None where that can't be said: guards have large bounds."""
+    if not isinstance(bound, int | float) or abs(bound) < _LARGE:
+        return None
+    return (bound < 0) == above
+
+
 def _limit(tensor: Tensor) -> bool:
-    return tensor.numel() <= (MAX_FLOAT_NUMEL if tensor.is_floating_point() else MAX_NUMEL)
+    return tensor.numel() <= MAX_NUMEL
 
 
 def may_follow(func: Any, outs: list[Any]) -> bool:
@@ -42,11 +53,12 @@ def may_follow(func: Any, outs: list[Any]) -> bool:
 class Values:
     """Maps fake tensors to their real twins; views of one fake storage map to views of one real storage."""
 
-    def __init__(self) -> None:
+    def __init__(self, trial: int = 0) -> None:
         self._real: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._poisoned: dict[int, weakref.ref[Any]] = {}
         self._drawn: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
+        self.assumed = Assumed(trial, self.assumptions)  # what can't be known and is read all the same
         self.generator = torch.Generator()  # draws for real are made from it, not from the user's
 
     def get(self, fake: Any) -> Tensor | None:
@@ -164,9 +176,11 @@ class Values:
             constant = func is aten.eq.Tensor
         elif func is aten.isnan.default:
             constant = False
+        elif func in _ABOVE or func in _BELOW:
+            constant = _against(args[1], func in _ABOVE)
         if constant is not None and outs[0].numel() <= (1 << 24):
             with _disable_current_modes():
                 self.attach(outs[0], torch.full(outs[0].shape, constant))
-            self.assumptions["all activations are finite"] = None
+            self.assumptions["all activations are finite, and their absolute values less than 10,000"] = None
         elif constant is not None:
             self.attach(outs[0], torch.full((1,), constant).expand(outs[0].shape))

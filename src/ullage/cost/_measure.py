@@ -27,6 +27,7 @@ MAX_BYTES = 8 * 2**30
 # What an op of backward reads has left the caches that are a core's own: between its calls this much else is written.
 EVICTED_BYTES = 4 * 2**20
 _INDEXED = {aten.embedding.default: 0, aten.nll_loss_forward.default: 0}
+_COUNTED = {aten.masked_select.default: 1, aten.index.Tensor: 1}  # where the mask is that says how much comes out
 _SKIP = {aten._local_scalar_dense.default, aten._pin_memory.default}
 
 
@@ -58,6 +59,10 @@ def _arguments(s: Signature) -> tuple[Any, Any]:
         return [listed(v) for v in value] if isinstance(value, tuple) else value
 
     args = tree_map(make, [listed(a) for a in s.args])
+    if s.func in _COUNTED:
+        for mask in tree_flatten(args[_COUNTED[s.func]])[0]:
+            if isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8):
+                _choose(mask, args[0], s.outputs[0].shape)
     if s.func is aten.mkldnn_rnn_layer_backward.default:  # reads a workspace that only its forward can fill
         reverse, mode, hidden, layers, biases, train, both, sizes, batch_first = args[13:22]
         with torch.enable_grad():
@@ -67,8 +72,16 @@ def _arguments(s: Signature) -> tuple[Any, Any]:
     return args, {k: make(v) for k, v in s.kwargs.items()}
 
 
+def _choose(mask: Tensor, source: Tensor, wanted: Sequence[int]) -> None:
+    """Set as much of a mask as makes an output of this shape."""
+    rest = max(source.numel(), mask.numel()) // max(mask.numel(), 1)
+    chosen = math.prod(wanted) // max(rest, 1)
+    mask.copy_((torch.arange(mask.numel(), device=mask.device) < chosen).view(mask.shape))
+
+
 def _measurable(s: Signature) -> bool:
-    if s.func in _SKIP or torch.Tag.dynamic_output_shape in s.func.tags or "c10d" in s.func.namespace:
+    unknown = torch.Tag.dynamic_output_shape in s.func.tags and s.func not in _COUNTED
+    if s.func in _SKIP or unknown or "c10d" in s.func.namespace:
         return False
     inputs = specs_in([s.args, s.kwargs])
     if any(len(i.stride) != len(i.shape) for i in inputs):

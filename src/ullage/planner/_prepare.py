@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
+from ullage.capture._assumed import check_assumed
 from ullage.capture._timeline import OpCost, effective_bytes
 from ullage.capture._units import unit_facts
 from ullage.planner._device import choose_device
@@ -60,6 +61,9 @@ def study(
     session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
     refuse_existing(session.inst.model)
     session.run(steps=2)
+    check_assumed(
+        session, lambda trial: Session(work, choice.round_bytes, choice.as_cuda, like=session, trial=trial), 2
+    )
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
     result.times_given = known_costs is not None
     a, b = session.trace.marks

@@ -57,6 +57,21 @@ def _required(fn: Callable[..., Any]) -> list[str]:
     return [p.name for p in named if p.default is p.empty]
 
 
+def _refuse_uncopyable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        what = f"model: {name or 'it'} is a {type(module).__name__}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise WorkloadError(
+                f"{what}, which is compiled (torch.jit): its calls can't be followed or run again; give the nn.Module that it "
+                "was scripted or traced from"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise WorkloadError(
+                f"{what}, whose process group can't be copied: plan for model.module, apply the plan to model.module, and go "
+                "on training the wrapped model"
+            )
+
+
 def _last_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" (at {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
@@ -194,6 +209,7 @@ class Workload:
         if self.factory is not None:
             with active():
                 return self.build().instance()
+        _refuse_uncopyable(self.model)
         memo: dict[int, Any] = {}
         try:
             with FakeCopyMode(mode):

@@ -1,0 +1,77 @@
+"""What a condition must be so that the step goes on, where one of its two ways does nothing but raise.
+
+`if not valid.all(): raise ValueError(...)`, `assert (x > 0).all()`: a check of values, which a step on fake tensors does not
+have. A step that trains passes its checks.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+
+_OURS = str(Path(__file__).parents[1])
+_TORCH = Path(torch.__file__).parent
+_DISPATCH = (_OURS, str(_TORCH / "_subclasses"), str(_TORCH / "utils" / "_python_dispatch.py"))
+_MOST = 300  # instructions: a message is made in fewer
+
+
+def value_that_passes(frame: FrameType | None = None) -> bool | None:
+    """The value that takes the way that does not raise; None if the value asked for now decides nothing of the kind.
+
+    `frame`: which asks; default: the innermost that is not there to dispatch an op.
+    """
+    frame = frame or sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_DISPATCH):
+        frame = frame.f_back
+    return None if frame is None else _passes(frame.f_code, frame.f_lasti)
+
+
+def raised_on_purpose(error: BaseException) -> bool:
+    """Was it a `raise` or an `assert` that raised this, and not a call of something?"""
+    at = error.__traceback__
+    if at is None:
+        return False
+    while at.tb_next is not None:
+        at = at.tb_next
+    return any(i.offset == at.tb_lasti and i.opname == "RAISE_VARARGS" for i in _instructions(at.tb_frame.f_code))
+
+
+@functools.lru_cache(maxsize=64)
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL")]
+
+
+def _passes(code: CodeType, offset: int) -> bool | None:
+    found = _instructions(code)
+    at = next((k for k, i in enumerate(found) if i.offset >= offset), None)
+    negated = False
+    while at is not None and at < len(found):
+        name = found[at].opname
+        if name.startswith("POP_JUMP") and name.endswith(("IF_TRUE", "IF_FALSE")):
+            there = next((k for k, i in enumerate(found) if i.offset == found[at].argval), len(found))
+            jumps, falls = _only_raises(found, there), _only_raises(found, at + 1)
+            if jumps == falls:
+                return None
+            return (name.endswith("IF_TRUE") != jumps) != negated
+        if name == "UNARY_NOT":
+            negated = not negated
+        elif name not in ("TO_BOOL", "NOT_TAKEN") and not (name.startswith("CALL") and found[at].offset <= offset + 2):
+            return None
+        at += 1
+    return None
+
+
+def _only_raises(found: list[dis.Instruction], at: int) -> bool:
+    """Does this way lead to a `raise` without another choice?"""
+    for instruction in found[at : at + _MOST]:
+        name = instruction.opname
+        if name in ("RAISE_VARARGS", "RERAISE"):
+            return True
+        if "JUMP" in name or name.startswith(("RETURN", "FOR_", "YIELD", "SEND")):
+            return False
+    return False
