@@ -119,8 +119,8 @@ class Frame:
         self.flags = ambient.read_flags()
         self.device = self.flags[ambient.DEVICE]
         self.context = contextvars.copy_context()
-        self.roots = roots_of(fn) + objects_in(args, kwargs)
-        self.reached = reached if reached is not None else Reached(self.roots)
+        self.reached = reached if reached is not None else Reached(roots_of(fn) + objects_in(args, kwargs))
+        self.roots = self.reached.roots
         if self.reached.around and not local.skipping:  # placeholders, some of them
             self.around = [Around(t) for t in self.reached.around]
         place = options.place

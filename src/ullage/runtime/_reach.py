@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import types
 from collections import deque
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -116,7 +116,7 @@ def _may_hold(value: Any, known: set[int]) -> bool:
     return False
 
 
-def forget(roots: Iterable[Any]) -> None:
+def forget(roots: Sequence[Any]) -> None:
     """Look again at the next call."""
     for root in Reached(roots).modules:
         _below.pop(root, None)
@@ -141,6 +141,7 @@ class Reached:
         roots: what `roots_of` and `objects_in` found.
 
     Attributes:
+        roots: the same.
         modules: modules that are not below another one that was found before.
         around: tensors that no module has registered.
         arrays: numpy arrays.
@@ -148,9 +149,10 @@ class Reached:
         flags: of plain objects and closures: what state a forward changes often depends on them.
     """
 
-    __slots__ = ("_code", "around", "arrays", "below", "flags", "modules", "training")
+    __slots__ = ("_code", "around", "arrays", "below", "flags", "modules", "roots", "training")
 
-    def __init__(self, roots: Iterable[Any]) -> None:
+    def __init__(self, roots: Sequence[Any]) -> None:
+        self.roots = roots
         self.below: list[Below] = []
         self.modules: list[nn.Module] = []
         self.around: list[Tensor] = []

@@ -16,7 +16,7 @@ what is needed now, which would queue behind them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -208,7 +208,7 @@ def movable(x: Tensor, resident: Iterable[int]) -> bool:
     return x.untyped_storage()._cdata not in resident
 
 
-def resident_keys(roots: Iterable[Any], args: Iterable[Any]) -> set[int]:
+def resident_keys(roots: Sequence[Any], args: Iterable[Any]) -> set[int]:
     """Keys of storages that a unit's modules hold, and of arguments that were not computed with gradients."""
     found = set()
     for t in Reached(roots).tensors():
