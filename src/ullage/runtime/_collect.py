@@ -12,6 +12,7 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage._source import source_line
 from ullage.runtime._debug import first_difference
+from ullage.runtime._fills import may_be_unfilled
 from ullage.runtime._jagged import with_rows
 from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Check, meta_of
@@ -66,6 +67,7 @@ class Collector:
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
         early = frame.options.early_stop and not frame.site.fills
         self.stops = not whole and (early or not frame.complete)
+        self.drew = bool(frame.rng)  # as it does where a kernel fills noise that is saved already
         self.drops, self.copies = whole == "dropped", copies
         self.seen = 0
         self.checks = frame.options.determinism_check != "none" or selection is not None
@@ -103,6 +105,7 @@ class Collector:
     def _full(self) -> Any:
         store, version, last, stops = self.store, self.versions.append, self.total - 1, self.stops
         checks, differs = self.notes.checks_in("full"), self._differs
+        drew, notes = self.drew, self.notes
         i = -1
 
         def pack(x: Tensor) -> int:
@@ -114,7 +117,7 @@ class Collector:
                 differs(i, x, checks)
             store[i] = x
             version(x._version)
-            if i == last and stops:
+            if i == last and stops and not (drew and may_be_unfilled(store, notes, i)):
                 raise Stop
             return i
 
@@ -158,7 +161,7 @@ class Collector:
             else:
                 return i
             self.left -= 1
-            if not self.left and self.stops:
+            if not self.left and self.stops and not (self.drew and may_be_unfilled(store, self.notes, i)):
                 raise Stop
             return i
 

@@ -1,17 +1,22 @@
-"""Kernels that fill a tensor after autograd has saved it: what is saved has its values only when the op has run."""
+"""Kernels that fill a tensor after autograd has saved it: what is saved has its values only when the op has run.
+
+Which ops do is read off torch's schemas: an argument that the op writes to and that its autograd node saves. The old
+batch norms say nothing of what they write; theirs are known by name.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-UNTIL_THE_END = "RreluWithNoiseBackward"  # all it saves is saved before its kernel runs
-# a running statistic that they write; what they save last is there only when the kernel has run
-_STATISTICS = ("NativeBatchNormBackward", "NativeBatchNormLegitBackward", "BatchNormWithUpdateBackward")
-_NODES = (UNTIL_THE_END, *_STATISTICS)
+_STATISTICS = ("running_mean", "running_var")
+_SAVED = "_raw_saved_"
 
 
 def mark() -> int:
@@ -19,9 +24,46 @@ def mark() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-def late_kernels(out: Any, since: int) -> set[str]:
-    """Names of nodes of such ops among those that made a unit's output since the mark."""
-    found = set()
+@functools.cache
+def late_nodes() -> dict[str, bool]:
+    """Autograd nodes of such ops, by name: is all that the node saves saved before the kernel runs?"""
+    nodes = defaultdict(list)
+    for name in dir(torch._C._functions):
+        nodes[name.rstrip("0123456789")].append(name)
+    found: dict[str, bool] = {}
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::")
+        of_op = nodes.get("".join(map(_capital, name.split("_"))) + "Backward")
+        if of_op is None or name == schema.name or name.endswith("backward"):
+            continue
+        # what an op in place writes to itself is saved as a copy, or when it has run
+        written = {a.name for a in schema.arguments if _is_written(a) and not (name.endswith("_") and a.name == "self")}
+        arguments = {a.name for a in schema.arguments} if written else set()
+        for node in of_op:
+            saved = _saved_by(node) if written else set()
+            if saved & written:
+                found[node] = found.get(node, False) or saved <= arguments
+    return found
+
+
+def _is_written(argument: Any) -> bool:
+    alias = argument.alias_info
+    return argument.name in _STATISTICS or (alias is not None and alias.is_write and not argument.is_out)
+
+
+def _capital(part: str) -> str:
+    return part[:1].upper() + part[1:]
+
+
+def _saved_by(node: str) -> set[str]:
+    # a result is saved when the kernel has run: "result", "result1", or the name of a return value
+    return {n.removeprefix(_SAVED) for n in dir(getattr(torch._C._functions, node)) if n.startswith(_SAVED)}
+
+
+def late_kernels(out: Any, since: int) -> dict[str, bool]:
+    """Those of `late_nodes` among the nodes that made a unit's output since the mark."""
+    found = {}
+    late = late_nodes()
     todo = [t.grad_fn for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
     seen: set[Any] = set()
     while todo:
@@ -29,7 +71,25 @@ def late_kernels(out: Any, since: int) -> set[str]:
         if node is None or node in seen or node._sequence_nr() < since:
             continue
         seen.add(node)
-        if node.name().startswith(_NODES):
-            found.add(node.name().rstrip("0123456789"))
+        name = node.name()
+        if name in late:
+            found[name] = late[name]
         todo += [inner for inner, _ in node.next_functions]
     return found
+
+
+def is_fresh(x: Tensor) -> bool:
+    """May a kernel fill it that has not run yet? It is part of no graph, and nobody has written to it."""
+    return not x.requires_grad and x._version == 0 and x.is_floating_point()
+
+
+def may_be_unfilled(store: Mapping[int, Any], notes: Sequence[tuple[Any, ...]], i: int) -> bool:
+    """Is the op that saves its last tensor with number `i` maybe one that fills noise then? The noise is saved before what it is like."""
+    for noise in (i - 1, i):
+        x = store.get(noise)
+        if not isinstance(x, Tensor) or not is_fresh(x) or noise + 1 >= len(notes):
+            continue
+        shape, _, dtype, _ = notes[noise]
+        if notes[noise + 1][0] == shape and notes[noise + 1][2] == dtype:
+            return True
+    return False

@@ -111,7 +111,9 @@ class Frame:
     ) -> None:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.rebuilt: dict[int, Any] = {}
-        self.late: dict[int, Tensor] = {}  # digested when the forward is over, as it is filled only then
+        # with their versions; digested when the forward is over, as they may be filled only then
+        self.late: dict[int, tuple[Tensor, int]] = {}
+        self.unsent: list[int] = []  # they leave memory when the forward is over, for the same reason
         if options.determinism_check == "values":
             self.digests = {}
         if options.debug:
@@ -290,8 +292,13 @@ class Frame:
         self.complete = True
         if self.late and self.digests is not None:
             with quiet():
-                self.digests.update({i: digest(x) for i, x in self.late.items() if comparable(x)})
+                late = {i: x for i, (x, version) in self.late.items() if x._version == version}
+                self.digests.update({i: digest(x) for i, x in late.items() if comparable(x)})
             self.late = {}
+        for i in self.unsent:
+            x, version = self.kept[i]
+            if isinstance(x, Tensor) and x._version == version:
+                self.kept[i] = (self.site.send(x) or x, version)
         self._look_for_unseen()
         if not self.notes:
             return

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ullage._errors import UllageWarning
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._digest import comparable, digest
-from ullage.runtime._fills import UNTIL_THE_END, late_kernels, mark
+from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
 from ullage.runtime._local import quiet
@@ -57,7 +57,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
     if late:
-        frame.site.digests_last, frame.site.fills = True, UNTIL_THE_END in late
+        frame.site.digests_last, frame.site.fills = True, any(late.values())
         if frame.digests is not None:  # those of what was not filled yet
             with quiet():
                 kept = {i: (tensor_of(x), v) for i, (x, v) in frame.kept.items()}

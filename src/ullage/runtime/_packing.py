@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ullage.runtime._digest import comparable, digest
+from ullage.runtime._fills import is_fresh
 from ullage.runtime._jagged import is_jagged, rows_of
 from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Notes, meta_of
@@ -69,7 +70,11 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
             if nested:
                 local.quiet = True
             try:
-                left = site.send(x) if i in away else None
+                goes = i in away
+                if goes and is_fresh(x):
+                    frame.unsent.append(i)
+                    goes = False
+                left = site.send(x) if goes else None
                 # detached: a node that saves its own output must not hold itself
                 kept[i] = (left or x.detach(), x._version)
             finally:
@@ -77,8 +82,8 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
             if local.holding:
                 held[i] = None
         elif digests is not None:
-            if site.digests_last:
-                frame.late[i] = x.detach()
+            if site.digests_last or is_fresh(x):
+                frame.late[i] = x.detach(), x._version
             elif comparable(x):
                 with quiet():
                     digests[i] = digest(x)

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten
 from ullage._errors import OffloadError, ReplayError
 from ullage.offload import Store, Ticket
 from ullage.runtime._ahead import Ahead
+from ullage.runtime._fills import is_fresh, mark
 from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
 from ullage.runtime._reach import Reached, roots_of
 from ullage.runtime._totals import totals
@@ -219,6 +220,20 @@ def resident_keys(roots: Sequence[Any], args: Iterable[Any]) -> set[int]:
     return found
 
 
+class _Waiting:
+    """In the place of a saved tensor that the kernel which saved it may fill only now (`_fills`): it leaves with the next op."""
+
+    __slots__ = ("saved",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.saved: Any = (x.detach(), x._version)
+
+    def leave(self, site: Site) -> None:
+        tensor, version = self.saved
+        if tensor._version == version:  # else backward says what happened
+            self.saved = site.send(tensor) or self.saved
+
+
 def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a unit's forward; what it saves leaves memory, and nothing is computed again.
 
@@ -228,13 +243,31 @@ def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], k
     if site.tier is None:
         raise OffloadError(f"{site.name}: its saved tensors are to leave memory, but no store was given")
     resident = resident_keys(roots_of(call), tree_flatten((args, kwargs))[0])
+    waiting: list[_Waiting] = []
+    node = 0  # the next one's number: it moves with the next op, when the one that saved what is waiting has run
 
     def pack(x: Tensor) -> Any:
-        away = site.send(x) if movable(x, resident) else None
+        nonlocal node
+        if waiting and mark() != node:
+            leave()
+        if not movable(x, resident):
+            away = None
+        elif is_fresh(x):
+            node = mark()
+            waiting.append(_Waiting(x))
+            return waiting[-1]
+        else:
+            away = site.send(x)
         # detached: a node that saves its own output must not hold itself
         return away if away is not None else (x.detach() if x.grad_fn is not None else x, x._version)
 
+    def leave() -> None:
+        while waiting:
+            waiting.pop(0).leave(site)
+
     def unpack(saved: Any) -> Tensor:
+        if type(saved) is _Waiting:
+            saved = saved.saved
         if type(saved) is Away:
             return saved.tensor()
         tensor, version = saved
@@ -247,6 +280,8 @@ def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], k
 
     push_hooks(pack, unpack)
     try:
-        return call(*args, **kwargs)
+        out = call(*args, **kwargs)
     finally:
         pop_hooks()
+    leave()
+    return out
