@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
-
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class _Interface:
@@ -36,16 +33,3 @@ def elements_of(tensor: Tensor) -> npt.NDArray[Any]:
         return np.empty(tuple(tensor.shape), f"V{size}")
     strides = tuple(s * size for s in tensor.stride())
     return np.asarray(_Interface(tensor, tuple(tensor.shape), f"|V{size}", strides))
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Has a strided tensor memory of its own for its elements?
-
-    Those that `torch.func` wraps and tensors of zeros that autograd makes up have none, FSDP's none while it is freed.
-    """
-    if not tensor.numel():
-        return True
-    if tensor._is_zerotensor() or _wrapped(tensor):
-        return False
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() >= (int(tensor.storage_offset()) + span) * tensor.element_size()

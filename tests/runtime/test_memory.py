@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ullage as ul
-from ullage.runtime._memory import make_good
+from ullage.runtime._memory import Memory
 
 aten = torch.ops.aten
 KEEPS = [None, "matmul_attention", {aten.mul.Tensor}, lambda op: True]
@@ -61,10 +63,63 @@ def test_also_where_only_a_later_signature_does_it(keep: Any) -> None:
     assert len(found) == len(plain) and all(map(torch.equal, found, plain))
 
 
-def test_a_tensor_without_memory_gets_some() -> None:
+def test_a_tensor_without_memory_gets_back_what_it_had() -> None:
     from ullage.runtime._skip import Placeholder
 
-    p, whole = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    p.data = Placeholder(((3,), (1,), torch.float32, torch.device("cpu")), 0)
-    assert make_good([whole, p]) is p and make_good([whole, p]) is None
-    assert p.isnan().all() and torch.equal(whole, torch.ones(3))
+    p, whole = nn.Parameter(torch.rand(2, 3).t()), nn.Parameter(torch.ones(3))
+    was, memory = p.detach().clone(), Memory([whole, p])
+    p.data = Placeholder(((3, 2), (1, 3), torch.float32, torch.device("cpu")), 0)
+    assert memory.moved([whole, p]) == [1]
+    memory.put_back(1, p)
+    assert torch.equal(p, was) and memory.holds([whole, p])
+
+
+class _Later(nn.Module):
+    """Does something to its parameter, or to a tensor of a plain object, from its third call on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.scale, self.how, self.calls = nn.Linear(8, 8), nn.Parameter(torch.full((8,), 2.0)), how, 0
+        self.holder = [torch.full((8,), 2.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scale = self.scale if self.how != "closed" else self.holder[0]
+        y = scale.detach() * 0.9  # in every call, so that the op log is the same
+        if self.calls > 2 and self.how in ("data", "closed"):
+            scale.data = y
+        elif self.calls > 2:
+            with torch.no_grad():
+                scale.copy_(scale * 0.9)
+        return x + (self.linear(x) * scale).tanh()
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: getattr(k, "__name__", str(k)))
+@pytest.mark.filterwarnings("ignore::ullage.UllageWarning")  # of stale logs
+@pytest.mark.parametrize("how", ["data", "closed", "copy_"])
+def test_a_replay_that_does_to_a_parameter_what_no_call_had_done_is_an_error_once(how: str, keep: Any) -> None:
+    torch.manual_seed(0)
+    block, errors = _Later(how), 0
+    for step in range(6):
+        x = torch.randn(4, 8)
+        plain = copy.deepcopy(block)
+        want = plain(x).square().mean()
+        want.backward()
+        loss = ul.checkpoint(block, x, keep=keep).square().mean()
+        try:
+            loss.backward()
+        except ul.ReplayError as error:
+            errors += 1
+            assert step == 2 and re.search("scale|holder", str(error))
+        else:
+            assert all(
+                map(
+                    torch.equal,
+                    [p.grad for p in block.linear.parameters()],
+                    [p.grad for p in plain.linear.parameters()],
+                )
+            )
+        if how != "copy_":
+            assert torch.equal(block.scale, plain.scale) and torch.equal(block.holder[0], plain.holder[0])
+        block.zero_grad()
+    assert errors == (how != "closed")  # where a closed-over tensor was is known from before the call

@@ -7,9 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ullage._array import bytes_of, has_memory
-
-_OWN = (Tensor, torch.nn.Parameter)
+from ullage._array import bytes_of
+from ullage.runtime._memory import OWN, has_memory
 
 
 def digest(t: Tensor) -> bytes | None:
@@ -20,7 +19,7 @@ def digest(t: Tensor) -> bytes | None:
     """
     if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # fake tensors, too
-    if type(t) not in _OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
+    if type(t) not in OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
         with torch._C.DisableTorchFunctionSubclass():
             t = t.as_subclass(Tensor)
     if t.is_quantized or t.device.type == "meta" or not has_memory(t):

@@ -27,6 +27,7 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._jagged import Rows
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import blame, local, pop_hooks, push_hooks, quiet
+from ullage.runtime._memory import Back, storage_of
 from ullage.runtime._notes import Notes
 from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
@@ -36,7 +37,6 @@ from ullage.runtime._replay import rebuild, rebuild_arguments
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
 from ullage.runtime._state import State, Unreachable, describe
 from ullage.runtime._tier import Away, tensor_of
-from ullage.runtime._watch import storage_of
 
 _NONE: Any = MappingProxyType({})
 _modes = torch._C._len_torch_dispatch_stack
@@ -92,6 +92,7 @@ class Frame:
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None
     group: Any = None  # the `GraphExecGroup` that it was last rebuilt in
+    back: Back | None = None  # what is put back for the replay that runs
     previous: Frame | None = None  # the call whose output makes this one's input
     place = NOWHERE
     # what the pack hook of its forward notes

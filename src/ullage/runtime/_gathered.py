@@ -1,6 +1,6 @@
 """FSDP2 (`fully_shard`) puts gathered parameters in the place of a module's shards and takes them away again.
 
-Which of the two a module has in hand is no change of the parameter: its shard's version says whether it was written to.
+Which of the two a module has in hand is no change of the parameter: the version of either says whether it was written to.
 """
 
 from __future__ import annotations
@@ -8,19 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from ullage.runtime._reach import Reached
-
-
-def shards(reached: Reached) -> dict[int, Tensor]:
-    """By the id of what stands in for it during forward or backward, the shard of each FSDP2 parameter."""
-    return {
-        id(stand_in): parameter.sharded_param
-        for parameter in _parameters(reached)
-        for name in ("_unsharded_param", "_sharded_post_forward_param")
-        if (stand_in := getattr(parameter, name, None)) is not None
-    }
 
 
 def swapped(reached: Reached) -> set[int]:

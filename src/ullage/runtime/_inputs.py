@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ullage.runtime._content import Slots, base_of, content_of, put_content
 from ullage.runtime._local import local
-from ullage.runtime._state import same_memory
+from ullage.runtime._memory import OWN, fits_in, same_memory, storage_of
 from ullage.runtime._walk import CONTAINERS, slots_of
-from ullage.runtime._watch import storage_of
 
 _AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -86,16 +85,24 @@ class Held:
             flag = torch.zeros((), requires_grad=True)
             self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: that alone lets go of what it saved
 
-    def give(self) -> Tensor:
+    def give(self, moved: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The argument for a replay, in grad mode: the caller's own tensor, where that has no graph.
 
         Otherwise a detached alias; a leaf if it was one: autocast keeps casts of leaves for the next op.
+
+        Args:
+            moved: where those go whose memory is put back for the replay, with what they have now: `.data =` changes that and no version.
         """
         if self.tensor is not None:
             if self.kind != 1 and self.leaf < 0:
                 theirs = self._same if self._same is not None else self._theirs()
-                if theirs is not None and self._unmoved(theirs):
-                    return theirs
+                if theirs is not None and self._is_leaf_as_was(theirs):
+                    if type(theirs) not in OWN or same_memory(theirs, self.tensor):
+                        return theirs
+                    if fits_in(theirs, self.tensor):
+                        moved.append((theirs, theirs.data))
+                        theirs.data = self.tensor
+                        return theirs
             t: Tensor = self.tensor.detach()
             if not self.kind:
                 return t
@@ -109,13 +116,6 @@ class Held:
 
     def _is_leaf_as_was(self, theirs: Tensor) -> bool:
         return theirs.grad_fn is None and theirs.requires_grad == (self.kind == 2)
-
-    def _unmoved(self, theirs: Tensor) -> bool:
-        """Is it still a leaf as it was, over the memory that it had? `.data =` changes that and no version."""
-        assert self.tensor is not None
-        if not self._is_leaf_as_was(theirs):
-            return False
-        return type(theirs) not in (Tensor, torch.nn.Parameter) or same_memory(theirs, self.tensor)
 
     def written(self) -> bool:
         """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
@@ -170,7 +170,7 @@ class Inputs:
         made: ids of tensors that the unit before has just made, and which leaf of its output they are: these are not held.
     """
 
-    __slots__ = ("_known", "_repeated", "args", "held", "hooked", "kwargs", "made")
+    __slots__ = ("_known", "_repeated", "args", "elsewhere", "held", "hooked", "kwargs", "made", "moved")
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], made: dict[int, int] | None = None) -> None:
         self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
@@ -178,6 +178,10 @@ class Inputs:
         self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
         self._known: dict[int, Any] = {}  # by the tensor's id, while the caller holds them all
         self._repeated = False
+        self.moved: list[tuple[Tensor, Tensor]] = []  # while a replay runs
+        self.elsewhere: Sequence[
+            int
+        ] = ()  # storages of arguments that had been given other memory before the last replay
         hold = self._hold
         self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
         self.kwargs = {k: a if type(a) in _AS_IS else hold(a, k) for k, a in kwargs.items()} if kwargs else kwargs
@@ -217,7 +221,9 @@ class Inputs:
     def _give(self, value: Any, given: dict[int, Any]) -> Any:
         if isinstance(value, Held):
             if id(value) not in given:
-                given[id(value)] = value.give()  # each once, also of those that are one: the outer hooks count
+                given[id(value)] = value.give(
+                    self.moved
+                )  # each once, also of those that are one: the outer hooks count
             return given[id(value.first or value)]
         if not isinstance(value, _Box):
             return value
@@ -242,8 +248,15 @@ class Inputs:
         if self._repeated:
             args = [self._give(a, given) for a in self.args]
         else:
-            args = [a.give() if type(a) is Held else self._give(a, given) for a in self.args]
+            args = [a.give(self.moved) if type(a) is Held else self._give(a, given) for a in self.args]
         return args, {k: self._give(a, given) for k, a in self.kwargs.items()} if self.kwargs else {}
+
+    def put_back(self) -> None:
+        """After a replay: what others have given an argument since its forward is there again."""
+        for t, now in self.moved:
+            t.data = now
+        self.elsewhere = [storage_of(t) for t, _ in self.moved]
+        self.moved = []
 
     def kinds(self) -> list[int]:
         """Of each tensor, what autograd lets the unit do to it."""

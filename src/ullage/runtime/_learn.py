@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ullage._errors import UllageWarning
@@ -21,8 +22,8 @@ from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
 from ullage.runtime._local import quiet
-from ullage.runtime._log import Recorder
-from ullage.runtime._memory import Memory, memory_of, replaced
+from ullage.runtime._log import Assignments, Recorder
+from ullage.runtime._memory import Memory
 from ullage.runtime._packing import packer_of_all
 from ullage.runtime._reach import forget, name_in
 from ullage.runtime._select import Selection, select
@@ -50,10 +51,11 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     recorder = Recorder() if rule is not None and frame.known is None else None
     with quiet():
         survey = Survey(frame.roots) if facts is None else None
-        memory = memory_of([*frame.reached.tensors(), *frame.reached.around])
+        tensors = [*frame.reached.tensors(), *frame.reached.around]
+        memory = Memory(tensors)
     host = ambient.HOST[0]() if facts is None else None
     since = mark()
-    with recorder if recorder is not None else contextlib.nullcontext():
+    with _recording(frame, recorder):
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
     if late:
@@ -65,7 +67,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
-    if not facts.must_keep and (replacing := _replacing(frame, memory)):
+    if not facts.must_keep and (replacing := _replacing(frame, tensors, memory)):
         facts = frame.site.facts[kinds] = Facts(must_keep=replacing)
     if facts.must_keep:
         frame.keep_all()
@@ -93,15 +95,34 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     return out
 
 
+@contextlib.contextmanager
+def _recording(frame: Frame, recorder: Recorder | None) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if recorder is not None:
+            stack.enter_context(recorder)
+            if not _is_compiled(frame):  # Dynamo would compile for the mode
+                stack.enter_context(Assignments(recorder.log))
+        yield
+
+
+def _is_compiled(frame: Frame) -> bool:
+    compiled = ("_compiled_call_impl", "_torchdynamo_orig_callable")
+    return any(getattr(m, name, None) for m in _modules(frame) for name in compiled)
+
+
+def _modules(frame: Frame) -> list[nn.Module]:
+    return [m for root in frame.reached.modules for m in root.modules()]
+
+
 def _makes_parameters(frame: Frame) -> bool:
     """Does a lazy module make parameters or buffers in this call?"""
     return any(is_lazy(t) for t in frame.reached.tensors())
 
 
-def _replacing(frame: Frame, memory: Memory) -> str:
+def _replacing(frame: Frame, tensors: list[Tensor], memory: Memory) -> str:
     """Why a forward that gives tensors other memory can't be run again; "" if it does not, or if what it replaces is put back."""
     put_back = {id(o) for o, _ in frame.entry.values} if frame.entry is not None else set()
-    lost = [t for t in replaced(memory) if id(t) not in put_back]
+    lost = [tensors[i] for i in memory.moved(tensors) if id(tensors[i]) not in put_back]
     if not lost:
         return ""
     return f"its forward gives {name_in(frame.roots, lost[0])} other memory (`.data =`, `set_`), which a replay would replace again"
@@ -110,10 +131,9 @@ def _replacing(frame: Frame, memory: Memory) -> str:
 def _selection(frame: Frame, recorder: Recorder) -> Selection:
     rule = frame.options.rule
     assert rule is not None
-    modules = [m for root in frame.reached.modules for m in root.modules()]
-    if any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_torchdynamo_orig_callable") for m in modules):
+    if _is_compiled(frame):
         return refused("it is compiled, so what it saves is torch.compile's choice")
-    if any(hasattr(m, "_get_fsdp_state") for m in modules):
+    if any(hasattr(m, "_get_fsdp_state") for m in _modules(frame)):
         return refused("FSDP gathers its parameters inside it, in a replay not as in forward")
     return select(recorder.log, rule)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
@@ -74,6 +75,9 @@ def _must_run(func: Any, args: Any) -> bool:
     return func in READS or func.namespace not in ("aten", "prims") or shapes_in_place or draws(func, args)
 
 
+_SET_DATA = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+
+
 @dataclass
 class Op:
     """One op: what it was given, what it made, what it wrote to.
@@ -110,6 +114,25 @@ class Log:
     refusal: str = ""
     dynamic: bool = False
     not_strided: bool = False
+
+
+class Assignments(TorchFunctionMode):
+    """Sees `t.data = ...`, which is no op, of whatever tensor: a replay that skips ops would assign what has no memory.
+
+    Args:
+        log: refused, if there is one.
+    """
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            self._log.refusal = (
+                f"`.data =` at {source_line() or 'unknown line'} gives a tensor other memory, which no op shows"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ullage.runtime._jagged import jagged_meta
 
 Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
-Check = Callable[[Tensor], bool]
+Check = Callable[..., bool]
 
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _Guards = getattr(_guards, "TensorGuards", None)
@@ -36,7 +36,7 @@ def _unknown(_: Tensor) -> bool:
     return False
 
 
-def _compared(_: Tensor) -> bool:
+def _compared(*_: Tensor) -> bool:
     """No guard could be made."""
     return False
 
@@ -62,14 +62,16 @@ class Notes(list[Meta]):
         if i >= len(self) or meta_of(x) != self[i]:
             return False
         if checks[i] is _unknown:
-            checks[i] = _guard(x)
+            checks[i] = guard_of(x) if type(x) in (Tensor, torch.nn.Parameter) else _compared
         return True
 
 
-def _guard(x: Tensor) -> Check:
-    if _Guards is None or type(x) not in (Tensor, torch.nn.Parameter):
+def guard_of(*tensors: Tensor) -> Check:
+    """One call that tells whether as many tensors have the types, shapes, strides, dtypes and devices of these; never, if there is none."""
+    if _Guards is None:
         return _compared
     try:
-        return _Guards(x, dynamic_dims_sizes=[list(x.shape)], dynamic_dims_strides=[list(x.stride())]).check  # type: ignore[no-any-return]
+        shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+        return _Guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
     except Exception:  # a private class: its arguments may change
         return _compared

@@ -218,6 +218,10 @@ class Reached:
                 found.extend([t for k, t in d.items() if (id(d), k) not in without] if without else d.values())
         return [t for t in found if t is not None]
 
+    def dicts(self) -> list[dict[str, Any]]:
+        """Dicts of parameters and of buffers of modules."""
+        return [d for below in self.below for d in below.tensors]
+
     def buffers(self) -> list[Tensor]:
         """Buffers of modules."""
         return [t for below in self.below for d in below.buffers for t in d.values() if t is not None]

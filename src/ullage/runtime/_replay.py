@@ -16,14 +16,13 @@ from ullage.runtime._collect import Collector, Modified, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
-from ullage.runtime._memory import make_good
-from ullage.runtime._reach import name_in
-from ullage.runtime._reads import changed_error, changed_reads, mark_restored
+from ullage.runtime._memory import storage_of
+from ullage.runtime._reads import Before, changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
-from ullage.runtime._site import refused
+from ullage.runtime._site import Facts, refused
 from ullage.runtime._skip import SkipMode, Stale
 from ullage.runtime._totals import totals
-from ullage.runtime._watch import Changed, Watch, storage_of
+from ullage.runtime._watch import Changed, Watch
 
 if TYPE_CHECKING:
     from ullage.runtime._frame import Frame
@@ -153,6 +152,9 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
     # what the unit's forward writes to is what the plain step's backward would find now, too: not what was saved
     state = frame.entry.values if frame.entry is not None else ()
     written = {storage_of(o) for o, _ in state if isinstance(o, Tensor)}
+    written.update(frame.inputs.elsewhere)
+    if frame.back is not None:
+        written |= {storage_of(t) for t, _ in frame.back.memory}
     with quiet():
         for i, wanted in frame.digests.items():
             if wanted is None or not isinstance(store.get(i), Tensor) or (written and storage_of(store[i]) in written):
@@ -191,13 +193,14 @@ def _attempt(
     torch._C._set_grad_enabled(True)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
+    memory, failed = Before(frame), False
     left, now = Left(frame, replay), ambient.read_flags()
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
         args, kwargs = _arguments(frame, watch)
         for source, state in frame.rng:
             source[1](state)
-        if frame.entry is None and frame.flags == now:
+        if frame.entry is None and frame.back is None and frame.flags == now:
             out = _run(frame, replay, selection, args, kwargs, watch)
             replay.note_modified()
         else:
@@ -208,6 +211,11 @@ def _attempt(
         if frame.restored:
             mark_restored(frame, store)
         return store, out
+    except Stale:
+        raise
+    except BaseException:
+        failed = True
+        raise
     finally:
         replay.close()
         local.quiet = quiet_before
@@ -217,19 +225,22 @@ def _attempt(
         # a forward that stops half-way leaves behind what it would have put back itself
         left.put_back()
         ambient.put_back(now)
-        if selection is not None:
-            _check_memory(frame)
+        frame.inputs.put_back()
+        name = memory.put_back(frame)
+        if name and not failed:
+            raise _written(frame, name)
 
 
-def _check_memory(frame: Frame) -> None:
-    """No parameter may be left with the memory that a placeholder does not have: the next forward would end the process."""
-    lost = make_good(frame.reached.tensors())
-    if lost is not None:
-        name = name_in(frame.roots, lost)
-        raise ReplayError(
-            f"{frame.site.name}: its selective replay has given {name} other memory (`.data =`, `set_`), though the forward it follows had not; "
-            f"{name} is full of NaN now. Leave this unit out of checkpointing, or run it without `keep`"
-        )
+def _written(frame: Frame, name: str) -> ReplayError:
+    """The error for a replay that did to a parameter what no call that was looked at has done; later calls are kept."""
+    must_keep = (
+        f"some of its forwards write {name} or give it other memory (`.data =`, `set_`), which a replay would do again"
+    )
+    frame.site.facts[frame.kinds] = Facts(must_keep=must_keep)
+    return ReplayError(
+        f"{frame.site.name}: its replay has written {name} or given it other memory (`.data =`, `set_`), which its first call had not; "
+        "the memory is put back, what was written in it is not. Its later calls keep their activations"
+    )
 
 
 class _Moved(Exception):
@@ -262,6 +273,8 @@ def _as_it_was(frame: Frame, now: ambient.Flags) -> Iterator[None]:
         stack.enter_context(ambient.flags_as(frame.flags, now))
         if frame.contexts is None:  # else it is set within these, which may set it themselves
             stack.enter_context(ambient.device_as(frame.device))
+        if frame.back is not None:  # before the entry, which may write into memory that is put back
+            stack.enter_context(frame.back.seen())
         if frame.entry is not None:
             stack.enter_context(frame.entry.seen())
         yield

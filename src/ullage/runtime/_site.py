@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ullage.runtime._frame import Options
+    from ullage.runtime._memory import Layout
+    from ullage.runtime._reads import Places
     from ullage.runtime._tier import Away, Tier
 
 MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
@@ -139,6 +141,8 @@ class Site(Apart):
         sent_bytes: what left memory, in all.
         late: how often backward waited for what was on its way back.
         notes: what a user should know, each once.
+        layout: how the parameters and buffers of its last call lay in memory.
+        places: where they stood.
         fills: a kernel of it fills a tensor that is saved already, so that its replays run to their end.
         digests_last: digests of what it saves are taken when its forward is over.
         leaves: by where its replays stop: have they left something that its forward puts back later?
@@ -158,6 +162,8 @@ class Site(Apart):
     sent_bytes: int = 0
     late: int = 0
     notes: dict[str, None] = field(default_factory=dict)
+    layout: Layout | None = None
+    places: Places | None = None
     fills: bool = False
     digests_last: bool = False
     leaves: dict[Hashable, bool] = field(default_factory=dict)

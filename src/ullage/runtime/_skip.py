@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ullage._source import source_line
 from ullage.runtime._local import local
 from ullage.runtime._log import SHAPE_ONLY, is_query
+from ullage.runtime._memory import OWN, lost
 from ullage.runtime._select import RUN, Selection, Step
 from ullage.runtime._tier import brought_back
 
@@ -97,6 +98,11 @@ class SkipMode(TorchDispatchMode):
             raise Stale(f"{func} at {source_line()} where the log has {step.func if step else 'its end'}")
         self.at = at + 1
         if step.action == RUN:
+            for a in args:
+                if type(a) in OWN and a.data_ptr() == 0 and lost(a):
+                    raise Stale(
+                        f"{func} at {source_line() or 'unknown line'} reads memory that no op gave it (`.data =`)"
+                    )
             if func in SHAPE_ONLY and type(args[0]) is Placeholder:
                 return _like(args[0], func, args[1:], kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)

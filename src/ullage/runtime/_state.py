@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ullage.runtime._content import content_of, put_content, put_random_state, random_state
+from ullage.runtime._memory import same_memory
 from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, children, follow, is_opaque, is_part, places
 
 _MISSING = object()
@@ -175,17 +176,7 @@ class State:
             except BaseException:
                 now.put()  # whatever broke in: the user's state comes first
                 raise
-            # the values are those that others may have saved: nothing was modified
-            if versions != tuple(t._version for t in tensors):
-                torch._C._autograd._unsafe_set_version_counter(tensors, versions)
-
-
-def same_memory(t: Tensor, data: Tensor) -> bool:
-    """Does a tensor still have the memory of `data`, and all that says how to read it?"""
-    if (t.dtype, t.shape) != (data.dtype, data.shape) or t.layout != data.layout:
-        return False
-    try:
-        same = t.untyped_storage()._cdata == data.untyped_storage()._cdata
-        return same and (t.layout != torch.strided or t.stride() == data.stride())
-    except RuntimeError:  # no storage
-        return False
+            finally:
+                # the values are those that others may have saved: nothing was modified
+                if versions != tuple(t._version for t in tensors):
+                    torch._C._autograd._unsafe_set_version_counter(tensors, versions)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._array import elements_of
 from ullage.runtime._content import content_of, random_state, same_content
+from ullage.runtime._memory import has_memory
 from ullage.runtime._state import Changes, Path, State, describe
 from ullage.runtime._walk import MOST_NODES, OPAQUE_TYPES, RANDOM, Step, children, is_opaque, places
 
@@ -140,13 +141,12 @@ _Copy = tuple[np.ndarray[Any, Any], torch.dtype]  # the elements as so many byte
 
 def _host_copy(t: Tensor) -> _Copy | None:
     """None for what is more than its elements, or has no memory: digests tell whether it changed, but it can't be put back."""
-    if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or t.is_nested or t._is_zerotensor():
+    if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or t.is_nested:
         return None
     if t.dtype in _UNCOPIED:
         return None
     try:
-        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-        if t.numel() and t.untyped_storage().nbytes() < (int(t.storage_offset()) + span) * t.element_size():
+        if not has_memory(t):
             return None  # FSDP's, for one, while their storages are freed
         return elements_of(t.detach().cpu()).copy(), t.dtype
     except (NotImplementedError, RuntimeError, TypeError, ValueError):

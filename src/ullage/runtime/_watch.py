@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query
+from ullage.runtime._memory import storage_of
 
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _KNOWN = ("aten", "prims")
@@ -77,11 +78,3 @@ def _written(func: Any, args: Any) -> list[Tensor]:
     if schema is None:
         return _tensors(args)
     return _tensors([v for a, v in zip(schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write])
-
-
-def storage_of(t: Tensor) -> int:
-    """What tells storages apart; 0 for a tensor that has none."""
-    try:
-        return int(t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return 0
