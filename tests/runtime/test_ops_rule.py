@@ -235,3 +235,11 @@ def test_a_planned_model_is_one_graph_under_compile() -> None:
         call(x).square().sum().backward()
         seen.append([bits(p.grad) for p in net.parameters()])
     assert seen[0] == seen[1]
+
+
+def test_calls_that_do_not_run_are_told_by_name() -> None:
+    x, w = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    text = "its forward does not run _scaled_dot_product_flash_attention_for_cpu\\[0\\]\\+mm\\[2-4\\], which it was told to keep"
+    with pytest.warns(ullage.UllageWarning, match=text):
+        ullage.checkpoint(_f, x, w, keep="mm[0,2-4]+_scaled_dot_product_flash_attention_for_cpu[0]").sum().backward()
+    assert torch.equal(x.grad, torch.autograd.grad(_f(x, w).sum(), x)[0])  # type: ignore[arg-type]

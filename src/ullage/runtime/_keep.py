@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,13 @@ class OpsRule:
         """The overloads that it names and torch knows now."""
         found = [_find_op(name) for name in sorted({name for name, _ in self.calls})]
         return [op for op in found if op is not None]
+
+    def not_among(self, ran: Iterable[Any]) -> str:
+        """The calls that it names and that are not among these ops in the order of their calls, as text; "" if all are."""
+        counts: dict[str, int] = {}
+        for op in ran:
+            counts[op_name(op)] = counts.get(op_name(op), 0) + 1
+        return OpsRule(frozenset((name, n) for name, n in self.calls if n >= counts.get(name, 0))).text
 
     def __call__(self, op: Any, n: int) -> bool:
         """See `Rule`."""

@@ -21,6 +21,7 @@ from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
+from ullage.runtime._keep import OpsRule
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Assignments, Recorder
 from ullage.runtime._memory import Memory
@@ -135,6 +136,8 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
         return refused("it is compiled, so what it saves is torch.compile's choice")
     if any(hasattr(m, "_get_fsdp_state") for m in _modules(frame)):
         return refused("FSDP gathers its parameters inside it, in a replay not as in forward")
+    if isinstance(rule, OpsRule) and (absent := rule.not_among(op.func for op in recorder.log.ops)):
+        frame.site.say(f"its forward does not run {absent}, which it was told to keep; nothing is kept of that")
     return select(recorder.log, rule)
 
 
