@@ -93,7 +93,17 @@ def _is_nested(error: Exception, op: FailedOp | None) -> bool:
 
 
 def _is_memory(error: Exception, op: FailedOp | None) -> bool:
-    return any(t in str(error).lower() for t in ("data pointer", "data_ptr", "access storage", "not allocated"))
+    return not _is_sparse(error, op) and any(
+        t in str(error).lower() for t in ("data pointer", "data_ptr", "access storage", "not allocated")
+    )
+
+
+def _is_forward_mode(error: Exception, op: FailedOp | None) -> bool:
+    return _is_memory(error, op) and any("/torch/_functorch/" in f for f in files_of(error))
+
+
+def _is_higher_order(error: Exception, op: FailedOp | None) -> bool:
+    return isinstance(error, NotImplementedError) and "HigherOrderOperator" in str(error)
 
 
 def _is_sparse(error: Exception, op: FailedOp | None) -> bool:
@@ -109,6 +119,16 @@ _KNOWN: tuple[tuple[Callable[[Exception, FailedOp | None], bool], str], ...] = (
     (
         _no_fake_kernel,
         "{op} has no fake kernel, which says what shapes it gives: write one with torch.library.register_fake",
+    ),
+    (
+        _is_higher_order,
+        "a higher-order op (torch.cond, torch.while_loop, torch.scan) goes its way by values, which a step on fake tensors does not have; choose with "
+        "torch.where or write the loop in Python for the planned step",
+    ),
+    (
+        _is_forward_mode,
+        "forward-mode derivatives (torch.func.jvp, jacfwd) can't be run on fake tensors; take them with torch.func.vjp or torch.autograd.grad, "
+        "or use ullage.checkpoint, which knows them, without a plan",
     ),
     (
         _is_memory,

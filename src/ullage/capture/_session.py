@@ -19,6 +19,7 @@ from ullage.capture._arguments import contents
 from ullage.capture._checks import raised_on_purpose
 from ullage.capture._environment import unnoticed
 from ullage.capture._explain import explained
+from ullage.capture._layouts import check_tensors
 from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
@@ -149,6 +150,7 @@ class Session:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
+        check_tensors(self.inst)
         self._adopt(work)
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
 
