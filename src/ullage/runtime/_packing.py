@@ -83,7 +83,8 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
                 held[i] = None
         elif digests is not None:
             if site.digests_last or is_fresh(x):
-                frame.late[i] = x.detach(), x._version
+                with quiet():  # a record of the unit's ops must not have it
+                    frame.late[i] = x.detach(), x._version
             elif comparable(x):
                 with quiet():
                     digests[i] = digest(x)
