@@ -65,6 +65,19 @@ def test_noise_that_is_saved_before_it_is_drawn(where: str, wrap: Wrap) -> None:
 
 
 @ways
+def test_noise_that_evaluation_leaves_unset(wrap: Wrap) -> None:
+    """It is saved all the same, and no gradient depends on it: it may have other bits in the replay."""
+
+    def loss(model: nn.Module, call: Wrap) -> Tensor:
+        junk = torch.rand(2, 4, 8)
+        del junk  # what the memory of the noise may hold
+        return _loss(model.eval(), call)
+
+    make = functools.partial(Last, "both")
+    assert steps(make, loss, wrap, 4) == steps(make, loss, plain, 4)
+
+
+@ways
 @pytest.mark.parametrize("make", [Normed, Recurrent])
 def test_statistics_and_workspaces(make: type[nn.Module], wrap: Wrap) -> None:
     assert steps(make, _loss, wrap, 4) == steps(make, _loss, plain, 4)

@@ -84,12 +84,18 @@ def is_fresh(x: Tensor) -> bool:
 
 
 def may_be_unfilled(store: Mapping[int, Any], notes: Sequence[tuple[Any, ...]], i: int) -> bool:
-    """Is the op that saves its last tensor with number `i` maybe one that fills noise then? The noise is saved before what it is like."""
-    for noise in (i - 1, i):
-        x = store.get(noise)
-        if not isinstance(x, Tensor) or not is_fresh(x) or noise + 1 >= len(notes):
-            continue
-        shape, _, dtype, _ = notes[noise]
-        if notes[noise + 1][0] == shape and notes[noise + 1][2] == dtype:
-            return True
-    return False
+    """Is the op that saves its last tensor with number `i` maybe one that fills noise then?"""
+    return any(isinstance(store.get(k), Tensor) and _like_noise(store[k], notes, k) for k in (i - 1, i))
+
+
+def unset(saved: Mapping[int, tuple[Any, int]], notes: Sequence[tuple[Any, ...]]) -> set[int]:
+    """Numbers of what may be noise that no kernel has set, in a call that draws nothing: RReLU saves it in evaluation, too."""
+    return {i for i, (x, _) in saved.items() if isinstance(x, Tensor) and _like_noise(x, notes, i)}
+
+
+def _like_noise(x: Tensor, notes: Sequence[tuple[Any, ...]], i: int) -> bool:
+    """Noise is saved before what it is like."""
+    if not is_fresh(x) or i + 1 >= len(notes):
+        return False
+    shape, _, dtype, _ = notes[i]
+    return bool(notes[i + 1][0] == shape and notes[i + 1][2] == dtype)

@@ -23,6 +23,7 @@ from ullage.runtime import _ambient as ambient
 from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import comparable, digest
+from ullage.runtime._fills import unset
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._jagged import Rows
 from ullage.runtime._keep import Rule
@@ -292,9 +293,7 @@ class Frame:
         self.notes = self.noted()
         self.complete = True
         if self.late and self.digests is not None:
-            with quiet():
-                late = {i: x for i, (x, version) in self.late.items() if x._version == version}
-                self.digests.update({i: digest(x) for i, x in late.items() if comparable(x)})
+            self.digests.update(self.digests_of(self.late))
             self.late = {}
         for i in self.unsent:
             x, version = self.kept[i]
@@ -307,6 +306,15 @@ class Frame:
             self.stale = not self.known.selection.refusal
         self.rng = [(s, state) for s, state in self.rng if not ambient.same_state(state, s[0]())]
         self.reads = Reads(self)
+
+    def digests_of(self, saved: Mapping[int, tuple[Tensor | Away, int]]) -> dict[int, bytes | None]:
+        """Digests of tensors that this forward has saved, now that it is over; none of what its kernels have left unset."""
+        without: set[int] = set()
+        if self.site.fills and all(ambient.same_state(state, s[0]()) for s, state in self.rng):
+            without = unset(saved, self.noted())
+        with quiet():
+            found = {i: (tensor_of(x), version) for i, (x, version) in saved.items() if i not in without}
+            return {i: digest(x) for i, (x, version) in found.items() if x._version == version and comparable(x)}
 
     # --- backward ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 
 from ullage._errors import UllageWarning
 from ullage.runtime import _ambient as ambient
-from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
@@ -30,7 +29,6 @@ from ullage.runtime._reach import forget, name_in
 from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
-from ullage.runtime._tier import tensor_of
 
 
 def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
@@ -60,11 +58,10 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
     if late:
-        frame.site.digests_last, frame.site.fills = True, any(late.values())
+        frame.site.digests_last = True
+        frame.site.fills |= any(late.values())
         if frame.digests is not None:  # those of what was not filled yet
-            with quiet():
-                kept = {i: (tensor_of(x), v) for i, (x, v) in frame.kept.items()}
-                frame.digests.update({i: digest(x) for i, (x, v) in kept.items() if x._version == v and comparable(x)})
+            frame.digests.update(frame.digests_of(frame.kept))
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
@@ -168,11 +165,7 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
     dropped = [i for i in frame.kept if i not in keep]
     proof = frame.known.proof if frame.known is not None else frame.site.shared.proof
     if proof.claim(frame) and frame.digests is None:
-        with quiet():
-            kept = {i: (tensor_of(frame.kept[i][0]), frame.kept[i][1]) for i in dropped}
-            frame.digests = {
-                i: digest(x) for i, (x, version) in kept.items() if x._version == version and comparable(x)
-            }
+        frame.digests = frame.digests_of({i: frame.kept[i] for i in dropped})
     for i in dropped:
         del frame.kept[i]
         frame.held.pop(i, None)
