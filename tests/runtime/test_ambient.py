@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import types
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ullage
 from tests.runtime.steps import Wrap, bits, gradients, inputs, ours, plain, rng, seed, selective, steps, torchs, unit
 from ullage.runtime import Site
+from ullage.runtime import _ambient as ambient
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
 XW = ((4, 4), (4, 4))
@@ -322,3 +325,20 @@ def test_an_input_cast_by_several_ops_under_autocast_is_cast_as_often_in_the_rep
 
     assert grads(call) == grads(plain)
     assert site.skipped > 0 and site.stale == 0
+
+
+def test_generators_of_devices_in_nested_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's `get_device_states`, and of keyword arguments too."""
+    generators = [torch.Generator() for _ in range(4)]
+    module = types.SimpleNamespace(_initialized=True, default_generators=generators, current_device=lambda: 3)
+    monkeypatch.setattr(ambient, "_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    with FakeTensorMode():
+        on = [torch.empty(1, device=f"cuda:{n}") for n in range(3)]
+    for args, wanted in (
+        ((on[1],), [1]),
+        (({"a": [on[2]], "b": (torch.ones(1), on[0])},), [0, 2]),
+        (({"a": 1}, torch.ones(1)), [3]),  # none of that kind: the current one
+    ):
+        found = [get for get, _ in ambient.sources_for(args)[1:]]
+        assert found == [generators[n].get_state for n in wanted]

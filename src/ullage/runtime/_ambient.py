@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import CDLL, c_size_t, c_void_p
 from typing import Any
 
@@ -151,7 +151,7 @@ def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any]) -> Iterat
 
 
 def sources_for(args: Sequence[Any]) -> Sequence[Source]:
-    """The CPU's default generator, and those of the accelerators that hold the tensors among `args` or are current."""
+    """The CPU's default generator, and those of the accelerators that hold the tensors in `args`, nested or not, or are current."""
     stood_in: Sequence[Source] | None = getattr(_stand_in, "sources", None)
     if stood_in is not None:
         return stood_in
@@ -160,8 +160,18 @@ def sources_for(args: Sequence[Any]) -> Sequence[Source]:
     module = torch.get_device_module(_ACCELERATOR)
     if not getattr(module, "_initialized", True):
         return _CPU
-    indices = {t.get_device() for t in args if isinstance(t, Tensor) and t.device.type == _ACCELERATOR}
+    indices = {t.get_device() for t in _tensors_in(args) if t.device.type == _ACCELERATOR}
     return [*_CPU, *(_accelerator_source(module, i) for i in sorted(indices or {module.current_device()}))]
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors_in(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            yield from _tensors_in(value)
 
 
 def _accelerator_source(module: Any, index: int) -> Source:

@@ -141,7 +141,11 @@ class Frame:
             if trail is not None and self.inputs.linked():
                 self.previous = trail[0]
                 site.links += 1
-        self.rng = [(s, s[0]()) for s in ambient.sources_for(args)] if options.preserve_rng_state else []
+        self.rng = (
+            [(s, s[0]()) for s in ambient.sources_for((*args, *kwargs.values()) if kwargs else args)]
+            if options.preserve_rng_state
+            else []
+        )
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
