@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +65,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         _watch_optimizers(stack, tracker)
         _choose_kernels(stack, tracker)
         _read_values(stack, tracker)
+        _let_tensors_be_swapped(stack, tracker)
         hf = sys.modules.get("transformers.utils.import_utils")
         if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
             is_fake, mine = hf.is_fake_tensor, _here()
@@ -87,7 +89,7 @@ class _Default:
         if not self._mine():
             return self._real.get_state()
         state: Tensor = self._tracker.generator.get_state()
-        self._tracker.adopt(state)  # real bytes that checkpointing keeps per unit
+        self._tracker.adopt_between_ops(state)  # real bytes that checkpointing keeps per unit
         return state
 
     def manual_seed(self, seed: int) -> torch.Generator:
@@ -229,3 +231,20 @@ def _added(owner: type, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(owner, name)
+
+
+def _let_tensors_be_swapped(stack: contextlib.ExitStack, tracker: Any) -> None:
+    """`Module.to` swaps a parameter with what it becomes, which torch refuses for one that a weak reference points to.
+
+    Fake tensors that a kernel has made are in a dictionary of the fake mode's, by such references; nothing looks there again.
+    """
+    swap, mine = torch.utils.swap_tensors, _here()
+    memo = getattr(tracker.kernels.fake_mode.fake_tensor_converter, "tensor_memo", {})
+
+    def forget_and_swap(first: Tensor, second: Tensor) -> None:
+        if mine():
+            for key in [getattr(r, "key", None) for t in (first, second) for r in weakref.getweakrefs(t)]:
+                memo.pop(key, None)
+        swap(first, second)
+
+    stack.enter_context(_patched(torch.utils, "swap_tensors", forget_and_swap))

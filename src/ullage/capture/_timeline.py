@@ -22,7 +22,7 @@ class OpCost:
 
     Attributes:
         seconds: time of one call.
-        internal_bytes: the most a call has allocated at any moment, outputs included.
+        internal_bytes: the most a call has allocated at any moment, outputs included; not what numbers it is given become.
         output_bytes: real sizes of the storages it allocates and returns, where known.
     """
 
@@ -53,11 +53,10 @@ def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> 
 def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     """Sum storages over op indices."""
     n = len(trace.signature)
-    born, dead, passing = np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64)
+    born, dead = np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64)
     for s in trace.storages:
         size = effective_bytes(s, trace, costs)
         if s.death < s.birth:  # gone before the next op (a generator's state that is only compared)
-            passing[s.birth + 1] = max(passing[s.birth + 1], size)
             continue
         born[max(s.birth, -1) + 1] += size
         dead[min(s.death, n) + 1] += size
@@ -65,7 +64,13 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     alive_during = np.cumsum(born)[1 : n + 1] - np.cumsum(dead)[:n]
     before = alive_during - born[1 : n + 1]
     internal = np.array([costs[s].internal_bytes for s in trace.signature], np.int64)
-    peak = before + np.maximum(np.maximum(born[1 : n + 1], internal), passing[1 : n + 1])
+    peak = before + np.maximum(born[1 : n + 1], internal + np.array(trace.numbers, np.int64))
+    for moment in trace.between:
+        live = int(alive_during[moment.at - 1]) if moment.at > 0 else int(np.cumsum(born)[0])
+        live += sum(effective_bytes(s, trace, costs) for s in moment.born)
+        live -= sum(effective_bytes(s, trace, costs) for s in moment.dead)
+        at = min(moment.at, n - 1)
+        peak[at] = max(peak[at], live)
     after = alive_during - dead[1 : n + 1]
     seconds = np.array([costs[s].seconds for s in trace.signature])
     return Timeline(before, peak, after, seconds)

@@ -50,6 +50,18 @@ class Storage:
     category: str = ""
 
 
+@dataclass(frozen=True)
+class Between:
+    """The moment, before op `at`, at which something was made that no op makes (a generator's state).
+
+    Of what was alive after the op before, `dead` had died by then; `born` has come since and is there still.
+    """
+
+    at: int
+    born: tuple[Storage, ...]
+    dead: tuple[Storage, ...]
+
+
 @dataclass
 class Trace:
     """One run's ops and storages. Parallel lists, one entry per op."""
@@ -60,7 +72,9 @@ class Trace:
     sequence: list[int] = field(default_factory=list)
     source: list[str] = field(default_factory=list)
     recomputed: list[bool] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # bytes of tensors made of the Python numbers an op is given
     storages: list[Storage] = field(default_factory=list)
+    between: list[Between] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # op index at which each step starts
 
 

@@ -25,8 +25,9 @@ from ullage._errors import CaptureError
 from ullage._source import source_line
 from ullage.capture._explain import FailedOp
 from ullage.capture._kernels import FakeKernels
+from ullage.capture._numbers import SavedNumbers
 from ullage.capture._outputs import argument_key
-from ullage.capture._trace import Signature, Storage, Trace, spec_of, written_arguments
+from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
 from ullage.runtime import draws, recomputing_units
 
@@ -60,7 +61,8 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._queried: set[int] = set()
         self._source_of_sequence: dict[int, tuple[str, int]] = {}
-        self._saved_scalars: list[tuple[int, Storage]] = []  # (sequence of the node that saved it, its storage)
+        self._numbers = SavedNumbers()
+        self._died: list[Storage] = []  # since the last op
         self._unique = (0, 0, 0)
         self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # real tensors from outside: their twins
         self.failed: FailedOp | None = None
@@ -87,18 +89,31 @@ class Tracker(TorchDispatchMode):
                     known[1].category = category
                 return
             known[1].death = self.clock - 1
-        if nbytes == 0 and not empty:
-            return
-        record = Storage(nbytes, self.clock - 1 if category else self.clock, category=category)
+        if nbytes > 0 or empty:
+            self._follow(storage, key, Storage(nbytes, self.clock - 1 if category else self.clock, category=category))
+
+    def _follow(self, held: Any, key: int, record: Storage) -> None:
+        """Note when `held`, a storage or what stands for one, dies."""
         self.trace.storages.append(record)
 
         def died(_: Any, record: Storage = record, key: int = key) -> None:
             record.death = self.clock - 1
+            self._died.append(record)
             current = self._alive.get(key)
             if current is not None and current[1] is record:
                 del self._alive[key]
 
-        self._alive[key] = (weakref.ref(storage, died), record)
+        self._alive[key] = (weakref.ref(held, died), record)
+
+    def adopt_between_ops(self, tensor: Tensor) -> None:
+        """Follow a tensor that no op has made; what dies before the next op may be alive beside it."""
+        first = len(self.trace.storages)
+        while first > 0 and self.trace.storages[first - 1].birth == self.clock:
+            first -= 1
+        self.adopt(tensor)
+        born = [t for t in self.trace.storages[first:] if t.death >= self.clock]
+        dead = [t for t in self._died if t.birth < self.clock]
+        self.trace.between.append(Between(self.clock, tuple(born), tuple(dead)))
 
     def records(self, keys: Iterable[int]) -> frozenset[int]:
         """Ids of the records of storages that are alive, by their keys; the trace holds the records."""
@@ -111,6 +126,7 @@ class Tracker(TorchDispatchMode):
         if func is _DEVICE_QUERY:
             self._queried.add(id(args[0]))
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        self.look_at_numbers()
         if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
             return func(*args, **kwargs)
         in_engine = torch._C._current_graph_task_id() != -1
@@ -263,8 +279,8 @@ class Tracker(TorchDispatchMode):
             del self.module_stack[-self.replay_depth :]
             self.replay_depth = 0
         sequence, source, stack = -1, "", tuple(self.module_stack)
+        node = torch._C._current_autograd_node() if in_engine else None
         if in_engine:
-            node = torch._C._current_autograd_node()
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
             if replaying:
@@ -281,32 +297,22 @@ class Tracker(TorchDispatchMode):
         if not in_engine:
             # the op that made the node; those after it that make none see the same number
             self._source_of_sequence.setdefault(sequence - 1, (source, stack_id))
-        if in_engine and not replaying:
-            self._release_scalars(sequence)
-        elif func in _SAVES_SCALAR and self.round_bytes == 1:
-            self._note_saved_scalar(args)
+        numbers = self._numbers.note(func, args, out, None if replaying else node) if self.round_bytes == 1 else 0
         trace.signature.append(index)
         trace.phase.append("backward" if in_engine else self.phase)
         trace.stack.append(stack_id)
         trace.sequence.append(sequence)
         trace.source.append(source)
         trace.recomputed.append(bool(replaying))
+        trace.numbers.append(numbers)
+        self._died.clear()
 
-    def _note_saved_scalar(self, args: Any) -> None:
-        """`x * 0.5` makes a tensor of 0.5 in C++ and saves it for x's gradient: 8 bytes that no dispatch mode sees.
-
-        Nor do saved-tensor hooks (`saved_variable.cpp` leaves wrapped numbers out), so checkpointing keeps it too.
-        """
-        if len(args) < 2 or isinstance(args[1], Tensor) or not (torch.is_grad_enabled() and args[0].requires_grad):
-            return
-        record = Storage(8, self.clock)
-        self.trace.storages.append(record)
-        self._saved_scalars.append((torch._C._autograd._get_sequence_nr() - 1, record))
-
-    def _release_scalars(self, sequence: int) -> None:
-        """Backward runs nodes from the last to the first: those after the one that runs now are done."""
-        while self._saved_scalars and self._saved_scalars[-1][0] > sequence:
-            self._saved_scalars.pop()[1].death = self.clock - 1
+    def look_at_numbers(self) -> None:
+        """Follow what the last op has saved of numbers: they were made just before it ran."""
+        for held, key, nbytes in self._numbers.look():
+            known = self._alive.get(key)
+            if known is None or known[0]() is None:  # a node made in backward saves the tensor of the forward's again
+                self._follow(held, key, Storage(nbytes, self.clock - 1))
 
     def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> None:
         """What a forward writes: buffers and other resident tensors."""
@@ -329,6 +335,5 @@ class Tracker(TorchDispatchMode):
 
 
 _LIFTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}  # a constant on its way in
-_SAVES_SCALAR = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ullage.capture._assumed import Assumed
 from ullage.capture._trace import written_arguments
 
 aten = torch.ops.aten
+_NAME = "_ullage_twin"
 MAX_NUMEL = 1 << 18
 
 _INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
@@ -41,6 +41,11 @@ def _against(bound: Any, above: bool) -> bool | None:
     return (bound < 0) == above
 
 
+def _twin_of(fake: Tensor) -> Tensor | None:
+    twin: _Twin | None = vars(fake).get(_NAME)
+    return None if twin is None else twin.real
+
+
 def _limit(tensor: Tensor) -> bool:
     return tensor.numel() <= MAX_NUMEL
 
@@ -50,11 +55,26 @@ def may_follow(func: Any, outs: list[Any]) -> bool:
     return func._schema.is_mutable or func in _ASSUMED or all(map(_limit, outs))
 
 
+class _Twin:
+    """A real tensor as an attribute of its fake twin. A copy of the fake one gets a copy."""
+
+    __slots__ = ("real",)
+
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
+
+    def __deepcopy__(self, _: Any) -> _Twin:
+        with _disable_current_modes():
+            return _Twin(self.real.clone())
+
+
 class Values:
-    """Maps fake tensors to their real twins; views of one fake storage map to views of one real storage."""
+    """Knows the real twins of fake tensors; views of one fake storage have views of one real storage.
+
+    A fake tensor holds its twin: a weak reference to the fake one would keep `swap_tensors`, and so `Module.to`, from working.
+    """
 
     def __init__(self, trial: int = 0) -> None:
-        self._real: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._poisoned: dict[int, weakref.ref[Any]] = {}
         self._drawn: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
@@ -65,7 +85,7 @@ class Values:
         """The real twin of a fake tensor, or None if its values are not known."""
         if not isinstance(fake, FakeTensor):  # a constant on its way in (`torch.tensor(0.0)` lifts a real one)
             return fake if isinstance(fake, Tensor) else None
-        real: Tensor | None = self._real.get(fake)
+        real = _twin_of(fake)
         if real is None or self._is_poisoned(real):
             return None
         return real
@@ -77,7 +97,7 @@ class Values:
 
     def attach(self, fake: Tensor, real: Tensor) -> None:
         """Note that `fake` has the values of `real`."""
-        self._real[fake] = real
+        vars(fake)[_NAME] = _Twin(real)
 
     def seed(self, fake: Any, real: Any) -> None:
         """Attach small integer, boolean and scalar tensors of a real structure to its fake copy."""
@@ -150,7 +170,7 @@ class Values:
 
     def _poison(self, func: Any, args: Any, kwargs: Any) -> None:
         for tensor in tree_flatten(written_arguments(func, args, kwargs))[0]:
-            real = self._real.get(tensor) if isinstance(tensor, Tensor) else None
+            real = _twin_of(tensor) if isinstance(tensor, Tensor) else None
             if real is not None:
                 self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
 

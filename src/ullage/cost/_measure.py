@@ -19,7 +19,7 @@ from ullage.capture._timeline import OpCost
 from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device
 from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
-from ullage.measure._allocator import MemoryEvent, record_allocations
+from ullage.measure._allocator import record_blocks
 from ullage.measure._state import leaves_rng
 
 aten = torch.ops.aten
@@ -162,9 +162,14 @@ def _peak(call: Callable[[], None], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
         return torch.cuda.max_memory_allocated() - start
-    events: list[MemoryEvent] = record_allocations(call)
     live = peak = 0
-    for event in events:
-        live += event.nbytes
-        peak = max(peak, live)
+    outside: set[int] = set()  # tensors that numbers become before the op starts
+    for event in record_blocks(call, 1):
+        if event.nbytes > 0 and not event.ops:
+            outside.add(event.address)
+        elif event.address in outside:
+            outside.discard(event.address)
+        else:
+            live += event.nbytes
+            peak = max(peak, live)
     return peak

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.autograd.profiler import profile, record_function
 
 _STEP = "ullage::step"
+_FREED = "ullage::freed"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,21 @@ class BlockEvent:
     nbytes: int
     address: int
     ops: tuple[str, ...]
+
+
+class Resident:
+    """Memory from before a recording, held weakly. Torch's profiler leaves out that it is freed (`p.data = other`), so a mark says it."""
+
+    def __init__(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        self.nbytes, self._alive = 0, []
+        for storage in storages:
+            self.nbytes += storage.nbytes()
+            self._alive.append(weakref.ref(storage, functools.partial(_mark_freed, storage.nbytes())))
+
+
+def _mark_freed(nbytes: int, _: Any) -> None:
+    with record_function(f"{_FREED}{nbytes}"):
+        pass
 
 
 def record_blocks(call: Callable[[], None], steps: int) -> list[BlockEvent]:
@@ -59,7 +78,7 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
             with record_function(f"{_STEP}{k}"):
                 call()
     assert prof.kineto_results is not None
-    found, starts, names = [], [], {f"{_STEP}{k}" for k in range(steps)}
+    found, freed, starts, names = [], [], [], {f"{_STEP}{k}" for k in range(steps)}
     roots = reversed(prof.kineto_results.experimental_event_tree())
     todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in roots]
     while todo:
@@ -69,12 +88,15 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
             if fields.device.type == "cpu":
                 found.append(BlockEvent(node.start_time_ns, fields.alloc_size, fields.ptr, ops))
             continue
+        if node.name.startswith(_FREED):
+            freed.append(BlockEvent(node.start_time_ns, -int(node.name.removeprefix(_FREED)), 0, ops))
         if node.name in names:
             starts.append(node.start_time_ns)
         else:
             ops = (node.name, *ops)
         todo.extend((child, ops) for child in reversed(node.children))
-    return list(_of_this_recording(sorted(found, key=lambda e: e.time_ns))), sorted(starts)
+    found = [*_of_this_recording(sorted(found, key=lambda e: e.time_ns)), *freed]
+    return sorted(found, key=lambda e: e.time_ns), sorted(starts)
 
 
 def _of_this_recording(events: list[BlockEvent]) -> Iterator[BlockEvent]:

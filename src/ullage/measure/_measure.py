@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_flatten
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, ArgumentError
 from ullage._stats import at_share, median
-from ullage.measure._allocator import record_steps
+from ullage.measure._allocator import Resident, record_steps
 from ullage.measure._reach import optimizers_of, reach
-from ullage.measure._state import leaves_rng, preserved
+from ullage.measure._state import Snapshot, leaves_rng, preserved
 from ullage.workload import Instance, Workload, run_step
 
 if TYPE_CHECKING:
@@ -64,15 +64,21 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         )
 
 
-def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
-    """Bytes of everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
+def resident(inst: Instance, held: Sequence[Tensor] = ()) -> Resident:
+    """Everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
     # what a step leaves behind (a feature a hook noted) is freed in the next one, which its record does not show
     tensors = [*(t for t in reach(inst).tensors if t.is_leaf), *tree_flatten(inst.batch)[0], *held]
     tensors += [t.grad for t in tensors if isinstance(t, Tensor) and t.is_leaf and t.grad is not None]
     for optimizer in optimizers_of(inst):
         tensors += tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
-    return sum(storages.values())
+    return Resident(
+        {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if isinstance(t, Tensor)}.values()
+    )
+
+
+def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
+    """Bytes of that."""
+    return resident(inst, held).nbytes
 
 
 @leaves_rng
@@ -103,7 +109,7 @@ def measure(
     _refuse_a_plan_in_force(inst, plan)
     with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
         say(f"recording the allocator over {PEAK_STEPS} steps")
-        start, peaks, reserved, other = _peaks(inst, found.grads)
+        start, peaks, reserved, other = _peaks(inst, found)
         try:
             times = _times(inst, steps, say)
         finally:
@@ -134,7 +140,7 @@ def record_peak(work: Workload, plan: Plan | None = None) -> int:
     inst = work.instance()
     _refuse_a_plan_in_force(inst, plan)
     with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
-        return max(_peaks(inst, found.grads)[1])
+        return max(_peaks(inst, found)[1])
 
 
 def check_arguments(work: Any, plan: Any, steps: Any) -> None:
@@ -163,14 +169,15 @@ def _refuse_a_plan_in_force(inst: Instance, plan: Plan | None) -> None:
         )
 
 
-def _peaks(inst: Instance, held: Sequence[Tensor]) -> tuple[int, list[int], int, int]:
+def _peaks(inst: Instance, found: Snapshot) -> tuple[int, list[int], int, int]:
     if inst.device.type == "cuda":
         return _cuda_peaks(inst)
-    live = start = resident_bytes(inst, held)
-    peaks = []
+    before, peaks = resident(inst, found.grads), []
+    live = start = before.nbytes
 
     def step() -> None:
         run_step(inst)
+        found.let_go()
 
     for events in record_steps(step, PEAK_STEPS):
         peak = live

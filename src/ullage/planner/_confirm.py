@@ -58,7 +58,7 @@ def optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
     if not chosen:
         chosen = [smallest_step(s)]
         if s.fresh_peak(chosen[0].assignment) > limit:
-            raise infeasible(s, limit + s.reserve_bytes, chosen[0])
+            raise infeasible(s, limit + s.headroom_bytes, chosen[0])
     whole = [relax(s, c, limit) for c in chosen]
     for assignment in whole:
         choose_window(s, assignment, limit)
@@ -111,7 +111,7 @@ def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
 def infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
     """The error that says how far down plans reach, and what holds them up there."""
     steps = s.execute_fresh(best.assignment)
-    size = max(map(s.peak, steps)) + s.reserve_bytes
+    size = max(map(s.peak, steps)) + s.headroom_bytes
     phase, module, op = peak_moment(s, max(steps, key=s.peak))
     reasons_to_keep = (u.keep_reason or s.reasons.get((u.fqn, RECOMPUTE.name), "") for u in s.units)
     kept = Counter(filter(None, reasons_to_keep))

@@ -180,7 +180,7 @@ class _Search:
         """The smallest peak of the largest value that fits, as the model sees it."""
         if value not in self.least:
             assert self.study is not None
-            self.least[value] = smallest(model_of(self.study)).peak_bytes + self.study.reserve_bytes
+            self.least[value] = smallest(model_of(self.study)).peak_bytes + self.study.headroom_bytes
         return self.least[value]
 
 

@@ -175,7 +175,7 @@ def check_points(points: int) -> None:
 
 def frontier_of(s: Study, points: int) -> Frontier:
     """The frontier of a study; see `frontier`."""
-    high, low = max(s.peak(c) for c in s.plain_capture) + s.reserve_bytes, smallest_bytes(s)
+    high, low = max(s.peak(c) for c in s.plain_capture) + s.headroom_bytes, smallest_bytes(s)
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]
     policies = []
@@ -185,7 +185,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
         policies.append(point)
         if plan is not None:
             found.append(plan)
-            limit = plan.predicted.peak_bytes + s.reserve_bytes
+            limit = plan.predicted.peak_bytes + s.headroom_bytes
             if limit < high and limit not in limits and len(limits) < points:
                 limits.append(limit)
                 found.append(_within(s, limit))  # now, while the policy's execution is at hand
@@ -197,7 +197,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
         estimate=s.device.estimate,
         costs=s.costs_mode,
         memory_bytes=s.device.memory_bytes,
-        points=curve(sorted([*limits, *between]), [p for p in found if p is not None], s.reserve_bytes),
+        points=curve(sorted([*limits, *between]), [p for p in found if p is not None], s.headroom_bytes),
         policies=policies,
     )
 

@@ -144,7 +144,7 @@ def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Re
     s.windows = windows
     notes = []
     if restriction.overrides.tolerance and limit is not None:
-        room = limit - s.reserve_bytes
+        room = limit - s.headroom_bytes
         assignment, note = fewer_actions(
             s, assignment, restriction.overrides.tolerance, room, lambda: optimal(s, room)[0]
         )
@@ -159,20 +159,20 @@ def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tup
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, s.options)
         peak = s.fresh_peak(assignment)
-        if limit is not None and peak > limit - s.reserve_bytes:
+        if limit is not None and peak > limit - s.headroom_bytes:
             raise infeasible(s, limit, smallest_step(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
         # without a budget no more than the plain step takes
-        choose_window(s, assignment, (baseline.peak_bytes if limit is None else limit) - s.reserve_bytes)
+        choose_window(s, assignment, (baseline.peak_bytes if limit is None else limit) - s.headroom_bytes)
         return assignment, 0.0
     assert limit is not None
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}, baseline.step_seconds
-    assignment, added = optimal(s, limit - s.reserve_bytes)
+    assignment, added = optimal(s, limit - s.headroom_bytes)
     return assignment, baseline.step_seconds + added
 
 
 def _plain_fits(s: Study, limit: int, baseline: Forecast) -> bool:
-    return baseline.peak_bytes <= limit - s.reserve_bytes and all(KEEP in o for o in s.options.values())
+    return baseline.peak_bytes <= limit - s.headroom_bytes and all(KEEP in o for o in s.options.values())
 
 
 def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -> dict[str, Option]:
@@ -183,13 +183,13 @@ def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -
     if _plain_fits(s, limit, baseline):
         return {u.fqn: KEEP for u in s.units}
     model = model_of(s)
-    return assignment_of(model, (solution_of(s, limit - s.reserve_bytes) or smallest(model)).schedule)
+    return assignment_of(model, (solution_of(s, limit - s.headroom_bytes) or smallest(model)).schedule)
 
 
 @without_failures
 def smallest_bytes(s: Study) -> int:
     """The smallest budget that some plan is executed within."""
-    return s.fresh_peak(smallest_step(s).assignment) + s.reserve_bytes
+    return s.fresh_peak(smallest_step(s).assignment) + s.headroom_bytes
 
 
 @without_failures
@@ -199,6 +199,6 @@ def execute_choice(s: Study, limit: int) -> None:
     `decide` would execute it twice, in passing and then afresh. It pays to do this first where the choice will most
     likely fit, and where executions made for another budget may be the same.
     """
-    target = limit - s.reserve_bytes
+    target = limit - s.headroom_bytes
     if s.fresh_peak({}) > target and (solution := solution_of(s, target)) is not None:
         s.execute_fresh(assignment_of(model_of(s), solution.schedule))

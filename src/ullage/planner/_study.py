@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ullage.planner._tiers import OffloadTier
     from ullage.planner._with_tier import Pace
 
-OWN_STEP_BYTES = 64
 FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
 Progress = Callable[[str], None]
 
@@ -141,11 +140,6 @@ class Study:
         t, trace = self.timeline(self.plain_session), self.plain_session.trace
         ops = [i for s in self.plain_steps for i in range(s.start, s.stop) if trace.phase[i] == "optimizer"]
         return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
-
-    @property
-    def reserve_bytes(self) -> int:
-        """Bytes of the budget that are left free: headroom, and scalars that a step of one's own may hold (GradScaler: 4)."""
-        return self.headroom_bytes + (OWN_STEP_BYTES if self.plain_session.inst.step is not None else 0)
 
     @property
     def plain_session(self) -> Session:
