@@ -125,7 +125,7 @@ def test_a_failed_check_and_a_failing_step(plan_file: str, monkeypatch: Any, cap
         "    return ul.Workload(torch.nn.Linear(2, 2), torch.ones(1, 2), step=step)\n"
     )
     assert run(["measure", "bad.py:f"]) == 2
-    assert "the step raised KeyError: 'mine' (at " in capsys.readouterr().err
+    assert "bad.py:4: the step itself raises KeyError: 'mine'" in capsys.readouterr().err
 
 
 def test_stages_are_said_when_they_take_long(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def _branches(block: Block, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[Block, Tensor], Tensor], str, str]] = {
     "sparse buffer": (lambda block, x: torch.sparse.mm(block.ring, block.body(x)), "coo", r"buffer 0\.ring is a sparse tensor"),
     "CSR buffer": (lambda block, x: block.ring @ block.body(x), "csr", r"buffer 0\.ring is a sparse_csr tensor"),
-    "sparse inside": (lambda block, x: torch.sparse.mm(x.to_sparse(), x), "", "sparse tensors can't be run on fake tensors"),
+    "sparse inside": (lambda block, x: torch.sparse.mm(x.to_sparse(), x), "", "layout torch.sparse_coo is used.*use a dense tensor"),
     "jagged": (_rows, "", r"jagged"),
     "jvp": (_tangents, "", "forward-mode derivatives .* without a plan"),
     "cond": (_branches, "", "a higher-order op .* goes its way by values"),

@@ -19,7 +19,7 @@ from torch import nn
 
 import ullage as ul
 from ullage._files import write_whole
-from ullage.measure._state import one_at_a_time
+from ullage.measure._turns import one_at_a_time
 from ullage.workload._config import _quietly
 
 

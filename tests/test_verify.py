@@ -156,7 +156,8 @@ def test_a_broken_replay_is_found(name: str, scope: str, monkeypatch: pytest.Mon
     with BROKEN[name](monkeypatch):
         try:
             check = ul.verify(work, plan, steps=2, scope=scope)
-        except ul.ReplayError:
+        except ul.VerifyError as error:
+            assert isinstance(error.__cause__, ul.ReplayError)
             return  # the runtime noticed first: the replay saved other dtypes
     assert not check.ok and check.differences
     with pytest.raises(ul.VerifyError, match="differs from the plain one"):
@@ -177,7 +178,7 @@ def test_out_of_memory_falls_back_to_units(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(module, "run_step", plain_does_not_fit)
     assert ul.verify(work, plan).scope == "units"
-    with pytest.raises(RuntimeError, match="allocate"):
+    with pytest.raises(ul.VerifyError, match="allocate.*scope='units'"):
         ul.verify(work, plan, scope="step")
     monkeypatch.undo()
     monkeypatch.setattr(module, "_plain_fits", lambda *a: False)

@@ -4,10 +4,6 @@ The way of the data: `Workload` -> `profile` -> `plan` -> `Plan.apply` -> `measu
 that gradients are bitwise those of the plain step.
 """
 
-import os as _os
-
-_os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter on stderr
-
 from ullage._bytes import parse_budget
 from ullage._errors import (
     AlreadyCheckpointed,

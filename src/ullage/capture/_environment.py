@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import sys
 import threading
 import types
@@ -15,15 +14,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._errors import CaptureError
+from ullage.capture._host_rng import own_host_rng
 from ullage.capture._recurrent import Pack, dense_lstm, packed, padded
-from ullage.measure._state import one_at_a_time, preserved_host_rng, unless_seeded
+from ullage.measure._state import unless_seeded
+from ullage.measure._turns import one_at_a_time
 from ullage.runtime import rng_states_from
 
 
@@ -100,8 +100,7 @@ class _Default:
 def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
     """Draws that steer a step are the same every time, and the user's generators stay where they are.
 
-    Fake kernels draw nothing; what this thread sees of torch's generator is the tracker's own. Python's and numpy's have no
-    such door: they are seeded, and put back.
+    Fake kernels draw nothing; what this thread sees of torch's, Python's and numpy's generators are its own.
     """
 
     def put_back() -> None:
@@ -111,9 +110,8 @@ def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
 
     stack.callback(put_back)
     stack.enter_context(unless_seeded())
-    stack.enter_context(preserved_host_rng())
-    for seed in (tracker.generator.manual_seed, random.seed, np.random.seed):
-        seed(0)
+    stack.enter_context(own_host_rng(0))
+    tracker.generator.manual_seed(0)
     default = _Default(tracker)
     stack.enter_context(_patched(torch.random, "default_generator", default))
     stack.enter_context(rng_states_from(default.get_state, tracker.generator.set_state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ullage.capture._checks import raised_on_purpose
 from ullage.capture._environment import unnoticed
 from ullage.capture._explain import explained
 from ullage.capture._layouts import check_tensors
+from ullage.capture._outside import Outside
 from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
@@ -64,7 +66,8 @@ class OptionFailed(CaptureError):
     """
 
     def __init__(self, fqn: str, option: str, cause: Exception, linked: bool = False) -> None:
-        self.why = str(cause).removeprefix(f"{fqn}: ")
+        ours = isinstance(cause, UllageError)
+        self.why = (str(cause) if ours else f"{type(cause).__name__}: {cause}").removeprefix(f"{fqn}: ")
         super().__init__(f"{fqn}: option {option} can't be used: {self.why}")
         self.fqn, self.option, self.cause, self.linked = fqn, option, cause, linked
 
@@ -142,15 +145,20 @@ class Session:
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
         self.raised_on_purpose = False  # what the last run failed with
+        self._failed_in: tuple[BaseException | None, str] = (None, "")  # the innermost module that an error came out of
         self.store = CapturedStore(lambda: (self.tracker.clock, tuple(self.tracker.module_stack)), here)
         self.family = Sites(explores, Tier(self.store))
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.tracker.calibrate()
+        outside = Outside(work.model, (work.loss, work.step)) if work.factory is None else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
         check_tensors(self.inst)
+        inst = self.inst
+        self._outside = outside or Outside(inst.model, (inst.loss, inst.step), built=True)
+        self._outside.put_back()
         self._adopt(work)
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
 
@@ -253,6 +261,7 @@ class Session:
         finally:
             for _, module in modules:
                 uninstall(module)
+            self._outside.put_back()
             self.tracker.module_stack.clear()
             self.tracker.replay_depth = 0
         if before:
@@ -288,7 +297,9 @@ class Session:
         wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
-        told = ours or explained(error, self.tracker.failed, stack[-1] if stack else "", self.values.assumed.read)
+        within = self._failed_in[1] if self._failed_in[0] is error else stack[-1] if stack else ""
+        self._failed_in = None, ""
+        told = ours or explained(error, self.tracker.failed, within, self.values.assumed.read)
         if wrapped and (ours is None or isinstance(ours, ReplayError | CaptureError)):
             inside = next((n for n in reversed(stack) if n in wrapped), None)
             of = unit_of(error)
@@ -334,6 +345,9 @@ class Session:
             if fqn is None or not tracker.module_stack:
                 return
             tracker.module_stack.pop()
+            error = sys.exc_info()[1]
+            if error is not None and self._failed_in[0] is not error:  # this runs after a forward that raised, too
+                self._failed_in = error, fqn
             if torch._C._current_graph_task_id() != -1:
                 tracker.replay_depth -= 1
                 return

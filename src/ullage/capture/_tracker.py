@@ -78,7 +78,18 @@ class Tracker(TorchDispatchMode):
         return len(self.trace.signature)
 
     def adopt(self, tensor: Tensor, category: str = "", empty: bool = False) -> None:
-        """Follow a tensor's storage from now on (no-op if it is followed already)."""
+        """Follow a tensor's storage from now on (no-op if it is followed already).
+
+        Raises:
+            CaptureError: it has none, being sparse.
+        """
+        if tensor.layout is not torch.strided:
+            where = self.place()
+            raise CaptureError(
+                f"{where + ': ' if where else ''}a tensor {tuple(tensor.shape)} of layout {tensor.layout} is used, and what a step does with "
+                "sparse tensors can't be predicted; make the ops that use it an op of yours with a fake kernel "
+                "(torch.library.custom_op, register_fake) that holds it, or use a dense tensor, best a buffer of the model"
+            )
         storage = tensor.untyped_storage()
         key = storage._cdata
         nbytes = -(-storage.nbytes() // self.round_bytes) * self.round_bytes

@@ -6,6 +6,7 @@ no dispatch mode sees; the allocator's own record of one call shows it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device
 from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
 from ullage.measure._allocator import record_blocks
-from ullage.measure._state import leaves_rng
+from ullage.measure._state import preserved_rng, preserved_torch_rng
+from ullage.measure._turns import one_at_a_time
+from ullage.runtime import draws
 
 aten = torch.ops.aten
 MAX_BYTES = 8 * 2**30
@@ -109,7 +112,6 @@ def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
     return best
 
 
-@leaves_rng  # ops that draw are run for real
 def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback: Device) -> list[OpCost]:
     """Costs of ops, each run alone. What can't be run alone takes the roofline's cost.
 
@@ -119,12 +121,21 @@ def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback:
         fallback: the device whose roofline stands in.
     """
     costs = []
-    for s, is_cold, rough in zip(signatures, cold, roofline_ops(list(signatures), fallback), strict=True):
-        if is_free(s):
-            costs.append(OpCost(1e-6, 0))
-        else:
-            costs.append(_one(s, is_cold, rough) if _measurable(s) else rough)
+    with one_at_a_time():
+        for s, is_cold, rough in zip(signatures, cold, roofline_ops(list(signatures), fallback), strict=True):
+            if is_free(s):
+                costs.append(OpCost(1e-6, 0))
+                continue
+            with _undrawn(s):
+                costs.append(_one(s, is_cold, rough) if _measurable(s) else rough)
     return costs
+
+
+def _undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
+    """Ops that draw are run for real; what a library's op draws isn't known. Other threads draw from the same generators."""
+    if s.func.namespace not in ("aten", "prims"):
+        return preserved_rng()
+    return preserved_torch_rng() if draws(s.func, s.args) else contextlib.nullcontext()
 
 
 def _one(s: Signature, cold: bool, rough: OpCost) -> OpCost:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,9 +73,23 @@ def record_steps(call: Callable[[], None], steps: int) -> list[list[MemoryEvent]
     ]
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler writes on stderr, unless this is set when it is first used."""
+    name = "KINETO_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "99"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
 def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], list[int]]:
     """What happened to blocks, in order, and when each run began."""
-    with profile(use_cpu=True, profile_memory=True) as prof:
+    with _quiet(), profile(use_cpu=True, profile_memory=True) as prof:
         for k in range(steps):
             with record_function(f"{_STEP}{k}"):
                 call()

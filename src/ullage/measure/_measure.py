@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
-from ullage._errors import ApplyError, ArgumentError
+from ullage._errors import ApplyError, ArgumentError, WorkloadError
 from ullage._stats import at_share, median
+from ullage._told import out_of_memory, tells_of
 from ullage.measure._allocator import Resident, record_steps
 from ullage.measure._reach import optimizers_of, reach
 from ullage.measure._state import Snapshot, leaves_rng, preserved
@@ -81,6 +82,7 @@ def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
     return resident(inst, held).nbytes
 
 
+@tells_of(WorkloadError, but=out_of_memory)
 @leaves_rng
 def measure(
     work: Workload,
@@ -101,6 +103,7 @@ def measure(
         ArgumentError: `steps` is not a whole number of 1 or more.
         ApplyError: a plan is in force on the model already.
         PlanMismatch: the plan can't be applied.
+        WorkloadError: the step raises; where memory ran out, torch's own error comes out.
     """
     check_arguments(work, plan, steps)
     say = progress or (lambda _: None)
@@ -133,6 +136,7 @@ def measure(
     )
 
 
+@tells_of(WorkloadError, but=out_of_memory)
 @leaves_rng
 def record_peak(work: Workload, plan: Plan | None = None) -> int:
     """The peak alone, in bytes: three real steps under the allocator's record, no timing."""

@@ -7,7 +7,6 @@ import copy
 import functools
 import random
 import sys
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ullage._errors import CaptureError
+from ullage._told import tells_of
 from ullage.measure._reach import reach
+from ullage.measure._turns import one_at_a_time
 from ullage.workload import Instance
 
 P = ParamSpec("P")
@@ -153,29 +155,28 @@ def snapshot(inst: Instance) -> Snapshot:
 
 
 @contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Put back the global generators of torch (every device), Python and numpy."""
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+def preserved_torch_rng() -> Iterator[None]:
+    """Put back torch's global generators, of every device."""
+    cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
 
 
 @contextlib.contextmanager
-def preserved_host_rng() -> Iterator[None]:
-    """Put back Python's and numpy's global generators."""
+def preserved_rng() -> Iterator[None]:
+    """Put back the global generators of torch (every device), Python and numpy."""
     python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with preserved_torch_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 @contextlib.contextmanager
@@ -197,22 +198,6 @@ def _default_generators() -> list[torch.Generator]:
     return [torch.default_generator, *(torch.cuda.default_generators if ready else ())]
 
 
-_LOCK = threading.RLock()
-
-
-@contextlib.contextmanager
-def one_at_a_time(say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Captures, measurements and verifications of one process wait for each other; `say` is told after a second."""
-    if not _LOCK.acquire(timeout=1.0):
-        if say is not None:
-            say("waiting for a plan or measurement in another thread")
-        _LOCK.acquire()
-    try:
-        yield
-    finally:
-        _LOCK.release()
-
-
 def captures(call: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function that works on fake tensors: one at a time, and draws of other threads are left alone."""
 
@@ -222,7 +207,7 @@ def captures(call: Callable[P, R]) -> Callable[P, R]:
         with one_at_a_time(progress if callable(progress) else None):
             return call(*args, **kwargs)
 
-    return wrapped
+    return tells_of(CaptureError)(wrapped)  # type: ignore[no-any-return]
 
 
 def leaves_rng(call: Callable[P, R]) -> Callable[P, R]:

@@ -10,6 +10,7 @@ import msgspec
 
 from ullage._bytes import Budget, format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, UllageError, WorkloadError
+from ullage._told import tells_of
 from ullage.measure._state import leaves_rng
 from ullage.planner._model import model_of
 from ullage.planner._plan import Plan
@@ -184,6 +185,7 @@ class _Search:
         return self.least[value]
 
 
+@tells_of(CaptureError)
 @leaves_rng
 def fit(
     make_work: Callable[..., Workload],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ullage._errors import ArgumentError, VerifyError
+from ullage._told import out_of_memory, planned_step, said_by, tells_of
 from ullage.apply import Handle
 from ullage.measure._measure import check_arguments, resident_bytes
 from ullage.measure._reach import optimizers_of
@@ -76,6 +77,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
+@tells_of(VerifyError)
 @leaves_rng
 def verify(
     work: Workload,
@@ -97,6 +99,7 @@ def verify(
     Raises:
         ArgumentError: unknown `scope`, or `steps` below 1.
         ApplyError, PlanMismatch: the plan can't be applied.
+        VerifyError: the plain step raises, or only the planned one does.
     """
     check_arguments(work, plan, steps)
     if scope not in ("auto", "step", "units"):
@@ -109,9 +112,14 @@ def verify(
         try:
             return _by_step(inst, plan, steps, say)
         except (RuntimeError, MemoryError) as error:
-            if scope == "step" or not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-    found = verify_units(inst, plan, say)
+            if scope == "step":
+                raise VerifyError(
+                    f"the plain step does not fit into memory ({said_by(error)}); scope='units' compares unit by unit"
+                ) from error
+    with planned_step(VerifyError):
+        found = verify_units(inst, plan, say)
     names = {n for n, _ in found.unstable}
     rows = [Difference(n, d) for n, d in found.differences if n not in names]
     unstable = [Difference(n, d) for n, d in found.unstable]
@@ -124,12 +132,6 @@ def verify(
         differences=rows,
         unstable=unstable,
     )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Did an allocation fail, on any device?"""
-    said = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
 
 
 def _plain_fits(inst: Instance, plan: Plan) -> bool:
@@ -151,7 +153,8 @@ def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None])
     say("running plain steps again")
     second, _ = _run(inst, None, steps)
     say("running planned steps")
-    planned, handle = _run(inst, plan, steps)
+    with planned_step(VerifyError, but=out_of_memory):
+        planned, handle = _run(inst, plan, steps)
     say("comparing")
     unstable = _differences(first, second)
     names = {d.name for d in unstable}

@@ -1,0 +1,107 @@
+"""What comes out of a function of ours is an error of ours: the last guard, around each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from ullage._errors import CaptureError, UllageError
+from ullage._source import files_of, line_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_NOTED = "_of_progress"
+_OURS = Path(__file__).parent
+_A_STEP = str(_OURS / "workload" / "_step.py")
+
+
+def tells_of(kind: type[UllageError], but: Callable[[BaseException], bool] = lambda _: False) -> Callable[..., Any]:
+    """Decorate a function so that it raises nothing but our errors, with the cause, and what its `progress` raises.
+
+    Args:
+        kind: the class of an error that is not ours.
+        but: errors that come out as they are.
+    """
+
+    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(call)
+        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+            from ullage.capture import OptionFailed
+
+            progress: Any = kwargs.get("progress")
+            if callable(progress):
+                kwargs["progress"] = _noting(progress)
+            try:
+                return call(*args, **kwargs)
+            except OptionFailed as error:
+                raise CaptureError(str(error)) from error
+            except UllageError:
+                raise
+            except Exception as error:
+                if but(error) or hasattr(error, _NOTED):
+                    raise
+                raise kind(what_failed(error)) from error
+
+        return told
+
+    return decorate
+
+
+@contextlib.contextmanager
+def planned_step(kind: type[UllageError], but: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
+    """What a planned step raises where the plain one has run: an error of ours that says so."""
+    try:
+        yield
+    except Exception as error:
+        if but(error):
+            raise
+        where, said = line_of(error), str(error) if isinstance(error, UllageError) else said_by(error)
+        raise kind(
+            f"{where + ': ' if where else ''}the planned step raises, and the plain one does not: {said}"
+        ) from error
+
+
+def said_by(error: BaseException) -> str:
+    """Its class and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def what_failed(error: BaseException) -> str:
+    """Of an error that is not ours: whose it is, the user's step's or a defect of ours, and where."""
+    files = files_of(error)
+    if _A_STEP in files:
+        where = line_of(error)
+        return f"{where + ': ' if where else ''}the step itself raises {said_by(error)}; run it once without ullage and mend it"
+    at = error.__traceback__
+    last = ""
+    while at is not None:
+        file = Path(at.tb_frame.f_code.co_filename)
+        if file.is_relative_to(_OURS):
+            last = f"{file.relative_to(_OURS)}:{at.tb_lineno}"
+        at = at.tb_next
+    return f"a defect of ullage, not of the step: {said_by(error)} (at ullage/{last}); please report it"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Did an allocation fail, on any device?"""
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in said)
+
+
+def _noting(progress: Callable[[str], None]) -> Callable[[str], None]:
+    """What the user's own callback raises is the user's to catch."""
+
+    def say(line: str) -> None:
+        try:
+            progress(line)
+        except Exception as error:
+            with contextlib.suppress(AttributeError):
+                setattr(error, _NOTED, True)
+            raise
+
+    return say
