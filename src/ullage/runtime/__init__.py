@@ -3,6 +3,7 @@
 from ullage import _array, _source
 from ullage.runtime import (
     _after,
+    _again,
     _ahead,
     _ambient,
     _classes,
@@ -79,7 +80,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EAGER = [
-    _array, _source, _after, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
+    _array, _source, _after, _again, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
     _select, _settings, _site, _skip, _state, _survey, _sweep, _tier, _totals, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)

@@ -8,14 +8,12 @@ log. Digests of what it drops are what the first replay has to give back, bit fo
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ullage._errors import UllageWarning
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
@@ -67,6 +65,8 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     assert facts is not None
     if not facts.must_keep and (replacing := _replacing(frame, tensors, memory)):
         facts = frame.site.facts[kinds] = Facts(must_keep=replacing)
+    if not facts.must_keep and frame.site.shared.distrust:
+        facts = frame.site.facts[kinds] = Facts(must_keep=frame.site.shared.distrust)
     if facts.must_keep:
         frame.keep_all()
         frame.site.say(f"{facts.must_keep}; its activations are kept")
@@ -81,7 +81,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         if recorder.log.not_strided and ambient.autocasting():
             # at every call that records: the next ones run as always
             what = "under a dispatch mode, as this call was, torch's autocast leaves sparse products as they are; its values may differ"
-            warnings.warn(f"{frame.site.name}: {what}. Leave out `keep`", UllageWarning, stacklevel=2)
+            frame.site.warn(f"{what}. Leave out `keep`")
     selection = frame.known.selection if frame.known is not None else None
     _drop(frame, selection.kept if selection is not None else frozenset())
     _send(frame, selection.away if selection is not None else frozenset())

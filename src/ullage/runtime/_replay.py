@@ -57,6 +57,8 @@ def _from_what_was(frame: Frame) -> dict[int, Any]:
             _note_stale(frame, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
             if _proven(frame, store, selection):
+                if frame.site.shared.distrust:
+                    _check_values(frame, store)
                 frame.site.skipped += selection.skipped
                 totals.skipped += selection.skipped
                 return store
@@ -164,20 +166,30 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
     return None
 
 
+_WHY = "state or random draws that ullage can't see, or an op that is not deterministic"
+
+
 def _check_values(frame: Frame, store: dict[int, Any]) -> None:
+    shared = frame.site.shared
     if not frame.digests:
+        if shared.distrust:  # a call from before that was found
+            frame.site.warn(f"{shared.distrust}. Gradients of this call may differ from the plain step's")
         return
     bad = _differing(frame, store)
     if bad is None:
-        frame.site.shared.proof.done = True
+        shared.proof.done = True
         return
     totals.mismatches += 1
-    shape = tuple(store[bad].shape)
-    what = f"its replay gave other values than its forward (saved tensor {bad}, shape {shape})"
-    why = "state or random draws that ullage can't see, or an op that is not deterministic"
+    what = (
+        f"its replay gave other values than its forward (saved tensor {bad}, shape {tuple(store[bad].shape)}): {_WHY}"
+    )
+    shared.distrust = f"a replay gave other values than its forward: {_WHY}"
+    frame.site.say(f"{shared.distrust}; its activations are kept", warn=False)
     if frame.options.determinism_check == "values":
-        raise ReplayError(f"{frame.site.name}: {what}: {why}; keep this unit, or make it deterministic")
-    frame.site.say(f"{what}: {why}. Gradients may differ from the plain step's")
+        raise ReplayError(
+            f"{frame.site.name}: {what}; keep this unit, or make it deterministic. Its later calls keep their activations"
+        )
+    frame.site.warn(f"{what}. Gradients may differ from the plain step's; later calls keep their activations")
 
 
 def _attempt(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from ullage._errors import UllageWarning
+from ullage.runtime._again import again
 from ullage.runtime._local import Apart
 from ullage.runtime._log import Log
 from ullage.runtime._notes import Notes, meta_of
@@ -87,13 +88,19 @@ class Learnt:
 class Shared:
     """What units of one structure share: selections by input signature, and how often each went stale.
 
-    `logs`: where the op logs go, if someone wants them; by input signature.
+    Attributes:
+        known: selections by input signature.
+        stale: how often each went stale.
+        proof: of a full replay of this structure.
+        logs: where the op logs go, if someone wants them; by input signature.
+        distrust: why a full replay was not what its forward was, so that later calls keep their activations; or "".
     """
 
     known: OrderedDict[Hashable, Known] = field(default_factory=OrderedDict)
     stale: dict[Hashable, int] = field(default_factory=dict)
-    proof: Proof = field(default_factory=Proof)  # of a full replay of this structure
+    proof: Proof = field(default_factory=Proof)
     logs: dict[Hashable, Learnt] | None = None
+    distrust: str = ""
 
     def look_up(self, signature: Hashable) -> Known | None:
         """What is known for a signature."""
@@ -176,8 +183,13 @@ class Site(Apart):
         """Have a saved tensor leave memory; None if it stays."""
         return self.tier.pack(x, self) if self.tier is not None else None
 
+    def warn(self, note: str) -> None:
+        """Note something, and warn of it at every call: results may be wrong each time."""
+        self.notes[note] = None
+        again(f"{self.name}: {note}")
+
     def say(self, note: str, warn: bool = True) -> None:
-        """Note something; the first time as a warning too."""
+        """Note something that makes no result wrong; the first time as a warning too."""
         if note not in self.notes:
             self.notes[note] = None
             if warn:
