@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import ullage
 from tests.runtime.steps import bits
@@ -143,3 +144,40 @@ def test_a_parameter_of_a_subclass(options: dict[str, Any]) -> None:
         return seen
 
     assert run(lambda f, x: ullage.checkpoint(f, x, **options)) == run(lambda f, x: f(x))
+
+
+_RING = torch.eye(6) + torch.eye(6).roll(1, 0)
+HELD: dict[str, Callable[[], Tensor]] = {
+    "coo": lambda: _RING.to_sparse(),
+    "csr": lambda: _RING.to_sparse_csr(),
+    "csc": lambda: _RING.to_sparse_csc(),
+    "two tensors": lambda: TwoTensor(_RING, _RING),
+    "jagged": lambda: torch.nested.nested_tensor_from_jagged(torch.ones(6, 4), torch.tensor([0, 2, 6])),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # sparse CSR is in beta; Dynamo's own, of what jagged tensors import
+@pytest.mark.parametrize("where", ["closed over", "argument"])
+@pytest.mark.parametrize("kind", HELD)
+def test_tensors_without_one_storage(kind: str, where: str) -> None:
+    held = HELD[kind]()
+
+    def product(x: Tensor, held: Tensor) -> Tensor:
+        if kind == "jagged":
+            return (torch.nested.nested_tensor_from_jagged(x.sin(), held.offsets()) * held).values().exp()
+        if kind == "two tensors":
+            return x.sin().exp() * held.a.sum()
+        return (held @ x.sin()).exp()
+
+    def run(call: Callable[..., Tensor]) -> Any:
+        seen = []
+        for _ in range(3):
+            x = torch.linspace(0, 1, 24).view(6, 4).requires_grad_()
+            out = call(product, x, held) if where == "argument" else call(lambda x: product(x, held), x)
+            out.square().mean().backward()
+            seen.append((bits(out), bits(x.grad)))
+        return seen
+
+    truth = run(lambda f, *a: f(*a))
+    for options in WAYS.values():
+        assert run(lambda f, *a, options=options: ullage.checkpoint(f, *a, **options)) == truth

@@ -21,6 +21,8 @@ _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _untyped = torch._C.TensorBase.untyped_storage
 _offset: Any = torch._C.TensorBase.storage_offset
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
+_ROWS, _COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_COMPRESSED = {torch.sparse_csr: _ROWS, torch.sparse_bsr: _ROWS, torch.sparse_csc: _COLUMNS, torch.sparse_bsc: _COLUMNS}
 _MOST_CHECKS = 3  # torch's guards are strict about dispatch keys: autocast and backward have others
 
 
@@ -47,6 +49,10 @@ def same_memory(t: Tensor, data: Tensor) -> bool:
     """Does a tensor have the storage of `data`, and all that says how to read it?"""
     if t.dtype != data.dtype or t.layout != data.layout:
         return False
+    if (
+        type(t).__torch_dispatch__ is not _NO_DISPATCH and type(t) is not FakeTensor
+    ):  # a detached one is another wrapper
+        return same_parts(t, data)
     if t.is_nested and t.layout == torch.strided:  # has no shape
         return same_storage(storage(t), storage(data))
     try:
@@ -54,8 +60,18 @@ def same_memory(t: Tensor, data: Tensor) -> bool:
         if t.layout != torch.strided:
             return same
         return same and t.storage_offset() == data.storage_offset() and t.stride() == data.stride()
-    except RuntimeError:  # no storage
-        return False
+    except RuntimeError:  # no one storage: sparse
+        return same_parts(t, data)
+
+
+def same_parts(t: Tensor, data: Tensor) -> bool:
+    """Have two tensors that consist of others the same ones' memory? True for those whose parts nobody can tell."""
+    if t.layout == torch.sparse_coo:
+        return same_memory(t._indices(), data._indices()) and same_memory(t._values(), data._values())
+    if t.layout in _COMPRESSED:
+        return all(same_memory(getattr(t, n)(), getattr(data, n)()) for n in _COMPRESSED[t.layout])
+    names = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
+    return type(t) is type(data) and all(same_memory(getattr(t, n), getattr(data, n)) for n in names)
 
 
 def has_memory(tensor: Tensor) -> bool:

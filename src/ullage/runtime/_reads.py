@@ -63,6 +63,8 @@ class Around:
 def _copy(t: Tensor) -> Tensor | None:
     """None for a large one, and for what can't be copied."""
     try:
+        if t.layout != torch.strided:  # its values are not in one memory: only versions tell of a change
+            return None
         return t.detach().clone() if t.numel() <= SMALL and has_memory(t) else None
     except (NotImplementedError, RuntimeError):
         return None
