@@ -26,9 +26,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from _machine import machine
-from tests.zoo import FAMILIES, workload
+from tests.zoo import FAMILIES, MORE_FAMILIES, workload
 
 import ullage as ul
+
+NAMES = [*FAMILIES, *MORE_FAMILIES]
 
 
 def relaxations(plan: ul.Plan, profile: ul.Profile) -> list[tuple[str, ul.Plan]]:
@@ -103,15 +105,15 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(FAMILIES), metavar="FAMILY", help="these families; no files")
-    parser.add_argument("--rows", choices=list(FAMILIES), help=argparse.SUPPRESS)  # one family, its rows on stdout
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="FAMILY", help="these families; no files")
+    parser.add_argument("--rows", choices=NAMES, help=argparse.SUPPRESS)  # one family, its rows on stdout
     options = parser.parse_args()
     if options.rows:
         warnings.simplefilter("ignore")
         print(json.dumps(rows_of(options.rows)))
         return 0
     rows: list[dict[str, object]] = []
-    for family in options.only or FAMILIES:  # each in a process of its own
+    for family in options.only or NAMES:  # each in a process of its own
         run = subprocess.run([sys.executable, __file__, "--rows", family], stdout=subprocess.PIPE, text=True)
         rows += json.loads(run.stdout) if run.returncode == 0 else [{"family": family, "error": "did not finish"}]
     if not options.only:
