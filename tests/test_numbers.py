@@ -67,7 +67,9 @@ def steps_of(work: ul.Workload, plan: ul.Plan | None) -> list[int]:
 def check(*forms: Form, nested: bool = False, autocast: torch.dtype | None = None) -> None:
     """Plain, in full, selectively, and at the smallest budget, where units are rebuilt together."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Unit(form, nested) for form in forms), nn.Linear(16, 4))
+    # a class of its own for each: units of one class share what is learnt of their ops
+    kinds = [type(f"Unit{k}", (Unit,), {}) for k in range(len(forms))]
+    model = nn.Sequential(*(kind(form, nested) for kind, form in zip(kinds, forms, strict=True)), nn.Linear(16, 4))
     work = ul.Workload(model, torch.randn(24, 16), loss=_loss, optimizer=torch.optim.SGD, autocast=autocast)
     profile = ul.profile(work)
     with pytest.raises(ul.BudgetInfeasible) as caught:
