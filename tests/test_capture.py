@@ -15,7 +15,7 @@ from tests.zoo import workload
 from ullage.capture import Session
 from ullage.capture._outputs import KnownOutputs, argument_key
 from ullage.capture._trace import spec_of
-from ullage.cost._measure import _make
+from ullage.cost._made import make_tensor
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
 from ullage.planner._options import find_options
@@ -161,7 +161,7 @@ def test_specs_keep_lazy_bits_and_plain_ones_keep_their_saved_text() -> None:
     assert (conj.conj, conj.neg, neg.conj, neg.neg) == (True, False, False, True)
     assert repr(conj) == repr(plain)[:-1] + ", conj=True)"
     for spec in (plain, conj, neg):
-        assert spec_of(_make(spec, 1)) == spec
+        assert spec_of(make_tensor(spec, 1)) == spec
 
 
 @pytest.mark.parametrize("op", [torch.bmm, lambda a, b: torch.einsum("fbd,fde->fbe", a, b)])

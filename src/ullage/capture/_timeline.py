@@ -24,11 +24,13 @@ class OpCost:
         seconds: time of one call.
         internal_bytes: the most a call has allocated at any moment, outputs included; not what numbers it is given become.
         output_bytes: real sizes of the storages it allocates and returns, where known.
+        bounds: it depends on values, and `internal_bytes` is the most of several.
     """
 
     seconds: float
     internal_bytes: int
     output_bytes: tuple[int, ...] = ()
+    bounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Timeline:
 
 def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> int:
     """A storage's size, as the real kernel makes it where that was measured."""
+    if storage.booked is not None:
+        return storage.booked
     if storage.position >= 0:
         real = costs[trace.signature[storage.birth]].output_bytes
         if storage.position < len(real) and real[storage.position] > storage.nbytes:
@@ -63,8 +67,10 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     # born[i + 1]: during op i; dead[i + 1]: after op i, before op i + 1
     alive_during = np.cumsum(born)[1 : n + 1] - np.cumsum(dead)[:n]
     before = alive_during - born[1 : n + 1]
-    internal = np.array([costs[s].internal_bytes for s in trace.signature], np.int64)
-    peak = before + np.maximum(born[1 : n + 1], internal + np.array(trace.numbers, np.int64))
+    inside = [costs[s].internal_bytes + numbers for s, numbers in zip(trace.signature, trace.numbers, strict=True)]
+    for i, measured in trace.inside.items():  # with the numbers of the whole node
+        inside[i] = measured
+    peak = before + np.maximum(born[1 : n + 1], np.array(inside, np.int64))
     for moment in trace.between:
         live = int(alive_during[moment.at - 1]) if moment.at > 0 else int(np.cumsum(born)[0])
         live += sum(effective_bytes(s, trace, costs) for s in moment.born)

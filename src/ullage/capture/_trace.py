@@ -48,6 +48,30 @@ class Storage:
     death: int = sys.maxsize
     position: int = -1  # among the storages its op allocated; -1: not from an op
     category: str = ""
+    booked: int | None = (
+        None  # its size where that is known otherwise: its node was measured as a whole, it has no memory
+    )
+
+
+@dataclass
+class NodeRun:
+    """One run of an autograd node's formula in a backward.
+
+    Attributes:
+        name: of the node, such as `CumprodBackward0`.
+        sequence: its number.
+        made_by: index of the signature of the forward op that made it.
+        needs: per tensor among that op's arguments: does it require grad?
+        grads: specs of the gradients it was given (None for one that is undefined); None if that was not seen.
+        ops: indices of the ops of the formula, without those of replays.
+    """
+
+    name: str
+    sequence: int
+    made_by: int
+    needs: tuple[bool, ...]
+    grads: tuple[Any, ...] | None
+    ops: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,10 @@ class Trace:
     storages: list[Storage] = field(default_factory=list)
     between: list[Between] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # op index at which each step starts
+    nodes: list[NodeRun] = field(default_factory=list)
+    inside: dict[int, int] = field(
+        default_factory=dict
+    )  # per op of a node that was measured as a whole: bytes at its peak
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

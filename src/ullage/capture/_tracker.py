@@ -25,6 +25,7 @@ from ullage._errors import CaptureError
 from ullage._source import source_line
 from ullage.capture._explain import FailedOp
 from ullage.capture._kernels import FakeKernels
+from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
@@ -66,6 +67,7 @@ class Tracker(TorchDispatchMode):
         self._unique = (0, 0, 0)
         self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # real tensors from outside: their twins
         self.failed: FailedOp | None = None
+        self._nodes = NodeRuns()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -141,8 +143,11 @@ class Tracker(TorchDispatchMode):
         if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
             return func(*args, **kwargs)
         in_engine = torch._C._current_graph_task_id() != -1
-        if in_engine and func is aten.add.Tensor and self._accumulates_in_place(args, kwargs):
-            func = aten.add_.Tensor
+        if in_engine:
+            self._nodes.begin()
+            if func is aten.add.Tensor and self._accumulates(args, kwargs):
+                self._nodes.end()
+                func = aten.add_.Tensor if self._in_place(args) else func
         self._queried.clear()
         if func not in _LIFTS:
             args = self._adopted(func, args)
@@ -170,24 +175,24 @@ class Tracker(TorchDispatchMode):
             self.moved_generators.setdefault(own, own.get_state())
         own.manual_seed((own.initial_seed() + 1) % 2**64)
 
-    def _accumulates_in_place(self, args: Any, kwargs: Any) -> bool:
-        """Is this the engine adding into a gradient buffer that nothing else holds?
+    def _accumulates(self, args: Any, kwargs: Any) -> bool:
+        """Is this the engine adding to a gradient buffer?
 
-        The engine asks every gradient for its device right after the node that made it, so its own add is the one
-        whose second argument was just asked for. The conditions are those of `can_accumulate_inplace` in torch's
-        `input_buffer.cpp`.
+        It asks every gradient for its device right after the node that made it, so its own add is the one whose second
+        argument was just asked for.
         """
-        buffer, new = args[0], args[1]
-        if kwargs or len(args) != 2 or not isinstance(new, Tensor) or torch.is_grad_enabled():
+        if kwargs or len(args) != 2 or not isinstance(args[1], Tensor) or torch.is_grad_enabled():
             return False
-        if id(new) not in self._queried or buffer.shape != new.shape:
-            return False
+        return id(args[1]) in self._queried and args[0].shape == args[1].shape
+
+    def _in_place(self, args: Any) -> bool:
+        """Does nothing else hold the buffer? The conditions are those of `can_accumulate_inplace` in torch's `input_buffer.cpp`."""
+        buffer = args[0]
         counts = (
             buffer._use_count(),
             torch._C._storage_Use_Count(buffer.untyped_storage()._cdata),
             sys.getrefcount(buffer),
         )
-        del new
         if self._unique == (0, 0, 0):  # the calibration run: a gradient that is certainly unique
             self._unique = counts
         dense = is_non_overlapping_and_dense_or_false(buffer)
@@ -274,6 +279,8 @@ class Tracker(TorchDispatchMode):
                     self.adopt(tensor, empty=True)
             for position, storage in enumerate(trace.storages[before:]):
                 storage.position = position
+                if func is _ZEROS:
+                    storage.booked = 0
         if kwargs:
             self._note_generator(kwargs)
         if (func._schema.is_mutable or func in _BATCH_NORMS) and not in_engine:
@@ -283,7 +290,7 @@ class Tracker(TorchDispatchMode):
             index = self._signature_ids[key] = len(self.signatures)
             specs = tuple(spec_of(o) for o in tree_flatten(out)[0] if isinstance(o, Tensor))
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
-            allocated = sum(s.nbytes for s in trace.storages[before:])
+            allocated = sum(s.nbytes for s in trace.storages[before:] if s.booked is None)
             self.signatures.append(Signature(func, spec_of(args), fixed, specs, allocated))
         replaying = recomputing_units()
         if self.replay_depth and not replaying:  # a replay that stops early runs no hooks after its modules
@@ -299,6 +306,8 @@ class Tracker(TorchDispatchMode):
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]
+            if node is not None and not replaying:
+                self._nodes.ran(trace, node, sequence)
         else:
             sequence = torch._C._autograd._get_sequence_nr()
             source = source_line()
@@ -308,6 +317,7 @@ class Tracker(TorchDispatchMode):
         if not in_engine:
             # the op that made the node; those after it that make none see the same number
             self._source_of_sequence.setdefault(sequence - 1, (source, stack_id))
+            self._nodes.made(sequence - 1, index, args, kwargs)
         numbers = self._numbers.note(func, args, out, None if replaying else node) if self.round_bytes == 1 else 0
         trace.signature.append(index)
         trace.phase.append("backward" if in_engine else self.phase)
@@ -346,5 +356,6 @@ class Tracker(TorchDispatchMode):
 
 
 _LIFTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}  # a constant on its way in
+_ZEROS = aten._efficientzerotensor.default  # what autograd has for gradients of zero: it has a size and no memory
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}

@@ -3,7 +3,8 @@
 from ullage.cost._devices import Device, devices, find_device
 from ullage.cost._host import HostCost, host_cost_in, measure_host
 from ullage.cost._measure import measure_ops
-from ullage.cost._roofline import roofline_ops
+from ullage.cost._nodes import measure_node
+from ullage.cost._roofline import is_free, roofline_ops
 
 __all__ = [
     "Device",
@@ -11,7 +12,9 @@ __all__ = [
     "devices",
     "find_device",
     "host_cost_in",
+    "is_free",
     "measure_host",
+    "measure_node",
     "measure_ops",
     "roofline_ops",
 ]

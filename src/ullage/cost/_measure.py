@@ -13,83 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
+from ullage.capture._nodes import tensors_in
 from ullage.capture._timeline import OpCost
-from ullage.capture._trace import Signature, TensorSpec
+from ullage.capture._trace import Signature
 from ullage.cost._devices import Device
-from ullage.cost._roofline import is_free, roofline_ops, spec_bytes, specs_in
+from ullage.cost._made import Filling, arguments, fillings, measurable
+from ullage.cost._roofline import is_free, roofline_ops, specs_in
 from ullage.measure._allocator import record_blocks
 from ullage.measure._state import preserved_rng, preserved_torch_rng
 from ullage.measure._turns import one_at_a_time
 from ullage.runtime import draws
 
 aten = torch.ops.aten
-MAX_BYTES = 8 * 2**30
 # What an op of backward reads has left the caches that are a core's own: between its calls this much else is written.
 EVICTED_BYTES = 4 * 2**20
-_INDEXED = {aten.embedding.default: 0, aten.nll_loss_forward.default: 0}
-_COUNTED = {aten.masked_select.default: 1, aten.index.Tensor: 1}  # where the mask is that says how much comes out
-_SKIP = {aten._local_scalar_dense.default, aten._pin_memory.default}
-
-
-def _make(spec: TensorSpec, high: int) -> Tensor:
-    span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True)) if math.prod(spec.shape) else 0
-    if spec.dtype.is_floating_point:
-        base = torch.empty(span, dtype=spec.dtype, device=spec.device).fill_(0.5)
-    elif spec.dtype.is_complex or high <= 1:
-        base = torch.zeros(span, dtype=spec.dtype, device=spec.device)
-    else:
-        base = (torch.arange(span, device=spec.device) % high).to(spec.dtype)  # no draw: RNG stays as found
-    made = base.as_strided(spec.shape, spec.stride)
-    if spec.conj:
-        made = made.conj()
-    return torch._neg_view(made) if spec.neg else made
-
-
-def _arguments(s: Signature) -> tuple[Any, Any]:
-    high = 1
-    if s.func in _INDEXED:
-        high = s.args[0].shape[0] if s.func is aten.embedding.default else s.args[0].shape[-1]
-    if s.func is aten.embedding_dense_backward.default:
-        high = s.args[2]
-
-    def make(value: Any) -> Any:
-        return _make(value, high) if isinstance(value, TensorSpec) else value
-
-    def listed(value: Any) -> Any:
-        return [listed(v) for v in value] if isinstance(value, tuple) else value
-
-    args = tree_map(make, [listed(a) for a in s.args])
-    if s.func in _COUNTED:
-        for mask in tree_flatten(args[_COUNTED[s.func]])[0]:
-            if isinstance(mask, Tensor) and mask.dtype in (torch.bool, torch.uint8):
-                _choose(mask, args[0], s.outputs[0].shape)
-    if s.func is aten.mkldnn_rnn_layer_backward.default:  # reads a workspace that only its forward can fill
-        reverse, mode, hidden, layers, biases, train, both, sizes, batch_first = args[13:22]
-        with torch.enable_grad():
-            args[22] = aten.mkldnn_rnn_layer(
-                *args[:7], reverse, sizes, mode, hidden, layers, biases, both, batch_first, train
-            )[3]
-    return args, {k: make(v) for k, v in s.kwargs.items()}
-
-
-def _choose(mask: Tensor, source: Tensor, wanted: Sequence[int]) -> None:
-    """Set as much of a mask as makes an output of this shape."""
-    rest = max(source.numel(), mask.numel()) // max(mask.numel(), 1)
-    chosen = math.prod(wanted) // max(rest, 1)
-    mask.copy_((torch.arange(mask.numel(), device=mask.device) < chosen).view(mask.shape))
-
-
-def _measurable(s: Signature) -> bool:
-    unknown = torch.Tag.dynamic_output_shape in s.func.tags and s.func not in _COUNTED
-    if s.func in _SKIP or unknown or "c10d" in s.func.namespace:
-        return False
-    inputs = specs_in([s.args, s.kwargs])
-    if any(len(i.stride) != len(i.shape) for i in inputs):
-        return False
-    return sum(spec_bytes(i) for i in inputs) + s.output_bytes <= MAX_BYTES
 
 
 def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
@@ -126,12 +64,12 @@ def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback:
             if is_free(s):
                 costs.append(OpCost(1e-6, 0))
                 continue
-            with _undrawn(s):
-                costs.append(_one(s, is_cold, rough) if _measurable(s) else rough)
+            with undrawn(s):
+                costs.append(_one(s, is_cold, rough) if measurable(s) else rough)
     return costs
 
 
-def _undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
+def undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
     """Ops that draw are run for real; what a library's op draws isn't known. Other threads draw from the same generators."""
     if s.func.namespace not in ("aten", "prims"):
         return preserved_rng()
@@ -141,32 +79,61 @@ def _undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
 def _one(s: Signature, cold: bool, rough: OpCost) -> OpCost:
     devices = {i.device for i in specs_in([s.args, s.kwargs, s.outputs])}
     device = "cuda" if "cuda" in devices else "cpu"
-    try:
+    seconds = 0.0
+
+    def run(filling: Filling) -> tuple[int, tuple[int, ...]]:
+        nonlocal seconds
         # oneDNN's LSTM fills its workspace only where gradients are on
         with torch.set_grad_enabled(s.func is aten.mkldnn_rnn_layer.default):
-            args, kwargs = _arguments(s)
+            args, kwargs = arguments(s, filling)
 
             def call() -> Any:
                 return s.func(*args, **kwargs)
 
-            outputs: list[int] = []
+            out = call()  # what a kernel allocates once and for all is not part of a call
+            shapes = [tuple(t.shape) for t in tensors_in(out)]
+            if torch.Tag.dynamic_output_shape in s.func.tags and shapes != [o.shape for o in s.outputs]:
+                raise ValueError(f"{s.func}: other shapes than in the step")
+            del out
+            found = peak_and_made(call, (args, kwargs), device)
+            seconds = seconds or max(_time(call, device, cold), 1e-6)
+            return found
 
-            def once() -> None:
-                known = {t.untyped_storage()._cdata for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
-                out = call()
-                for t in tree_flatten(out)[0]:
-                    if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known:
-                        known.add(t.untyped_storage()._cdata)
-                        outputs.append(t.untyped_storage().nbytes())
-
-            call()  # what a kernel allocates once and for all is not part of a call
-            peak = _peak(once, device)
-            return OpCost(max(_time(call, device, cold), 1e-6), max(peak, s.output_bytes), tuple(outputs))
+    try:
+        peak, outputs, bounds = most_of(run, fillings(s, [s.func]))
     except Exception:  # an op that can't be run on made-up values: the roofline stands in
         return rough
+    return OpCost(seconds, max(peak, s.output_bytes), outputs, bounds)
 
 
-def _peak(call: Callable[[], None], device: str) -> int:
+def most_of(
+    run: Callable[[Filling], tuple[int, tuple[int, ...]]], fillings: Sequence[Filling]
+) -> tuple[int, tuple[int, ...], bool]:
+    """(the largest peak of these runs, what the first returned, do they differ). Only the first has to succeed."""
+    peak, outputs = run(fillings[0])
+    peaks = {peak}
+    for filling in fillings[1:]:
+        with contextlib.suppress(Exception):  # values that this op refuses
+            peaks.add(run(filling)[0])
+    return max(peaks), outputs, len(peaks) > 1
+
+
+def peak_and_made(call: Callable[[], Any], given: Any, device: str) -> tuple[int, tuple[int, ...]]:
+    """The most that a call allocates at any moment, and the sizes of the storages that it returns and was not given."""
+    made: list[int] = []
+
+    def once() -> None:
+        known = {t.untyped_storage()._cdata for t in tensors_in(given)}
+        for t in tensors_in(call()):
+            if t.untyped_storage()._cdata not in known:
+                known.add(t.untyped_storage()._cdata)
+                made.append(t.untyped_storage().nbytes())
+
+    return peak_of(once, device), tuple(made)
+
+
+def peak_of(call: Callable[[], None], device: str) -> int:
+    """The most that a call allocates at any moment."""
     if device == "cuda":
         torch.cuda.synchronize()
         start = torch.cuda.memory_allocated()

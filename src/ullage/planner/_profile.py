@@ -70,11 +70,13 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     timeline: list[tuple[str, str, str, int]]
     notes: list[str]
     op_cost_table: dict[str, tuple[float, int, list[int]]]
+    bounded: list[str] = []  # of that table: ops whose bytes hang on values, so that theirs is an upper bound
 
     @property
     def op_costs(self) -> dict[str, OpCost]:
         """Cost of every distinct op signature."""
-        return {k: OpCost(s, i, tuple(o)) for k, (s, i, o) in self.op_cost_table.items()}
+        bounded = set(self.bounded)
+        return {k: OpCost(s, i, tuple(o), k in bounded) for k, (s, i, o) in self.op_cost_table.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON."""
@@ -174,6 +176,7 @@ def _profile_of(s: Study) -> Profile:
         timeline=_bytes_over_time(s, later),
         notes=list(s.plain_session.values.assumptions),
         op_cost_table=_cost_table(s),
+        bounded=sorted(k for k, c in s.known_costs.items() if c.bounds),
     )
 
 

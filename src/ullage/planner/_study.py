@@ -26,6 +26,7 @@ from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofl
 from ullage.mechanisms import KEEP, Option, UnitSettings
 from ullage.planner._device import DeviceChoice
 from ullage.planner._moved import overlap_of
+from ullage.planner._nodes import book_nodes, upper_bound
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Study:
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
     _executed: dict[frozenset[tuple[str, Option]], StepCapture] = field(default_factory=dict)
     _fresh: dict[frozenset[tuple[str, Option]], tuple[StepCapture, StepCapture]] = field(default_factory=dict)
+    _booked: WeakKeyDictionary[Session, int] = field(default_factory=WeakKeyDictionary)  # runs of nodes
     _timelines: WeakKeyDictionary[Session, tuple[int, Timeline]] = field(default_factory=WeakKeyDictionary)
 
     def costs(self, session: Session) -> list[OpCost]:
@@ -97,7 +99,14 @@ class Study:
                 seconds = [c.seconds for c in (found if self.times_given else measured)]
                 found = [replace(c, seconds=t) for c, t in zip(measured, seconds, strict=True)]
             self.known_costs.update({signature_key(s): c for s, c in zip(unknown.values(), found, strict=True)})
-        have += [self.known_costs[signature_key(s)] for s in todo]
+        for s in todo:
+            have.append(self.known_costs[signature_key(s)])
+            if have[-1].bounds:
+                session.values.assumptions[upper_bound(str(s.func))] = None
+        done, nodes = self._booked.get(session, 0), session.trace.nodes
+        if self.costs_mode == "measured" and done < len(nodes):
+            book_nodes(session, nodes[done:], have, self.known_costs, signature_key)
+        self._booked[session] = len(nodes)
         return have
 
     def timeline(self, session: Session) -> Timeline:
