@@ -67,10 +67,10 @@ class OpStep:
         return ul.Workload(Called(self.op, self.sample), torch.zeros(1), loss=total)
 
     @property
-    def shapes(self) -> list[list[int]]:
+    def shapes(self) -> list[str]:
         """Of its tensors."""
         leaves = tree_flatten((self.sample.input, self.sample.args, self.sample.kwargs))[0]
-        return [list(t.shape) for t in leaves if isinstance(t, Tensor)]
+        return ["x".join(map(str, t.shape)) for t in leaves if isinstance(t, Tensor)]
 
 
 def names() -> list[str]:

@@ -28,6 +28,7 @@ from _op_steps import OpStep, names, steps
 import ullage as ul
 import ullage.planner._study
 from ullage.measure._measure import _peaks
+from ullage.measure._state import preserved
 
 WANTED_SHARE = 0.98
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +44,9 @@ def judged(step: OpStep) -> Row:
         profile = ul.profile(step.workload())
     except ul.UllageError as error:
         return {**head, "refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    _, recorded, _, _ = _peaks(step.workload().instance(), ())
+    inst = step.workload().instance()
+    with preserved(inst) as state:
+        recorded = _peaks(inst, state)[1]
     predicted = [profile.first_step_peak_bytes, profile.later_step_peak_bytes]
     found = [recorded[0], recorded[2]]
     differences = [p - f for p, f in zip(predicted, found, strict=True)]

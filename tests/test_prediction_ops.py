@@ -19,6 +19,7 @@ import ullage.planner._study
 from ullage.capture._timeline import OpCost
 from ullage.cost import HostCost
 from ullage.measure._measure import _peaks
+from ullage.measure._state import preserved
 
 # autograd's formula takes another way on tensor subclasses, which the tensors of a capture are
 BRANCHING = [
@@ -59,7 +60,9 @@ def no_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def predicted_and_recorded(name: str) -> tuple[ul.Profile, list[int], list[int]]:
     (step,) = steps({name})
     profile = ul.profile(step.workload())
-    _, recorded, _, _ = _peaks(step.workload().instance(), ())
+    inst = step.workload().instance()
+    with preserved(inst) as state:
+        recorded = _peaks(inst, state)[1]
     return profile, [profile.first_step_peak_bytes, profile.later_step_peak_bytes], [recorded[0], recorded[2]]
 
 
@@ -90,16 +93,17 @@ class Routed(nn.Module):
         return x + y * chosen.amax(-1, keepdim=True) + x.max(-1, keepdim=True).values
 
 
-def routed(**other: Any) -> ul.Workload:
+def routed(tokens: int = 51) -> ul.Workload:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(11, 13), *(Routed(13) for _ in range(3)))
     return ul.Workload(
-        model, torch.randn(7, 51, 11), loss=lambda y, _: y.square().mean(), optimizer=torch.optim.SGD, **other
+        model, torch.randn(7, tokens, 11), loss=lambda y, _: y.square().mean(), optimizer=torch.optim.SGD
     )
 
 
-def test_formulas_under_a_plan() -> None:
-    work = routed()
+@pytest.mark.parametrize("tokens", [5, 51])  # the states of generators that units compare are more than the 5's tensors
+def test_formulas_under_a_plan(tokens: int) -> None:
+    work = routed(tokens)
     profile = ul.profile(work)
     plan = ul.plan(work, policy="every_block", profile=profile)
     for source, found in ((profile, ul.measure(work, steps=1)), (plan.predicted, ul.measure(work, plan, steps=1))):

@@ -70,7 +70,11 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     inside = [costs[s].internal_bytes + numbers for s, numbers in zip(trace.signature, trace.numbers, strict=True)]
     for i, measured in trace.inside.items():  # with the numbers of the whole node
         inside[i] = measured
-    peak = before + np.maximum(born[1 : n + 1], np.array(inside, np.int64))
+    held = np.zeros(n, np.int64)  # by what was made before the op starts and is there while it runs
+    for s in {id(s): s for moment in trace.between for s in moment.born}.values():
+        if s.birth <= s.death and 0 <= s.birth < n:
+            held[s.birth] += effective_bytes(s, trace, costs)
+    peak = before + held + np.maximum(born[1 : n + 1] - held, np.array(inside, np.int64))
     for moment in trace.between:
         live = int(alive_during[moment.at - 1]) if moment.at > 0 else int(np.cumsum(born)[0])
         live += sum(effective_bytes(s, trace, costs) for s in moment.born)
