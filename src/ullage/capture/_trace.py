@@ -63,7 +63,7 @@ class NodeRun:
         made_by: index of the signature of the forward op that made it.
         needs: per tensor among that op's arguments: does it require grad?
         grads: specs of the gradients it was given (None for one that is undefined); None if that was not seen.
-        ops: indices of the ops of the formula, without those of replays.
+        ops: indices of the ops of the formula, without those of replays and of what comes back from elsewhere.
     """
 
     name: str

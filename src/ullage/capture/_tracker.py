@@ -30,7 +30,7 @@ from ullage.capture._numbers import SavedNumbers
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
-from ullage.runtime import draws, recomputing_units
+from ullage.runtime import draws, is_bookkeeping, recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -306,7 +306,7 @@ class Tracker(TorchDispatchMode):
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]
-            if node is not None and not replaying:
+            if node is not None and not replaying and not is_bookkeeping():
                 self._nodes.ran(trace, node, sequence)
         else:
             sequence = torch._C._autograd._get_sequence_nr()

@@ -43,7 +43,7 @@ from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
-from ullage.runtime._local import Apart, is_recomputing, recomputing_units, unit_of
+from ullage.runtime._local import Apart, is_bookkeeping, is_recomputing, recomputing_units, unit_of
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
@@ -68,6 +68,7 @@ __all__ = [
     "draws",
     "host_rng",
     "host_rng_moved",
+    "is_bookkeeping",
     "is_recomputing",
     "level_rule",
     "recomputing_units",

@@ -51,6 +51,11 @@ def recomputing_units() -> list[str]:
     return local.units
 
 
+def is_bookkeeping() -> bool:
+    """Is what runs now ours, not the unit's or autograd's? See `quiet`."""
+    return local.quiet
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Ops inside are ours, not the unit's: the modes that log or skip a unit's ops let them pass."""
