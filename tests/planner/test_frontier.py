@@ -188,7 +188,7 @@ def test_a_policy_that_can_not_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(result.points) == 2
 
 
-def test_a_step_of_its_own_keeps_its_reserve() -> None:
+def test_points_of_a_step_of_its_own_are_within_their_budgets() -> None:
     work = blocks()
     optimizer = torch.optim.SGD(work.model.parameters())
 
@@ -198,7 +198,7 @@ def test_a_step_of_its_own_keeps_its_reserve() -> None:
         optimizer.zero_grad()
 
     result = ul.frontier(ul.Workload(work.model, work.batch, step=step), 2, costs="roofline")
-    assert all(p.peak_bytes + 64 <= p.budget_bytes for p in result.points)
+    assert len(result.points) == 2 and all(p.peak_bytes <= p.budget_bytes for p in result.points)
     assert result.within(result.points[0].budget_bytes) == result.points[0]
 
 

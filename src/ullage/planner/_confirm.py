@@ -89,10 +89,10 @@ def _confirmed(s: Study, limit: int, offload: bool) -> tuple[StepCapture | None,
 
 
 def smallest_step(s: Study) -> StepCapture:
-    """The executed step with the smallest peak, among the solver's choice and the homogeneous ones; without windows."""
+    """The executed step with the smallest peak, among the solver's choice, the homogeneous ones and the plain one; without windows."""
     s.windows.clear()
     model = model_of(s)
-    candidates = [c for n, c in s.captures.items() if n != "keep" and _allowed(s, c.assignment)]
+    candidates = [c for c in s.captures.values() if _allowed(s, c.assignment)]
     candidates.append(s.execute(assignment_of(model, smallest(model).schedule)))
     if s.tier is not None:
         candidates.append(s.execute(assignment_of(model, smallest(without_tier(model)).schedule)))
