@@ -137,6 +137,11 @@ def test_refusals(kind: str) -> None:
         assert _traces(work) == before
 
 
+def test_a_nested_tensor_is_refused_in_the_same_words_once_torch_keeps_one() -> None:
+    torch.nested.nested_tensor_from_jagged(torch.ones(4, 3), offsets=torch.tensor([0, 1, 4])).sin()
+    test_refusals("nested")
+
+
 @pytest.mark.parametrize("factory", [False, True])
 def test_a_captured_step_leaves_nothing(factory: bool) -> None:
     work = _work(torch.tanh)

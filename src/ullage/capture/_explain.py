@@ -9,6 +9,7 @@ from typing import Any
 from ullage._errors import CaptureError, UllageError
 from ullage._source import files_of, line_of
 from ullage.capture._kernels import NeedsValues
+from ullage.capture._layouts import NO_NESTED
 
 # What torch says where it is the fake tensors that a step can't have; else it would say the same of real ones.
 _OF_FAKES = ("fake", "meta", "subclass", "data pointer", "data_ptr", "access storage", "shape_env", "not allocated")
@@ -113,8 +114,7 @@ def _is_sparse(error: Exception, op: FailedOp | None) -> bool:
 _KNOWN: tuple[tuple[Callable[[Exception, FailedOp | None], bool], str], ...] = (
     (
         _is_nested,
-        "nested (jagged) tensors can't be planned, as torch's fake tensors have no sizes for them; pad to a fixed length "
-        "with a mask for the planned step",
+        NO_NESTED,
     ),
     (
         _no_fake_kernel,

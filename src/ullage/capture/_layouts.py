@@ -13,6 +13,10 @@ from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError, WorkloadError
 
+NO_NESTED = (
+    "nested (jagged) tensors can't be planned, as torch's fake tensors have no sizes for them; pad to a fixed length "
+    "with a mask for the planned step"
+)
 _KINDS = {torch.jagged: "a nested (jagged) tensor", torch.sparse_coo: "a sparse tensor"}
 
 

@@ -25,6 +25,7 @@ from ullage._errors import CaptureError
 from ullage._source import source_line
 from ullage.capture._explain import FailedOp
 from ullage.capture._kernels import FakeKernels
+from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
 from ullage.capture._outputs import argument_key
@@ -254,6 +255,8 @@ class Tracker(TorchDispatchMode):
                 f"{where}{what}, and it requires grad, so that the step would write to its gradient; make it a parameter of "
                 "the model, or build the model and what it uses in a function for Workload.from_factory"
             )
+        if real.is_nested:  # torch keeps one of its own, once a process has made any
+            raise CaptureError(f"{self.place()}: {NO_NESTED}")
         if real.layout is not torch.strided or type(real) not in (Tensor, torch.nn.Parameter):
             kind = str(real.layout) if type(real) is Tensor else type(real).__name__
             raise CaptureError(
