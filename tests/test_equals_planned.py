@@ -140,3 +140,25 @@ def test_lazy_modules_are_called_once_before() -> None:
         ul.plan(work, policy="every_block", costs="roofline")
     model(x)  # what the message says
     assert ul.verify(work, ul.plan(work, policy="every_block", costs="roofline"), steps=2).ok
+
+
+class _Activated(nn.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, 64), nn.Linear(64, 16), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_blocks_of_one_class_with_other_functions_share_no_log() -> None:
+    torch.manual_seed(0)
+    acts = [F.gelu, F.gelu, lambda t: t.sin().exp().tanh(), torch.sigmoid]
+    model = nn.Sequential(*map(_Activated, acts))
+    work = ul.Workload(model, torch.randn(8, 16, requires_grad=True), loss=lambda o, _: o.square().mean())
+    plan = ul.plan(work, policy="selective", costs="roofline")
+    with plan.apply(model) as handle:  # a stale log warns, and warnings are errors
+        for _ in range(3):
+            model(work.batch).square().mean().backward()
+        assert all(u.recomputed for u in handle.report().units)
+    assert ul.verify(work, plan).ok

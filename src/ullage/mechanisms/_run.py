@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,10 +84,20 @@ class Sites:
 
 
 def structure_of(module: nn.Module) -> Hashable:
-    """Equal for modules of the same classes, shapes, dtypes and flags."""
-    classes = tuple((n, type(m), m.training) for n, m in module.named_modules())
+    """Equal for modules of the same classes, shapes, dtypes, flags and functions. Numbers and names may differ from block to block."""
+    classes = tuple((n, type(m), _flags_and_functions(m)) for n, m in module.named_modules())
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return classes, tuple((n, type(t), t.shape, t.dtype, t.device, t.requires_grad) for n, t in tensors)
+
+
+def _flags_and_functions(module: nn.Module) -> Hashable:
+    told: list[tuple[str, Any]] = []
+    for name, value in vars(module).items():
+        if isinstance(value, bool | types.BuiltinFunctionType):
+            told.append((name, value))
+        elif isinstance(value, types.FunctionType):  # made anew in each block, it is the same by its code
+            told.append((name, value.__code__))
+    return tuple(told)
 
 
 def run_unit(
