@@ -79,7 +79,9 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
         live = int(alive_during[moment.at - 1]) if moment.at > 0 else int(np.cumsum(born)[0])
         live += sum(effective_bytes(s, trace, costs) for s in moment.born)
         live -= sum(effective_bytes(s, trace, costs) for s in moment.dead)
-        at = min(moment.at, n - 1)
+        # what is only compared is looked at when a unit's forward is over, after the last of its ops
+        compared = any(s.death < s.birth for s in moment.born)
+        at = min(max(moment.at - compared, 0), n - 1)
         peak[at] = max(peak[at], live)
     after = alive_during - dead[1 : n + 1]
     seconds = np.array([costs[s].seconds for s in trace.signature])
