@@ -121,3 +121,12 @@ def test_planning_from_a_profile_measures_no_node(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("ullage.planner._nodes.measure_node", refused)
     ul.plan(routed(), policy="every_block", profile=profile)
+
+
+def test_bags_none_of_which_is_empty_are_predicted_to_the_byte() -> None:
+    work = ul.Workload(
+        nn.EmbeddingBag(50, 32, mode="max"), torch.arange(128).view(16, 8) % 50, loss=lambda out, _: out.sum()
+    )
+    profile = ul.profile(work)
+    assert profile.peak_bytes == ul.measure(work, steps=1).peak_bytes
+    assert any("_embedding_bag_backward.default hang on values" in n for n in profile.notes)

@@ -47,6 +47,7 @@ _MASKS = (Filling(every=1), Filling(every=2))
 _DISTINCT = Filling(count=0)
 _COUNTED_FROM_ONE = Filling(least=1)
 _PIVOTS = {aten.lu_unpack.default, aten.linalg_lu_solve.default, aten.linalg_ldl_solve.default}
+_BAGS = {aten._embedding_bag_backward.default, aten._embedding_bag_dense_backward.default}  # how many of them are empty
 # a norm for each degree of the polynomials (aten/native/LinearAlgebra.cpp), and one for which the matrix is scaled first
 _NORMS = (1e-5, 1e-3, 1e-2, 0.1, 1.0, 8.0)
 
@@ -64,6 +65,8 @@ def fillings(s: Signature, through: Iterable[Any]) -> list[Filling]:
         found += _MASKS
     if aten._unique in ops:
         found.append(_DISTINCT)
+    if s.func in _BAGS and s.outputs[0].shape[0] > 1:
+        found.append(_COUNTED_FROM_ONE)
     if aten.linalg_matrix_exp in ops:
         found += [Filling(floating=norm / max(s.args[0].shape[-1], 1)) for norm in _NORMS]
     return found
