@@ -107,3 +107,19 @@ def test_an_argument_that_changed_and_that_backward_needs_is_named() -> None:
     r.add_(1)
     with pytest.raises(ul.ReplayError, match="argument 1 was changed between forward and backward"):
         loss.backward()
+
+
+def test_an_argument_that_the_unit_in_it_saves_is_refused_as_by_autograd() -> None:
+    def block(call: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def outer(x: Tensor, r: Tensor) -> Tensor:
+            given = x + 1
+            y = call(lambda t: t.sin(), given)  # the plain step saves what is written to
+            given.mul_(3)
+            return (y + given).exp()
+
+        return outer
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grads(block, plain)
+    with pytest.raises(ul.ReplayError, match="an argument was changed between forward and backward"):
+        grads(block, unit)

@@ -350,6 +350,7 @@ class Frame:
             raise changed_error(self, found.by)
         if i in (store := rebuild_arguments(self)):
             self.rebuilt.update({j: x for j, x in store.items() if type(self.rebuilt.get(j)) is Modified})
+            local.copied[storage_of(store[i])] = "an argument"
             return store[i]
         raise ReplayError(
             f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "

@@ -24,6 +24,8 @@ class _Local(threading.local):
         self.skipping = False  # a selective replay runs
         # while a replay gets its arguments back from the hooks of a unit around it: those that are not what they were, by storage
         self.moved: dict[int, str] | None = None
+        # then, those that were copied since the unit around it writes to them: what is saved must not be one of them
+        self.copied: dict[int, str] = {}
 
 
 local = _Local()

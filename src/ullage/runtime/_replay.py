@@ -268,15 +268,18 @@ def _arguments(frame: Frame, watch: Watch | None) -> tuple[list[Any], dict[str, 
     if not frame.inputs.hooked:
         return frame.inputs.give()
     before, local.moved = local.moved, {}
+    copied, local.copied = local.copied, {}
     try:
         given = frame.inputs.give()
         if local.moved:
             if watch is None:
                 raise _Moved(local.moved)
             watch.changed.update(local.moved)
+        if local.copied:  # the plain step saves such an argument itself, and so fails where it is saved
+            frame.restored = {**frame.restored, **local.copied}
         return given
     finally:
-        local.moved = before
+        local.moved, local.copied = before, copied
 
 
 @contextlib.contextmanager
