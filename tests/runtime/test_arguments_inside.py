@@ -123,3 +123,29 @@ def test_an_argument_that_the_unit_in_it_saves_is_refused_as_by_autograd() -> No
         grads(block, plain)
     with pytest.raises(ul.ReplayError, match="an argument was changed between forward and backward"):
         grads(block, unit)
+
+
+def _written_while_another_has_changed(call: Any, needed: bool) -> Tensor:
+    x = torch.linspace(-1, 1, 8).requires_grad_()
+    r = torch.ones(8)
+
+    def outer(x: Tensor, r: Tensor) -> Tensor:
+        given = x + 1
+        y = call(lambda t, s: t.tanh() * 2 + (s * t if needed else s), given, r)
+        given.mul_(3)
+        return y.sum() + given.exp().sum()
+
+    loss = call(outer, x, r)
+    r.add_(1)
+    return torch.autograd.grad(loss, x)[0]
+
+
+def test_an_argument_is_written_to_while_another_that_has_changed_is_not_needed() -> None:
+    assert torch.equal(
+        _written_while_another_has_changed(plain, False), _written_while_another_has_changed(unit, False)
+    )
+
+
+def test_an_argument_is_written_to_while_another_that_has_changed_is_needed() -> None:
+    with pytest.raises(ul.ReplayError, match="argument 1 was changed between forward and backward|modified by"):
+        _written_while_another_has_changed(unit, True)

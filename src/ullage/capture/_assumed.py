@@ -82,7 +82,7 @@ class Assumed:
 
 
 def check_assumed(session: Any, another: Callable[[int], Any], steps: int) -> None:
-    """Capture the steps that this session has run with other values in place of those that were read.
+    """Capture the steps that this capture has run with other values in place of those that were read.
 
     Args:
         session: has run `steps` plain steps.

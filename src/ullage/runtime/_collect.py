@@ -78,11 +78,11 @@ class Collector:
         if self.drops:
             return self._dropping()
         pack = self._full() if self.selection is None else self._selective(self.selection)
-        if self.copies:
-            return self._copying(pack)
-        if watch is None:
-            return pack
+        if watch is not None:
+            pack = self._watched(pack, watch)
+        return self._copying(pack, watch) if self.copies else pack
 
+    def _watched(self, pack: Any, watch: Watch) -> Any:
         def watched(x: Tensor) -> int:
             try:
                 return pack(x)  # type: ignore[no-any-return]
@@ -93,11 +93,10 @@ class Collector:
 
         return watched
 
-    def _copying(self, pack: Any) -> Any:
+    def _copying(self, pack: Any, watch: Watch | None) -> Any:
         def copying(x: Tensor) -> int:
-            if local.holding:
-                with quiet():
-                    x = x.detach().clone()
+            if local.holding and (watch is None or watch.name(x) is None):
+                x = x.detach().clone()  # seen by `watch`, as any new tensor
             return pack(x)  # type: ignore[no-any-return]
 
         return copying

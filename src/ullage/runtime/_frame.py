@@ -344,13 +344,14 @@ class Frame:
 
     def _modified(self, i: int, found: Modified) -> Any:
         if found.by:
-            if found.now is not None and local.moved is not None:
-                local.moved[storage_of(found.now)] = found.by
+            if found.now is not None and local.giving is not None:
+                local.giving.moved[storage_of(found.now)] = found.by
                 return found.now
             raise changed_error(self, found.by)
         if i in (store := rebuild_arguments(self)):
             self.rebuilt.update({j: x for j, x in store.items() if type(self.rebuilt.get(j)) is Modified})
-            local.copied[storage_of(store[i])] = "an argument"
+            if local.giving is not None:
+                local.giving.copied[storage_of(store[i])] = "an argument"
             return store[i]
         raise ReplayError(
             f"{self.site.name}: saved tensor {i} of shape {tuple(found.shape)} is modified by an inplace operation "

@@ -16,16 +16,28 @@ class Apart:
     """What is ours and hangs on a unit's module, but is no state of the unit's: no replay looks at it or puts it back."""
 
 
+class Giving:
+    """Arguments that the unit around a replayed one can't give back as they were; names by storage.
+
+    Attributes:
+        moved: what is given has changed since.
+        copied: a copy is given, as the unit around writes to the argument afterwards; it must not be what is saved.
+    """
+
+    __slots__ = ("copied", "moved")
+
+    def __init__(self) -> None:
+        self.moved: dict[int, str] = {}
+        self.copied: dict[int, str] = {}
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.units: list[str] = []
         self.quiet = False
         self.holding = False  # a unit's arguments are being saved with the hooks of a unit around it
         self.skipping = False  # a selective replay runs
-        # while a replay gets its arguments back from the hooks of a unit around it: those that are not what they were, by storage
-        self.moved: dict[int, str] | None = None
-        # then, those that were copied since the unit around it writes to them: what is saved must not be one of them
-        self.copied: dict[int, str] = {}
+        self.giving: Giving | None = None  # a replay gets its arguments back from the hooks of a unit around it
 
 
 local = _Local()

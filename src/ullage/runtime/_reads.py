@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
@@ -307,10 +307,10 @@ def _changed_copies(frame: Frame, back: Back) -> dict[int, str]:
     return lost
 
 
-def mark_restored(frame: Frame, store: dict[int, Any]) -> None:
+def mark_restored(restored: Mapping[int, str], store: dict[int, Any]) -> None:
     """What the replay saw as it was is not as it was any more: where it is itself what was saved, it can't be had."""
     for i, t in store.items():
-        name = frame.restored.get(storage_of(t)) if isinstance(t, Tensor) else None
+        name = restored.get(storage_of(t)) if isinstance(t, Tensor) else None
         if name is not None:
             store[i] = Modified(t.shape, name)
 

@@ -15,7 +15,7 @@ from ullage.runtime._after import Left
 from ullage.runtime._collect import Collector, Modified, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
-from ullage.runtime._local import local, pop_hooks, push_hooks, quiet
+from ullage.runtime._local import Giving, local, pop_hooks, push_hooks, quiet
 from ullage.runtime._memory import storage_of
 from ullage.runtime._reads import Before, changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
@@ -73,7 +73,10 @@ def rebuild_arguments(frame: Frame) -> dict[int, Any]:
     The plain step does not save such an argument, so there the unit may write to it afterwards.
     """
     changed = changed_reads(frame)
-    store, _ = _attempt(frame, None, Watch(changed) if changed else None, copies=True)
+    try:
+        store = _without(frame, changed, copies=True) if changed else _attempt(frame, None, copies=True)[0]
+    except _Moved as moved:
+        store = _without(frame, moved.names, copies=True)
     return {i: x for i, x in store.items() if type(x) is not Modified}
 
 
@@ -100,10 +103,10 @@ def run_again(frame: Frame, record: bool) -> Any:
     return out
 
 
-def _without(frame: Frame, changed: dict[int, str]) -> dict[int, Any]:
+def _without(frame: Frame, changed: dict[int, str], copies: bool = False) -> dict[int, Any]:
     """Rebuild in full; what something went into that has changed is not to be had."""
     try:
-        return _attempt(frame, None, Watch(changed))[0]
+        return _attempt(frame, None, Watch(changed), copies=copies)[0]
     except Changed as read:
         raise changed_error(frame, str(read)) from None
 
@@ -209,7 +212,7 @@ def _attempt(
     left, now = Left(frame, replay), ambient.read_flags()
     try:
         # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
-        args, kwargs = _arguments(frame, watch)
+        (args, kwargs), copied = _arguments(frame, watch)
         for source, state in frame.rng:
             source[1](state)
         if frame.entry is None and frame.back is None and frame.flags == now:
@@ -220,8 +223,8 @@ def _attempt(
                 out = _run(frame, replay, selection, args, kwargs, watch)
                 replay.note_modified()
         store = replay.finish()
-        if frame.restored:
-            mark_restored(frame, store)
+        if frame.restored or copied:
+            mark_restored({**frame.restored, **copied}, store)
         return store, out
     except Stale:
         raise
@@ -263,23 +266,23 @@ class _Moved(Exception):
         self.names = names
 
 
-def _arguments(frame: Frame, watch: Watch | None) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments, as they were or followed by `watch`. `_Moved` if there is none and one is not as it was."""
+def _arguments(frame: Frame, watch: Watch | None) -> tuple[tuple[list[Any], dict[str, Any]], dict[int, str]]:
+    """The arguments, as they were or followed by `watch`; and which are copies: the plain step would fail where it saves these.
+
+    `_Moved` if there is no `watch` and one is not as it was.
+    """
     if not frame.inputs.hooked:
-        return frame.inputs.give()
-    before, local.moved = local.moved, {}
-    copied, local.copied = local.copied, {}
+        return frame.inputs.give(), {}
+    before, local.giving = local.giving, Giving()
     try:
         given = frame.inputs.give()
-        if local.moved:
+        if local.giving.moved:
             if watch is None:
-                raise _Moved(local.moved)
-            watch.changed.update(local.moved)
-        if local.copied:  # the plain step saves such an argument itself, and so fails where it is saved
-            frame.restored = {**frame.restored, **local.copied}
-        return given
+                raise _Moved(local.giving.moved)
+            watch.changed.update(local.giving.moved)
+        return given, local.giving.copied
     finally:
-        local.moved, local.copied = before, copied
+        local.giving = before
 
 
 @contextlib.contextmanager
