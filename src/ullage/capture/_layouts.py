@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten
 
 from ullage._errors import CaptureError, WorkloadError
+from ullage.workload import tensors_of
 
 NO_NESTED = (
     "nested (jagged) tensors can't be planned, as torch's fake tensors have no sizes for them; pad to a fixed length "
@@ -56,6 +56,5 @@ def _named(inst: Any) -> Iterator[tuple[str, Tensor]]:
     yield from inst.model.named_parameters()
     for name, b in inst.model.named_buffers():
         yield f"buffer {name}", b
-    for i, t in enumerate(tree_flatten(inst.batch)[0]):
-        if isinstance(t, Tensor):
-            yield f"tensor {i} of the batch", t
+    for i, t in enumerate(tensors_of(inst.batch)):
+        yield f"tensor {i} of the batch", t

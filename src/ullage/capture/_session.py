@@ -30,7 +30,7 @@ from ullage.capture._values import Values
 from ullage.measure._reach import optimizers_of, reach
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, unit_of
-from ullage.workload import Instance, Workload, run_step
+from ullage.workload import Instance, Workload, run_step, tensors_of
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,8 @@ class Session:
         for name, b in inst.model.named_buffers():
             tracker.adopt(b, "buffer")
             tracker.resident_names[b.untyped_storage()._cdata] = name
-        for t in tree_flatten(inst.batch)[0]:
-            if isinstance(t, Tensor):
-                tracker.adopt(t, "input")
+        for t in tensors_of(inst.batch):
+            tracker.adopt(t, "input")
         for optimizer in optimizers_of(inst):
             for t in tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
@@ -193,7 +192,7 @@ class Session:
             if isinstance(t, FakeTensor) and t.is_leaf:
                 tracker.adopt(t, "other")
         if work.factory is None:
-            self.values.seed(inst.batch, work.batch)
+            self.values.seed(tensors_of(inst.batch), tensors_of(work.batch))
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
             tracker.real_parameters = {id(p): p for p in work.model.parameters()}
             for p in work.model.parameters():

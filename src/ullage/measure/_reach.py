@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullage.workload import Instance, Workload
+from ullage.workload import Instance, Workload, tensors_of
 
 STATEFUL = (nn.Module, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
@@ -91,8 +91,11 @@ def _names(code: types.CodeType) -> list[str]:
 def reach(inst: Instance | Workload) -> Reach:
     """Everything a step of this instance can change."""
     found = Reach()
-    for root in (inst.model, inst.optimizer, inst.batch):
-        found.follow(root)
+    found.follow(inst.model)
+    found.follow(inst.optimizer)
+    found.follow(inst.batch, owned=True)
+    for tensor in tensors_of(inst.batch):  # also those in attributes of objects in it
+        found.follow(tensor)
     for fn in (inst.loss, inst.step):
         found.follow(fn, owned=True)
     return found

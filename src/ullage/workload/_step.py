@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from ullage._errors import WorkloadError
+from ullage.workload._batch import call_on
 from ullage.workload._workload import Instance
 
 
 def forward(inst: Instance) -> Any:
     """Call the model on the batch as the workload says."""
-    if isinstance(inst.batch, tuple):
-        return inst.model(*inst.batch)
-    if isinstance(inst.batch, dict):
-        return inst.model(**inst.batch)
-    return inst.model(inst.batch)
+    return call_on(inst.model, inst.batch, for_loss=inst.loss is not None)
 
 
 def compute_loss(inst: Instance) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils._pytree import tree_flatten
 
 from ullage._errors import UllageError, WorkloadError
+from ullage.workload._batch import check_batch, tensors_of
 from ullage.workload._copy import Copier
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -99,7 +99,7 @@ class Instance:
     @property
     def samples(self) -> int:
         """Samples in a micro-batch: the first dimension of the batch's first tensor."""
-        first = next((t for t in tree_flatten(self.batch)[0] if isinstance(t, Tensor) and t.dim() > 0), None)
+        first = next((t for t in tensors_of(self.batch) if t.dim() > 0), None)
         return int(first.shape[0]) if first is not None else 1
 
 
@@ -109,13 +109,15 @@ class Workload:
 
     Args:
         model: the module to train, in the mode (`train()`) it trains in.
-        batch: one micro-batch: a tensor, a tuple (positional) or a dict (keywords) for the model.
-        loss: `(output, batch) -> scalar`. Without it a scalar output or an HF-style `.loss` is used.
+        batch: one micro-batch as a loader gives it: the items of a list or tuple are the model's positional arguments,
+            those of a mapping keywords; a tensor or another object is the one argument.
+        loss: `(output, batch) -> scalar`. Without it a scalar output or an HF-style `.loss` is used. With it, items of the
+            batch that `forward` has no argument for (labels) are the loss's alone.
             The output is released before backward starts; use `step` for a loop that keeps it.
         optimizer: an instance, a callable from parameters to one, or None (forward and backward only).
         autocast: a dtype, or None.
         accumulate: micro-batches per step; each loss is divided by it.
-        step: instead of `loss`: `(model, batch) -> None`, one whole step its own way.
+        step: instead of `loss`: `(model, batch) -> None`, one whole step its own way; the batch may be any object.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
@@ -135,8 +137,7 @@ class Workload:
             return
         if not isinstance(self.model, nn.Module):
             raise WorkloadError(f"model: expected a torch.nn.Module, got {type(self.model).__name__}")
-        if not isinstance(self.batch, Tensor | tuple | dict):
-            raise WorkloadError(f"batch: expected a tensor, a tuple or a dict, got {type(self.batch).__name__}")
+        check_batch(self.batch, self.step)
         if isinstance(self.accumulate, bool) or not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise WorkloadError(f"accumulate: expected a whole number of 1 or more, got {self.accumulate!r}")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):

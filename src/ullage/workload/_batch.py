@@ -1,0 +1,124 @@
+"""What a batch is made of, and how a model is called on it: loaders give tensors, lists, dicts, named tuples and objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ullage._errors import WorkloadError
+
+_ATOMS = (int, float, complex, str, bytes, type(None), type, nn.Module)
+_SEQUENCES = (list, tuple, set, frozenset, deque)
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Every tensor in a batch, each once, in one order for a batch and its copy: in containers and in attributes of objects."""
+    found: list[Tensor] = []
+    seen: dict[int, Any] = {}  # holds them, so that an id stays one thing's
+    todo = [batch]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, _ATOMS) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            found.append(value)
+        else:
+            todo += reversed(_parts(value))
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, _SEQUENCES):
+        return list(value)
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in slots if n != "__dict__")]
+
+
+def check_batch(batch: Any, step: Any) -> None:
+    """Raise WorkloadError unless this is one micro-batch. A step of one's own may take any object."""
+    got = f"got {type(batch).__name__}"
+    if isinstance(batch, DataLoader | Dataset) or hasattr(batch, "__next__"):
+        raise WorkloadError(f"batch: expected one micro-batch, {got}; give next(iter(loader))")
+    if step is None and not tensors_of(batch):
+        raise WorkloadError(
+            f"batch: expected a tensor, or a list, tuple, dict or object that holds some, {got} without any"
+        )
+
+
+def call_on(model: nn.Module, batch: Any, for_loss: bool) -> Any:
+    """Call the model: items of a list or tuple are positional, those of a mapping keywords, anything else is the one argument.
+
+    Args:
+        model: what is called.
+        batch: one micro-batch.
+        for_loss: a loss gets the whole batch too, so what `forward` has no argument for is the loss's alone.
+
+    Raises:
+        WorkloadError: the items are not the arguments of `forward`.
+    """
+    is_mapping = isinstance(batch, Mapping)
+    if not is_mapping and not isinstance(batch, list | tuple):
+        return model(batch)
+    args, kwargs = ((), dict(batch)) if is_mapping else (tuple(batch), {})
+    if all(_is_ours(hook) for hook in model._forward_pre_hooks.values()):  # another may make other arguments of these
+        args, kwargs = _taken(model, args, kwargs, for_loss)
+    return model(*args, **kwargs)
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("ullage.")
+
+
+def _taken(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], for_loss: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    signature = _signature(model.forward)
+    if signature is None:
+        return args, kwargs
+    given = args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        if for_loss:
+            args, kwargs = _without_surplus(signature, args, kwargs)
+            if _binds(signature, args, kwargs):
+                return args, kwargs
+        form = "*batch" if given[0] else "**batch"
+        raise WorkloadError(
+            f"batch: the model is called as model({form}), which {type(model).__name__}.forward({', '.join(signature.parameters)}) does not take: {error}. "
+            "With loss=callable(output, batch) what forward has no argument for goes to the loss alone; "
+            "step=callable(model, batch) calls the model its own way"
+        ) from error
+    return args, kwargs
+
+
+def _without_surplus(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    by = signature.parameters.values()
+    positional = [p for p in by if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = {p.name for p in by if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return args[: len(positional)], {k: v for k, v in kwargs.items() if k in named}
+
+
+def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(forward)
+    except (TypeError, ValueError):  # a callable without a signature
+        return None
