@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint as torchs
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import ullage as ul
 from tests.runtime.program_calls import PASSINGS, arguments, callable_of, result_of, tensors_of
@@ -17,7 +18,7 @@ from tests.runtime.program_constructs import size_of
 from tests.runtime.program_ops import OPS
 from tests.runtime.programs import HOW, Block
 
-mode = ["plain"]  # "plain", "torch" or "ullage": what runs checkpointed blocks
+mode = ["plain"]  # "plain", "torch", "torch, flat" or "ullage": what runs checkpointed blocks
 _given: list[Any] = []  # the first argument of each unit that runs, outermost first
 
 
@@ -138,4 +139,12 @@ def _called(function: Callable[..., Any], how: str, args: list[Any], kwargs: dic
         return function(*args, **kwargs)
     if mode[0] == "torch":
         return torchs.checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if mode[0] == "torch, flat":
+        tensors, shape = tree_flatten((args, kwargs))
+
+        def from_flat(*flat: Any) -> Any:
+            args, kwargs = tree_unflatten(flat, shape)
+            return function(*args, **kwargs)
+
+        return torchs.checkpoint(from_flat, *tensors, use_reentrant=False)
     return ul.checkpoint(function, *args, keep=HOW[how], **kwargs)

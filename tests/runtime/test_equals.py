@@ -126,6 +126,32 @@ def test_sparse_products_under_autocast_are_told_at_every_call_that_records() ->
     assert len(told) == 1
 
 
+def test_a_call_that_recorded_other_dtypes_is_not_run_again() -> None:
+    """Its replay, under no mode, would save bfloat16 where its forward saved float32."""
+    adjacency = (torch.eye(6) + torch.eye(6).roll(1, 0)).to_sparse()
+    runs: list[torch.dtype] = []
+
+    def unit(x: Tensor) -> Tensor:
+        y = torch.sparse.mm(adjacency, x)
+        runs.append(y.dtype)
+        return y.sin().exp()
+
+    def grad() -> Tensor:
+        x = torch.ones(6, 4, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ullage.checkpoint(unit, x, keep="matmul_attention")
+        y.sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    with pytest.warns(ullage.UllageWarning, match="its values may differ"):
+        first = grad()
+    assert runs == [torch.float32]
+    x = torch.ones(6, 4, requires_grad=True)
+    torch.sparse.mm(adjacency, x).sin().exp().sum().backward()  # what that call computed
+    assert bits(first) == bits(x.grad)
+
+
 class Scaled(Tensor):
     """A subclass that only Python's functions know."""
 

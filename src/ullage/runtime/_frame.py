@@ -306,6 +306,7 @@ class Frame:
             if isinstance(x, Tensor) and x._version == version:
                 self.kept[i] = (self.site.send(x) or x, version)
         self._look_for_unseen()
+        self.reached.around = []  # written to later, such a tensor may hold the graph that holds this
         if not self.notes:
             return
         if self.known is not None and self.notes is not self.expected and self.notes != self.known.notes:

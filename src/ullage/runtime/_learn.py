@@ -79,9 +79,12 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         if frame.known.selection.refusal:
             frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
         if recorder.log.not_strided and ambient.autocasting():
-            # at every call that records: the next ones run as always
+            # at every call that records: the next ones run as always, and so would this one's replay
             what = "under a dispatch mode, as this call was, torch's autocast leaves sparse products as they are; its values may differ"
             frame.site.warn(f"{what}. Leave out `keep`")
+            forget(frame.roots)
+            frame.keep_all()
+            return out
     selection = frame.known.selection if frame.known is not None else None
     _drop(frame, selection.kept if selection is not None else frozenset())
     _send(frame, selection.away if selection is not None else frozenset())
