@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._source import source_line
+from ullage.capture._fake_mode import StepMode
 from ullage.capture._outputs import KnownOutputs
 from ullage.capture._values import Values
 
@@ -30,7 +31,7 @@ class FakeKernels:
 
     def __init__(
         self,
-        fake_mode: FakeTensorMode,
+        fake_mode: StepMode,
         values: Values,
         like: FakeKernels | None = None,
         place: Callable[[], str] = source_line,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, UllageError
@@ -20,6 +21,7 @@ from ullage.capture._arguments import contents
 from ullage.capture._checks import raised_on_purpose
 from ullage.capture._environment import unnoticed
 from ullage.capture._explain import explained
+from ullage.capture._fake_mode import StepMode
 from ullage.capture._layouts import check_tensors
 from ullage.capture._outside import Outside
 from ullage.capture._store import CapturedStore
@@ -131,7 +133,7 @@ class Session:
         trial: int = 0,
     ) -> None:
         self._as_cuda = as_cuda
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+        self.fake_mode = StepMode()
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
         self.values = Values(trial)
@@ -207,6 +209,7 @@ class Session:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
+        self.fake_mode.owner = threading.get_ident()
         substituted = as_on_cuda() if self._as_cuda else contextlib.nullcontext()
         with substituted, unnoticed(self.tracker), self.fake_mode, self.tracker:
             yield
@@ -285,6 +288,7 @@ class Session:
                     self.tracker.adopt(p.grad, "gradient")
 
         run_step(inst, gradients)
+        self.fake_mode.check()
         if inst.optimizer is not None:
             for t in tree_flatten([list(s.values()) for s in inst.optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
@@ -296,6 +300,8 @@ class Session:
         wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
+        if self.fake_mode.beside and not isinstance(ours, CaptureError):  # of which this error comes
+            ours = CaptureError(self.fake_mode.beside)
         within = self._failed_in[1] if self._failed_in[0] is error else stack[-1] if stack else ""
         self._failed_in = None, ""
         told = ours or explained(error, self.tracker.failed, within, self.values.assumed.read)
@@ -313,7 +319,7 @@ class Session:
 
     @contextlib.contextmanager
     def _hooks(self) -> Iterator[None]:
-        tracker, names = self.tracker, self.names
+        tracker, names, mode = self.tracker, self.names, self.fake_mode
         open_calls: list[tuple[int, int, frozenset[int], tuple[tuple[int, ...], ...], list[Any], frozenset[int]]] = []
         counts: dict[str, int] = {}
 
@@ -324,6 +330,9 @@ class Session:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             fqn = names.get(id(module))
             if fqn is None:
+                return
+            if not mode.is_owner:
+                mode.enter_module(fqn)
                 return
             tracker.module_stack.append(fqn)
             if torch._C._current_graph_task_id() != -1:
@@ -341,6 +350,9 @@ class Session:
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             fqn = names.get(id(module))
+            if fqn is not None and not mode.is_owner:
+                mode.leave_module()
+                return
             if fqn is None or not tracker.module_stack:
                 return
             tracker.module_stack.pop()

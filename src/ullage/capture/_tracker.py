@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ullage._errors import CaptureError
 from ullage._source import source_line
 from ullage.capture._explain import FailedOp
+from ullage.capture._fake_mode import StepMode
 from ullage.capture._kernels import FakeKernels
 from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
@@ -40,9 +41,7 @@ _DEVICE_QUERY = torch.ops.prim.device.default
 class Tracker(TorchDispatchMode):
     """Records a `Trace`; see the module's docstring. What `like` knows of fake kernels is shared with it."""
 
-    def __init__(
-        self, fake_mode: FakeTensorMode, values: Values, round_bytes: int = 1, like: Tracker | None = None
-    ) -> None:
+    def __init__(self, fake_mode: StepMode, values: Values, round_bytes: int = 1, like: Tracker | None = None) -> None:
         super().__init__()
         self.round_bytes = round_bytes
         self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels, self.place)
@@ -140,6 +139,7 @@ class Tracker(TorchDispatchMode):
         if func is _DEVICE_QUERY:
             self._queried.add(id(args[0]))
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        self.kernels.fake_mode.check()
         self.look_at_numbers()
         if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
             return func(*args, **kwargs)

@@ -1,0 +1,95 @@
+"""The fake mode of a captured step. It notes ops that other threads run on the step's tensors, and lets them pass.
+
+What is alive when threads run at once hangs on how they take turns, so such a step is refused. Its threads go on meanwhile:
+one that waits for another's result would wait for ever for a thread that died of our refusal.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ullage._errors import CaptureError
+from ullage._source import source_line
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.in_kernel = False
+        self.enter_stack: list[Any] = []
+        self.modules: list[str] = []
+
+
+class StepMode(FakeTensorMode):
+    """A fake mode in which several threads may run ops at once, unlike torch's.
+
+    Attributes:
+        owner: the thread that runs the step.
+        beside: what to say of the first op that another thread ran, "" if none did.
+    """
+
+    def __init__(self) -> None:
+        self._of_thread = _OfThread()
+        self.owner = threading.get_ident()
+        self.beside = ""
+        super().__init__(allow_non_fake_inputs=False)
+
+    @property
+    def in_kernel_invocation(self) -> bool:
+        """Is this thread inside a fake kernel?"""
+        return self._of_thread.in_kernel
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, value: bool) -> None:
+        self._of_thread.in_kernel = value
+
+    @property
+    def enter_stack(self) -> list[Any]:
+        """How this thread entered the mode."""
+        return self._of_thread.enter_stack
+
+    @enter_stack.setter
+    def enter_stack(self, value: list[Any]) -> None:
+        self._of_thread.enter_stack = value
+
+    @property
+    def allow_non_fake_inputs(self) -> bool:
+        """Another thread makes real tensors, as the mode is not on there."""
+        return not self.is_owner
+
+    @allow_non_fake_inputs.setter
+    def allow_non_fake_inputs(self, value: bool) -> None:
+        pass
+
+    @property
+    def is_owner(self) -> bool:
+        """Does this thread run the step?"""
+        return threading.get_ident() == self.owner
+
+    def enter_module(self, fqn: str) -> None:
+        """A module's forward begins in a thread that is not the owner."""
+        self._of_thread.modules.append(fqn)
+
+    def leave_module(self) -> None:
+        """It ends."""
+        if self._of_thread.modules:
+            self._of_thread.modules.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op on fakes."""
+        if not self.beside and not self.is_owner:
+            place, within = source_line(), self._of_thread.modules[-1:]
+            where = f"{place + ': ' if place else ''}{f'in module {within[0]}: ' if within and within[0] else ''}"
+            self.beside = (
+                f"{where}{func} runs in another thread than the step ({threading.current_thread().name}); what is alive when threads run at "
+                "once hangs on how they take turns, so no peak can be planned: call the modules one after the other in the planned step, "
+                "or use ullage.checkpoint in the threads, without a plan"
+            )
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    def check(self) -> None:
+        """Raise CaptureError if another thread has run an op on the step's tensors."""
+        if self.beside:
+            raise CaptureError(self.beside)
