@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, PlanMismatch, UllageWarning
 from ullage.apply._existing import refuse_existing
+from ullage.apply._modes import Modes
 from ullage.apply._open import open_store
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
 from ullage.mechanisms import Sites, UnitSettings
@@ -104,8 +105,8 @@ def _slower(plan: Plan, seen: Stats | None) -> float:
 class Handle:
     """A plan in force. `remove()` undoes it; also a context manager."""
 
-    def __init__(self, plan: Plan, units: list[Unit], store: DiskStore | HostStore | None = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, units: list[Unit], modes: Modes, store: DiskStore | HostStore | None = None) -> None:
+        self.plan, self.modes = plan, modes
         self._units = units
         self._store = store
         self._left: weakref.ref[DiskStore | HostStore] | None = None  # once removed: it lives as long as its tensors
@@ -174,7 +175,8 @@ class Handle:
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
-        """Called at each planned forward: what is larger than planned and puts the budget at risk is said once."""
+        """Called at each planned forward: what is larger than planned, or in another mode, and puts the budget at risk is said once."""
+        self.modes.look(unit.fqn)
         planned = self._planned[unit.fqn]
         elements = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, Tensor))  # as the plan counts them
         if not 0 < planned < elements:
@@ -235,7 +237,9 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
     units: list[Unit] = []
     tiers = {settings.option.tier for _, settings, _ in modules} - {""}
     store = open_store(plan, tiers, _device_of(model)) if tiers and not disabled() else None
-    handle = _in_force[model] = Handle(plan, units, store)
+    budget = f"the budget of {format_bytes(plan.budget_bytes)}" if plan.budget_bytes is not None else "the planned peak"
+    modes = Modes(model, [fqn for fqn, _, _ in modules], plan.evaluation, budget)
+    handle = _in_force[model] = Handle(plan, units, modes, store)
     if disabled():
         return handle
     sites = Sites(tier=Tier(store) if store is not None else None)

@@ -142,6 +142,7 @@ class Session:
         )
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
+        self.training: dict[str, bool] = {}  # by module, its mode at its first call that builds a graph
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
@@ -335,6 +336,8 @@ class Session:
                 mode.enter_module(fqn)
                 return
             tracker.module_stack.append(fqn)
+            if fqn not in self.training and torch.is_grad_enabled():
+                self.training[fqn] = module.training
             if torch._C._current_graph_task_id() != -1:
                 if not is_recomputing():
                     raise AlreadyCheckpointed(

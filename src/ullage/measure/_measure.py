@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
@@ -102,7 +102,7 @@ def measure(
     Raises:
         ArgumentError: `steps` is not a whole number of 1 or more.
         ApplyError: a plan is in force on the model already.
-        PlanMismatch: the plan can't be applied.
+        PlanMismatch: the plan can't be applied, or a module is in another mode (training, evaluation) than planned.
         WorkloadError: the step raises; where memory ran out, torch's own error comes out.
     """
     check_arguments(work, plan, steps)
@@ -110,7 +110,7 @@ def measure(
     say("building the model")
     inst = work.instance()
     _refuse_a_plan_in_force(inst, plan)
-    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+    with planned_bytes(plan, inst.model), preserved(inst) as found:
         say(f"recording the allocator over {PEAK_STEPS} steps")
         start, peaks, reserved, other = _peaks(inst, found)
         try:
@@ -143,7 +143,7 @@ def record_peak(work: Workload, plan: Plan | None = None) -> int:
     check_arguments(work, plan, 1)
     inst = work.instance()
     _refuse_a_plan_in_force(inst, plan)
-    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+    with planned_bytes(plan, inst.model), preserved(inst) as found:
         return max(_peaks(inst, found)[1])
 
 
@@ -159,6 +159,15 @@ def check_arguments(work: Any, plan: Any, steps: Any) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps={steps!r}: expected a whole number of 1 or more")
+
+
+def planned_bytes(plan: Plan | None, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Apply a plan for steps whose bytes are recorded: a module in another mode than planned is refused, not warned of."""
+    if plan is None:
+        return contextlib.nullcontext()
+    handle = plan.apply(model)
+    handle.modes.refuses = True
+    return handle
 
 
 def _refuse_a_plan_in_force(inst: Instance, plan: Plan | None) -> None:

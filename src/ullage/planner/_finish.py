@@ -9,6 +9,7 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
+from ullage.apply._modes import note_of
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
 from ullage.planner._live import peak_moment
@@ -57,6 +58,7 @@ def finish(
         notes.append(
             f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
         )
+    notes += note_of(s.evaluation)
     model = first.session.inst.model if s.work.factory is not None else s.work.model
     return Plan(
         version=VERSION,
@@ -78,6 +80,7 @@ def finish(
         bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
         disk=tier if isinstance(tier, Disk) else None,
         host=tier if isinstance(tier, Host) else None,
+        evaluation=s.evaluation,
     )
 
 

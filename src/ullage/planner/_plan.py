@@ -136,6 +136,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bounds: Bounds | None = None
     disk: Disk | None = None
     host: Host | None = None
+    evaluation: list[
+        str
+    ] = []  # modules that were in evaluation mode in the planned step, of those whose code reads the mode
 
     @property
     def tier(self) -> OffloadTier | None:
@@ -211,6 +214,16 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
                     differences.append(f"{n}: {field} {getattr(b, field)}, planned {getattr(a, field)}")
         shown = "; ".join(sorted(differences)[:5]) or "the order of parameters"
         raise PlanMismatch(f"{where}{shown}{' ...' if len(differences) > 5 else ''}. Plan again")
+
+    def check_modes(self, evaluation: list[str]) -> None:
+        """Raise PlanMismatch unless these modules, as captured, are the ones that were in evaluation mode."""
+        other = sorted(set(evaluation) ^ set(self.evaluation))
+        if other:
+            now, then = ("evaluation", "training") if other[0] in evaluation else ("training", "evaluation")
+            raise PlanMismatch(
+                f"{other[0] or 'the root'}: in {now} mode, but planned in {then} mode ({len(other)} modules differ); plan again, or put the "
+                "model into the mode it was planned in"
+            )
 
     def apply(self, model: nn.Module) -> Handle:
         """Apply in place; see `ullage.apply.apply_plan`."""

@@ -30,7 +30,7 @@ def study_plan(
 
     Raises:
         ArgumentError: `plan` is not a plan, or `device` is given beside one.
-        PlanMismatch: the plan is for another model.
+        PlanMismatch: the plan is for another model, or modules of it are in another mode.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
     if plan is not None:
@@ -38,6 +38,7 @@ def study_plan(
     s = study(work, device, costs, None, profile.op_costs if profile is not None else None, progress)
     if plan is not None:
         plan.check_model(s.session.inst.model)
+        plan.check_modes(s.evaluation)
         names = [d.unit for d in plan.decisions]
         if names != [u.fqn for u in s.units]:  # it was made with units= of its own
             s.units = unit_facts(s.session, saved_bytes(s), names)

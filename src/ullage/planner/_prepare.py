@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
+from ullage.apply._modes import in_evaluation
 from ullage.capture import Session
 from ullage.capture._assumed import check_assumed
 from ullage.capture._timeline import OpCost, effective_bytes
@@ -65,6 +66,7 @@ def study(
         session, lambda trial: Session(work, choice.round_bytes, choice.as_cuda, like=session, trial=trial), 2
     )
     result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
+    result.evaluation = in_evaluation(session.inst.model, session.training)
     result.times_given = known_costs is not None
     a, b = session.trace.marks
     result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]

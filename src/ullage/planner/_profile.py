@@ -10,6 +10,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
+from ullage.apply._modes import note_of
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import captures
 from ullage.planner._instance import StepModel
@@ -174,7 +175,7 @@ def _profile_of(s: Study) -> Profile:
         largest=sorted(live, key=lambda t: -t.nbytes)[:50],
         units=_unit_profiles(s),
         timeline=_bytes_over_time(s, later),
-        notes=list(s.plain_session.values.assumptions),
+        notes=[*s.plain_session.values.assumptions, *note_of(s.evaluation)],
         op_cost_table=_cost_table(s),
         bounded=sorted(k for k, c in s.known_costs.items() if c.bounds),
     )

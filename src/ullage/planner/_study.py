@@ -73,6 +73,7 @@ class Study:
     tier: OffloadTier | None = None  # where tensors may go
     windows: dict[frozenset[tuple[str, Option]], int] = field(default_factory=dict)  # bytes, per assignment
     times_given: bool = False
+    evaluation: list[str] = field(default_factory=list)  # modules in evaluation mode whose code reads the mode
     explains: bool = False  # plans and errors say what holds the peak, which takes a step or two more
     headroom_bytes: int = 0
     restrictions: list[str] = field(default_factory=list)  # what a person's overrides take away, for messages

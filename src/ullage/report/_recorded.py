@@ -6,7 +6,6 @@ the ops around it. What was there before the first step is one block.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import torch
 
 from ullage._files import write_whole
 from ullage.measure._allocator import BlockEvent, record_blocks
-from ullage.measure._measure import check_arguments, resident_bytes
+from ullage.measure._measure import check_arguments, planned_bytes, resident_bytes
 from ullage.measure._state import leaves_rng, preserved
 from ullage.report._blocks import BEFORE, NO_LINE, Blocks, Frames, frame
 from ullage.report._snapshot import PROTOCOL
@@ -42,7 +41,7 @@ def record_snapshot(work: Workload, plan: Plan | None = None, path: str | Path |
     """
     check_arguments(work, plan, STEPS)
     inst = work.instance()
-    with plan.apply(inst.model) if plan is not None else contextlib.nullcontext(), preserved(inst) as found:
+    with planned_bytes(plan, inst.model), preserved(inst) as found:
         if inst.device.type == "cuda":
             snapshot = _on_cuda(inst)
         else:

@@ -1,0 +1,104 @@
+"""Which modules were in evaluation mode when a plan was made, and whether they are when it runs: dropout and statistics take memory."""
+
+from __future__ import annotations
+
+import types
+import warnings
+import weakref
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from ullage._errors import PlanMismatch, UllageWarning
+
+_MOST_NAMED = 3
+
+
+def in_evaluation(model: nn.Module, called: Mapping[str, bool]) -> list[str]:
+    """Names of modules that were in evaluation mode, of those whose code reads the mode.
+
+    Args:
+        model: the model after a step.
+        called: by name, the mode that a module was in when it was called; a step may change modes on its way.
+    """
+    return [n for n, m in model.named_modules() if not called.get(n, m.training) and _reads_mode(type(m))]
+
+
+def note_of(evaluation: Collection[str]) -> list[str]:
+    """What a plan or profile says of them."""
+    if not evaluation:
+        return []
+    return [
+        f"{_named(list(evaluation))} {'was' if len(evaluation) == 1 else 'were'} in evaluation mode and planned so; "
+        "if the model trains in training mode, call model.train() and plan again"
+    ]
+
+
+def _named(names: list[str]) -> str:
+    first = ", ".join(n or "the root" for n in names[:_MOST_NAMED])
+    more = len(names) - _MOST_NAMED
+    return f"{first} and {more} more modules" if more > 0 else first
+
+
+def _reads_mode(kind: type) -> bool:
+    """Does code of this class load `training`?"""
+    functions = (f for base in kind.__mro__ if base is not nn.Module for f in vars(base).values())
+    return any(_loads_training(f.__code__) for f in functions if isinstance(f, types.FunctionType))
+
+
+def _loads_training(code: types.CodeType) -> bool:
+    return "training" in code.co_names or any(
+        _loads_training(c) for c in code.co_consts if isinstance(c, types.CodeType)
+    )
+
+
+class Modes:
+    """Compares, at each planned forward, the modes of a unit's modules with the planned ones.
+
+    Modules outside all units are looked at with the first unit. They are known weakly, like a unit's own module.
+
+    Args:
+        model: the model.
+        units: names of the wrapped units.
+        evaluation: the plan's modules in evaluation mode.
+        promised: what is at risk where a mode differs.
+    """
+
+    def __init__(self, model: nn.Module, units: list[str], evaluation: Collection[str], promised: str) -> None:
+        self.refuses = False  # raise, as what is asked for are the bytes of the planned step
+        self._promised = promised
+        self._said: set[str] = set()
+        self._names: dict[str, list[str]] = {u: [] for u in units}
+        self._modules: dict[str, list[weakref.ref[nn.Module]]] = {u: [] for u in units}
+        planned = set(evaluation)
+        for name, module in model.named_modules() if units else ():
+            if _reads_mode(type(module)):
+                unit = next((u for u in units if not u or name == u or name.startswith(f"{u}.")), units[0])
+                self._names[unit].append(name)
+                self._modules[unit].append(weakref.ref(module))
+        self._planned = {u: [n not in planned for n in names] for u, names in self._names.items()}
+
+    def look(self, unit: str) -> None:
+        """Called at each forward of a unit: each module that is in another mode than planned is named once."""
+        try:
+            now = [r().training for r in self._modules[unit]]  # type: ignore[union-attr]
+        except AttributeError:  # a module is gone: another is in its place
+            return
+        planned = self._planned[unit]
+        if now == planned:
+            return
+        other = [n for n, a, b in zip(self._names[unit], now, planned, strict=True) if a != b and n not in self._said]
+        if not other:
+            return
+        self._said.update(other)
+        is_training = dict(zip(self._names[unit], now, strict=True))[other[0]]
+        mode, before, call = ("training", "evaluation", "train") if is_training else ("evaluation", "training", "eval")
+        text = f"{_named(other)}: in {mode} mode, but planned in {before} mode"
+        remedy = (
+            f"call model.{call}() before planning, or model.{'eval' if is_training else 'train'}() before this step"
+        )
+        if self.refuses:
+            raise PlanMismatch(f"{text}, so the bytes are not those of the plan; {remedy}")
+        warnings.warn(
+            f"{text}; results stay exact, but {self._promised} is at risk: {remedy}", UllageWarning, stacklevel=4
+        )
