@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,6 +90,29 @@ def test_as_the_plain_step(mesh: Any, order: str, reshard: bool) -> None:
         if name != "torch":
             assert found == truth, name  # torch's counts BatchNorm's statistics twice
             assert ullage.runtime.totals.replays > before
+
+
+def _skipped(mesh: Any, order: str) -> tuple[int, list[str]]:
+    """Ops that selective replays skip in three steps, and what is said."""
+    before = ullage.runtime.totals.skipped
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net, forward = _net(mesh, WAYS["keep"], order, reshard=True)
+        for _ in range(3):
+            forward(torch.randn(4, 4)).square().mean().backward()
+            net.zero_grad()
+    said = [str(w.message) for w in caught if issubclass(w.category, ullage.UllageWarning)]
+    return ullage.runtime.totals.skipped - before, said
+
+
+def test_a_unit_inside_an_fsdp_block_skips_ops_and_one_around_it_says_that_it_does_not(mesh: Any) -> None:
+    skipped, said = _skipped(mesh, "fsdp(unit)")
+    assert skipped > 0 and said == []
+    skipped, said = _skipped(mesh, "unit(fsdp)")
+    assert skipped == 0
+    assert [s.partition(";")[0] for s in said] == [
+        "FSDPBlock: full replay: FSDP gathers its parameters inside it, in a replay not as in forward"
+    ] * 2  # once per unit
 
 
 def test_a_shard_that_changes_before_backward_is_told(mesh: Any) -> None:

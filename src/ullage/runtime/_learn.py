@@ -28,6 +28,8 @@ from ullage.runtime._select import Selection, select
 from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
 
+_GATHERS = "FSDP gathers its parameters inside it, in a replay not as in forward; call ullage.checkpoint inside the sharded module's forward instead"
+
 
 def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
     """The unit's output.
@@ -77,7 +79,8 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         if shared.logs is not None:
             shared.logs[frame.signature] = Learnt(recorder.log, notes, frame.site.name)
         if frame.known.selection.refusal:
-            frame.site.say(f"full replay: {frame.known.selection.refusal}", warn=False)
+            refusal = frame.known.selection.refusal
+            frame.site.say(f"full replay: {refusal}", warn=refusal == _GATHERS)
         if recorder.log.not_strided and ambient.autocasting():
             # at every call that records: the next ones run as always, and so would this one's replay
             what = "under a dispatch mode, as this call was, torch's autocast leaves sparse products as they are; its values may differ"
@@ -129,13 +132,19 @@ def _replacing(frame: Frame, tensors: list[Tensor], memory: Memory) -> str:
     return f"its forward gives {name_in(frame.roots, lost[0])} other memory (`.data =`, `set_`), which a replay would replace again"
 
 
+def _gathers(frame: Frame, recorder: Recorder) -> bool:
+    """Did FSDP's hooks run inside, or only around the unit? Inside they record functions and run ops that are not aten's."""
+    is_foreign = any(op.func.namespace != "aten" for op in recorder.log.ops)
+    return is_foreign and any(hasattr(m, "_get_fsdp_state") for m in _modules(frame))
+
+
 def _selection(frame: Frame, recorder: Recorder) -> Selection:
     rule = frame.options.rule
     assert rule is not None
     if _is_compiled(frame):
         return refused("it is compiled, so what it saves is torch.compile's choice")
-    if any(hasattr(m, "_get_fsdp_state") for m in _modules(frame)):
-        return refused("FSDP gathers its parameters inside it, in a replay not as in forward")
+    if _gathers(frame, recorder):
+        return refused(_GATHERS)
     if isinstance(rule, OpsRule) and (absent := rule.not_among(op.func for op in recorder.log.ops)):
         frame.site.say(f"its forward does not run {absent}, which it was told to keep; nothing is kept of that")
     return select(recorder.log, rule)
