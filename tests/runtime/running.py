@@ -18,7 +18,7 @@ from tests.runtime.program_steps import reset, step
 from tests.runtime.program_units import Unit
 from tests.runtime.programs import Program
 from ullage._errors import UllageError, UllageWarning
-from ullage.runtime import _learn, _select
+from ullage.runtime import _learn, _replay, _select
 from ullage.runtime._frame import Frame
 from ullage.runtime._site import Site
 from ullage.runtime._skip import Stale
@@ -53,7 +53,8 @@ class Verdict:
             "invalid": plain raises, and so does ullage, or it gives what torch's gives.
         what: details.
         torch: "equal", "mismatch" or "raises": torch's checkpoint.
-        selective: selective sites that were replayed, where what can be kept lets a replay skip an op.
+        selective: selective sites where what can be kept lets a replay skip an op, and where nothing that a call read had changed
+            when it was replayed; of programs that run to their end.
         skipped: of these, how many skipped ops.
         replays: units run again, all steps.
         idle: the sites that skipped nothing.
@@ -130,36 +131,44 @@ def difference(plain: Outcome, other: Outcome) -> str:
     return ""
 
 
-@contextlib.contextmanager
-def watching(found: dict[int, tuple[Site, bool]]) -> Iterator[None]:
-    """Notes every site that learns, and whether its rule named something that can be kept."""
-    original = _learn._selection
+# a unit of which the op log says so is always replayed in full, as the documents say
+FULL = ("a subclass of Tensor", "not strided", "gives a tensor other memory, which no op shows")
 
-    def selection(frame: Frame, recorder: Any) -> Any:
+
+@contextlib.contextmanager
+def watching(found: dict[int, tuple[Site, bool]], asked: set[int]) -> Iterator[None]:
+    """Notes every site that learns, whether its rule named something that can be kept, and which sites had a whole call to replay as it was."""
+    selection, usable = _learn._selection, _replay._usable
+
+    def noting(frame: Frame, recorder: Any) -> Any:
         refusal, recorder.log.refusal = recorder.log.refusal, ""
         can = _select.select(recorder.log, frame.options.rule).skipped > 0  # type: ignore[arg-type]
         recorder.log.refusal = refusal
-        can &= not refusal.endswith(
-            ("a subclass of Tensor", "not strided")
-        )  # always replayed in full, as the documents say
+        can &= not refusal.endswith(FULL)
         known = found.get(id(frame.site), (frame.site, False))[1]
         found[id(frame.site)] = (frame.site, known or can)
-        return original(frame, recorder)
+        return selection(frame, recorder)
 
-    _learn._selection = selection
+    def noting_asked(frame: Frame) -> Any:
+        if frame.known is not None and frame.complete:
+            asked.add(id(frame.site))
+        return usable(frame)
+
+    _learn._selection, _replay._usable = noting, noting_asked
     try:
         yield
     finally:
-        _learn._selection = original
+        _learn._selection, _replay._usable = selection, usable
 
 
 def judge(program: Program) -> Verdict:
     """Run a program three ways."""
     found: dict[int, tuple[Site, bool]] = {}
+    asked: set[int] = set()
     _, model = run(program, "plain")  # makes the weights
     plain, _ = run(program, "plain", model)
     by_torch, _ = run(program, "torch", model)
-    with watching(found):
+    with watching(found, asked):
         by_ullage, _ = run(program, "ullage", model)
     verdict = _verdict(plain, by_torch, by_ullage)
     if verdict.kind == "silent":
@@ -170,7 +179,8 @@ def judge(program: Program) -> Verdict:
             verdict.kind = "lenient"
         elif len(plain.steps) in by_ullage.told:
             verdict.kind = "warned"
-    could = [s for s, can in found.values() if can and (s.replays or s.skipped)]
+    ran = by_ullage.error is None
+    could = [s for s, can in found.values() if ran and can and id(s) in asked]
     verdict.selective, verdict.skipped = len(could), sum(s.skipped > 0 for s in could)
     verdict.idle = [s for s in could if not s.skipped]
     verdict.replays = sum(s.replays for s, _ in found.values())

@@ -54,7 +54,7 @@ class _Maker:
     def _sizes(self) -> dict[int, int]:
         """Bytes per storage: up to the last element that any value of it reaches."""
         sizes: dict[int, int] = {}
-        for storage, offset, shape, stride, dtype in self.numbers:
+        for storage, offset, shape, stride, dtype, _ in self.numbers:
             reach = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
             sizes[storage] = max(sizes.get(storage, 0), reach * dtype.itemsize)
         return sizes

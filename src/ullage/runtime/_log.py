@@ -1,6 +1,6 @@
 """The op log of one call of a unit, and what autograd saved in it, in order.
 
-A value is (storage, offset, shape, stride, dtype); a storage is known by a number of its own, from its birth to its death.
+A value is (storage, offset, shape, stride, dtype, bits of lazy views); a storage is known by a number of its own, from its birth to its death.
 Everything here is shapes and numbers: no tensor is held.
 """
 
@@ -19,13 +19,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ullage._source import source_line
 from ullage.runtime._local import local
-from ullage.runtime._notes import meta_of
+from ullage.runtime._notes import lazy_bits, meta_of
 
 aten = torch.ops.aten
 
 _NOTHING = tree_flatten(())[1]
 
-Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype)
+Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype, `lazy_bits`)
 
 # ops whose answer goes to Python, so their input has to be there
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
         """The value a tensor is; `given`: storages of the op that just made it, which it may share."""
         if t.layout != torch.strided:
-            return (-1, 0, t.shape, (), t.dtype)
+            return (-1, 0, t.shape, (), t.dtype, 0)
         storage = t.untyped_storage()
         key = storage._cdata
         known = self._numbers.get(key)
@@ -218,7 +218,7 @@ class Recorder(TorchDispatchMode):
             if given is None:
                 self.log.outside.add(known[0])
         assert known is not None
-        return (known[0], t.storage_offset(), t.shape, t.stride(), t.dtype)
+        return (known[0], t.storage_offset(), t.shape, t.stride(), t.dtype, lazy_bits(t))
 
     def saved(self, t: Tensor) -> None:
         """Autograd saves this tensor now."""

@@ -32,6 +32,19 @@ def meta_of(t: Tensor) -> Meta:
         return t.shape, (str(t.layout),), t.dtype, t.device
 
 
+def lazy_bits(t: Tensor) -> int:
+    """Is it a view that is conjugated (1) or negated (2) as it is read? Such a view has the memory, shape and strides of what it is taken of."""
+    return t.is_conj() + 2 * t.is_neg()
+
+
+def with_lazy_bits(t: Tensor, bits: int) -> Tensor:
+    """`t` itself, now a view of that kind."""
+    if bits != lazy_bits(t):
+        torch._C._set_conj(t, bool(bits & 1))
+        torch._C._set_neg(t, bool(bits & 2))
+    return t
+
+
 def _unknown(_: Tensor) -> bool:
     return False
 

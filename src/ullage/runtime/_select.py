@@ -22,21 +22,21 @@ class Step:
     Attributes:
         func: the op that must come.
         action: RUN or SKIP.
-        outputs: per leaf of the result, (meta, storage offset) of a tensor, or (constant, 0).
+        outputs: per leaf of the result, (meta, storage offset, `lazy_bits`) of a tensor, or (constant, 0, 0).
         handed: per leaf of the result, the index of the kept tensor whose storage it is, or -1.
         returns: per leaf of the result, which tensor argument it is, or -1.
         spec: the result's structure.
-        made: (meta, storage offset), if the result is one placeholder.
+        made: its entry of `outputs`, if the result is one placeholder.
         source: the model's own line.
     """
 
     func: Any
     action: int
-    outputs: tuple[tuple[Any, Any], ...] = ()
+    outputs: tuple[tuple[Any, Any, int], ...] = ()
     handed: tuple[int, ...] = ()
     returns: tuple[int, ...] = ()
     spec: Any = None
-    made: tuple[Any, int] | None = None
+    made: tuple[Any, Any, int] | None = None
     source: str = ""
 
 
@@ -205,7 +205,7 @@ class _Chooser:
         for value, _ in op.outputs:
             index = self.handed.get(value[0], -1) if value is not None and self.flow.born.get(value[0]) == k else -1
             handed.append(index if index in used else -1)
-        outputs = tuple((meta, 0 if value is None else value[1]) for value, meta in op.outputs)
+        outputs = tuple((meta, *((0, 0) if value is None else (value[1], value[5]))) for value, meta in op.outputs)
         alone = op.spec.is_leaf() and op.outputs[0][0] is not None and handed[0] < 0 and op.returns[0] < 0
         made = outputs[0] if alone else None
         return Step(op.func, SKIP, outputs, tuple(handed), tuple(op.returns), op.spec, made, op.source)

@@ -14,6 +14,7 @@ from ullage._source import source_line
 from ullage.runtime._local import local
 from ullage.runtime._log import SHAPE_ONLY, is_query
 from ullage.runtime._memory import OWN, lost
+from ullage.runtime._notes import lazy_bits, with_lazy_bits
 from ullage.runtime._select import RUN, Selection, Step
 from ullage.runtime._tier import brought_back
 
@@ -29,8 +30,11 @@ class Placeholder(Tensor):
     """What nothing needs: a shape without memory. Whoever reads it proves the log wrong."""
 
     @staticmethod
-    def __new__(cls, meta: Any, offset: int) -> Placeholder:
-        return _make(cls, meta[0], strides=meta[1], storage_offset=offset, dtype=meta[2], device=meta[3])
+    def __new__(cls, meta: Any, offset: int, bits: int = 0) -> Placeholder:
+        made: Placeholder = _make(cls, meta[0], strides=meta[1], storage_offset=offset, dtype=meta[2], device=meta[3])
+        if bits:
+            with_lazy_bits(made, bits)
+        return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:  # type: ignore[override]
@@ -52,9 +56,10 @@ def _view_of(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any
         offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if placeholder.numel() else offset
     )
     base = torch.empty(needed, dtype=placeholder.dtype, device="meta").as_strided(shape, stride, offset)
-    device = placeholder.device
+    base, device = with_lazy_bits(base, lazy_bits(placeholder)), placeholder.device
     return tree_map(
-        lambda t: Placeholder((t.shape, t.stride(), t.dtype, device), t.storage_offset()), func(base, *args, **kwargs)
+        lambda t: Placeholder((t.shape, t.stride(), t.dtype, device), t.storage_offset(), lazy_bits(t)),
+        func(base, *args, **kwargs),
     )
 
 
@@ -63,6 +68,16 @@ def _like(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any:
     base = torch.empty_strided(placeholder.shape, placeholder.stride(), dtype=placeholder.dtype, device="meta")
     device = kwargs.get("device")
     return func(base, *args, **{**kwargs, "device": placeholder.device if device is None else device})
+
+
+def _as_made(kept: Tensor, meta: Any, offset: int, bits: int) -> Tensor:
+    """What an op made, from what is kept: maybe another view of its memory, a conjugated one or one of its imaginary part."""
+    shape, stride, dtype = meta[:3]
+    if kept.dtype is not dtype:
+        return torch.empty(0, dtype=dtype, device=kept.device).set_(kept.untyped_storage(), offset, shape, stride)
+    same = kept.shape == shape and kept.stride() == stride and kept.storage_offset() == offset
+    made = with_lazy_bits(kept.detach(), bits)
+    return made if same else made.as_strided(shape, stride, offset)
 
 
 class SkipMode(TorchDispatchMode):
@@ -112,16 +127,13 @@ class SkipMode(TorchDispatchMode):
 
     def _made_up(self, step: Step, args: Any, kwargs: Any) -> Any:
         leaves = []
-        for (meta, offset), index, same_as in zip(step.outputs, step.handed, step.returns, strict=True):
+        for (meta, offset, bits), index, same_as in zip(step.outputs, step.handed, step.returns, strict=True):
             if same_as >= 0:
                 leaves.append([a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)][same_as])
             elif index >= 0:
-                kept = brought_back(self.kept, index)
-                shape, stride = meta[0], meta[1]
-                same = kept.shape == shape and kept.stride() == stride and kept.storage_offset() == offset
-                leaves.append(kept.detach() if same else kept.as_strided(shape, stride, offset))
+                leaves.append(_as_made(brought_back(self.kept, index), meta, offset, bits))
             elif type(meta) is tuple:
-                leaves.append(Placeholder(meta, offset))
+                leaves.append(Placeholder(meta, offset, bits))
             else:
                 leaves.append(meta)
         return leaves[0] if step.spec.is_leaf() else tree_unflatten(leaves, step.spec)
