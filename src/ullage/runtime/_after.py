@@ -7,17 +7,16 @@ has shown something.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
-from ullage.runtime._classes import ClassFields, classes_in
 from ullage.runtime._content import content_of, put_content, same_content
 from ullage.runtime._reach import Reached
-from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, children, is_opaque, is_part, places
+from ullage.runtime._traverse import all_places, traverse, with_classes
+from ullage.runtime._walk import is_part
 
 if TYPE_CHECKING:
     from ullage.runtime._collect import Collector
@@ -66,26 +65,15 @@ class Everything:
     def __init__(self, roots: Sequence[Any]) -> None:
         self._places: list[tuple[Any, Any]] = []
         self._arrays: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
-        todo, held = list(roots), list[Any]()  # held: ids of the dead are used again
-        seen = set[int]()
-        while todo and len(seen) <= MOST_NODES:
-            obj = todo.pop()
-            if id(obj) in seen or (is_opaque(obj) and not isinstance(obj, type)):
-                continue
-            seen.add(id(obj))
-            held.append(obj)
+        seen = dict[int, Any]()
+        for obj, _ in traverse(roots, seen, with_classes, classes=True):
             if isinstance(obj, np.ndarray):
                 self._arrays.append((obj, obj.copy()))
             elif not is_part(obj):
-                todo += classes_in(obj)
-                for place in _places(obj):
+                for place in all_places(obj):
                     if place is obj or id(place) not in seen:
-                        seen.add(id(place))
-                        held.append(place)
+                        seen[id(place)] = place
                         self._places.append((place, content_of(place)))
-                todo += (
-                    [child for _, _, child in children(obj)] if not isinstance(obj, type) else ClassFields(obj).below()
-                )
 
     def put_back(self) -> bool:
         """What has another content now gets back what it had; was there anything?"""
@@ -96,16 +84,6 @@ class Everything:
         for array, was in arrays:
             array[...] = was
         return bool(places or arrays)
-
-
-def _places(obj: Any) -> Iterator[Any]:
-    if isinstance(obj, type):
-        yield ClassFields(obj)
-        return
-    for _, place in places(obj):
-        yield place
-    if isinstance(obj, nn.Module):  # its modules and hooks, too: a forward may register and remove some
-        yield from [v for k, v in obj.__dict__.items() if k in MODULE_FIELDS and isinstance(v, dict)]
 
 
 class Left:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ullage.runtime._content import PLAIN, content_of
+from ullage.runtime._traverse import name_of, traverse
 from ullage.runtime._walk import (
     CONTAINERS,
     HOOKS,
@@ -229,14 +230,7 @@ class Reached:
 
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
     """What a person would call that tensor."""
-    todo = deque((root, "") for root in roots)
-    seen: set[int] = set()
-    while todo and len(seen) < MOST_NODES:
-        obj, name = todo.popleft()
-        if obj is tensor and name:
+    for obj, way in traverse(list(roots), {}):
+        if obj is tensor and (name := name_of(way)):
             return name
-        if id(obj) in seen or is_opaque(obj) or isinstance(obj, (Tensor, np.ndarray, *RANDOM)):
-            continue
-        seen.add(id(obj))
-        todo.extend((child, f"{name}.{label}".strip(".")) for _, label, child in children(obj))
     return f"a tensor of shape {tuple(tensor.shape)} that it closes over"

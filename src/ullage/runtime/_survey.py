@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,26 +14,16 @@ from ullage._array import elements_of
 from ullage.runtime._content import content_of, random_state, same_content
 from ullage.runtime._memory import has_memory
 from ullage.runtime._state import Changes, Path, State, describe
-from ullage.runtime._walk import MOST_NODES, OPAQUE_TYPES, RANDOM, Step, children, is_opaque, places
-
-# How something was reached: the way to what has it (None: it is a root), the step from there, what a person calls that step.
-_Way = tuple[Any, Any, str]
+from ullage.runtime._traverse import Way, name_of, traverse
+from ullage.runtime._walk import RANDOM, Step, places
 
 
-def _path(way: _Way) -> Path:
+def _path(way: Way) -> Path:
     steps: list[Any] = []
     while way[0] is not None:
         steps.append(way[1])
         way = way[0]
     return (way[1], *reversed(steps))
-
-
-def _name(way: _Way) -> str:
-    labels: list[str] = []
-    while way[0] is not None:
-        labels.append(way[2])
-        way = way[0]
-    return ".".join(label for label in reversed(labels) if label)
 
 
 class Survey:
@@ -45,42 +34,30 @@ class Survey:
     """
 
     def __init__(self, roots: Sequence[Any]) -> None:
-        self._containers: dict[int, tuple[_Way, tuple[Step, ...], Any, Any]] = {}
-        self._values: dict[int, tuple[_Way, Any, Any, int]] = {}
-        self._generators: dict[int, tuple[_Way, Any, Any]] = {}
-        self._gradients: dict[int, tuple[_Way, Tensor, Any, int]] = {}
-        self._parameters: dict[int, tuple[_Way, Tensor, int]] = {}
-        self._seen: set[int] = set()
-        self._held: list[Any] = list(roots)  # ids of the dead are used again
-        for i, root in enumerate(roots):
-            self._look(root, (None, i, ""))
+        self._containers: dict[int, tuple[Way, tuple[Step, ...], Any, Any]] = {}
+        self._values: dict[int, tuple[Way, Any, Any, int]] = {}
+        self._generators: dict[int, tuple[Way, Any, Any]] = {}
+        self._gradients: dict[int, tuple[Way, Tensor, Any, int]] = {}
+        self._parameters: dict[int, tuple[Way, Tensor, int]] = {}
+        self._seen: dict[int, Any] = {}
+        for obj, way in traverse(roots, self._seen):
+            self._note(obj, way)
 
-    def _look(self, root: Any, start: _Way) -> None:
-        todo: deque[tuple[Any, _Way]] = deque([(root, start)])
+    def _note(self, obj: Any, way: Way) -> None:
         seen = self._seen
-        while todo and len(seen) <= MOST_NODES:
-            obj, way = todo.popleft()
-            if id(obj) in seen or is_opaque(obj):
-                continue
-            seen.add(id(obj))
-            self._held.append(obj)
-            if isinstance(obj, Tensor) and obj.requires_grad and obj.is_leaf:
-                self._gradients[id(obj)] = (way, obj, obj.grad, _version_of(obj.grad))
-            if isinstance(obj, nn.Parameter):
-                self._parameters[id(obj)] = (way, obj, obj._version)
-            elif isinstance(obj, RANDOM):
-                self._generators[id(obj)] = (way, obj, random_state(obj))
-            elif isinstance(obj, Tensor | np.ndarray):
-                self._values[id(obj)] = (way, obj, *_noted(obj))
-            else:
-                for steps, place in places(obj):
-                    if id(place) not in seen or place is obj:
-                        seen.add(id(place))
-                        self._held.append(place)
-                        self._containers[id(place)] = (way, steps, place, content_of(place))
-                for step, label, child in children(obj):
-                    if type(child) not in OPAQUE_TYPES:
-                        todo.append((child, (way, step, label)))
+        if isinstance(obj, Tensor) and obj.requires_grad and obj.is_leaf:
+            self._gradients[id(obj)] = (way, obj, obj.grad, _version_of(obj.grad))
+        if isinstance(obj, nn.Parameter):
+            self._parameters[id(obj)] = (way, obj, obj._version)
+        elif isinstance(obj, RANDOM):
+            self._generators[id(obj)] = (way, obj, random_state(obj))
+        elif isinstance(obj, Tensor | np.ndarray):
+            self._values[id(obj)] = (way, obj, *_noted(obj))
+        else:
+            for steps, place in places(obj):
+                if id(place) not in seen or place is obj:
+                    seen[id(place)] = place
+                    self._containers[id(place)] = (way, steps, place, content_of(place))
 
     def changes(self, known: set[int], apart: set[int]) -> tuple[Changes, State]:
         """What changed since, and a state that holds what was there before.
@@ -98,10 +75,10 @@ class Survey:
             (_path(w), o, h) for w, o, h, version in self._values.values() if id(o) in known or _moved(o, h, version)
         ]
         parameters = tuple(
-            f"parameter {_name(w)}" for w, p, version in self._parameters.values() if p._version != version
+            f"parameter {name_of(w)}" for w, p, version in self._parameters.values() if p._version != version
         )
         parameters += tuple(
-            f"the gradient of {_name(w) or 'a tensor that it closes over'}"
+            f"the gradient of {name_of(w) or 'a tensor that it closes over'}"
             for w, p, grad, version in self._gradients.values()
             if p.grad is not grad or _version_of(p.grad) != version
         )

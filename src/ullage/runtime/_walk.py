@@ -36,6 +36,7 @@ MOST_NODES = 20_000
 MODULE_FIELDS = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # those that run inside a unit's forward
 RANDOM = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+_PARTS = (Tensor, np.ndarray, *RANDOM)  # what has values and no children
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MUTABLE = (dict, list, set, deque, bytearray, array)
 OPAQUE = (
@@ -169,7 +170,7 @@ def _globals_of(fn: types.FunctionType, method: int = _ITSELF) -> Iterator[tuple
 def _items(obj: Any) -> Iterator[tuple[Step, str, Any]]:
     if isinstance(obj, dict):
         for key in list(dict.__iter__(obj)):
-            yield ("i", key), str(key), dict.__getitem__(obj, key)
+            yield ("i", key), key if type(key) in PLAIN else "an item", dict.__getitem__(obj, key)
     elif isinstance(obj, list | tuple | deque):
         for i, value in enumerate(base_of(type(obj)).__iter__(obj)):
             yield ("i", i), str(i), value
@@ -195,7 +196,7 @@ def _of_function(fn: types.FunctionType) -> Iterator[tuple[Step, str, Any]]:
 
 
 def children(obj: Any) -> Iterator[tuple[Step, str, Any]]:
-    """Steps from an object, what a person would call them, and where they lead. Not for what `is_opaque`, nor for tensors."""
+    """Steps from an object, what a person would call them, and where they lead. Not for what `is_opaque`; a tensor has none."""
     if isinstance(obj, types.FunctionType):
         yield from _of_function(obj)
         if is_ours(obj):
@@ -216,7 +217,7 @@ def children(obj: Any) -> Iterator[tuple[Step, str, Any]]:
             yield ("kw", name), name, value
     elif isinstance(obj, dict | list | tuple | deque | set | frozenset):
         yield from _items(obj)
-    elif isinstance(obj, (np.ndarray, *RANDOM)):
+    elif isinstance(obj, _PARTS):
         return
     yield from _fields(obj)
 
@@ -311,4 +312,4 @@ _FOLLOW = {
 
 def is_part(obj: Any) -> bool:
     """Is it a tensor, an array or a generator: what has values and no children?"""
-    return isinstance(obj, (Tensor, np.ndarray, *RANDOM))
+    return isinstance(obj, _PARTS)
