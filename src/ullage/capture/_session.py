@@ -29,7 +29,7 @@ from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
-from ullage.measure._reach import optimizers_of, reach
+from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, unit_of
 from ullage.workload import Instance, Workload, run_step, tensors_of
@@ -191,7 +191,7 @@ class Session:
             for t in tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
                     tracker.adopt(t, "optimizer state")
-        for t in reach(inst).tensors:  # a teacher in the loss's closure, class weights
+        for t in copied_tensors(inst):  # a teacher in the loss's closure, class weights
             if isinstance(t, FakeTensor) and t.is_leaf:
                 tracker.adopt(t, "other")
         if work.factory is None:

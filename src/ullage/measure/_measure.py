@@ -19,8 +19,9 @@ from ullage._errors import ApplyError, ArgumentError, WorkloadError
 from ullage._stats import at_share, median
 from ullage._told import out_of_memory, tells_of
 from ullage.measure._allocator import Resident, record_steps
-from ullage.measure._reach import optimizers_of, reach
-from ullage.measure._state import Snapshot, leaves_rng, preserved
+from ullage.measure._reach import copied_tensors, optimizers_of
+from ullage.measure._snapshot import Snapshot
+from ullage.measure._state import leaves_rng, preserved
 from ullage.workload import Instance, Workload, run_step, tensors_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 def resident(inst: Instance, held: Sequence[Tensor] = ()) -> Resident:
     """Everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
     # what a step leaves behind (a feature a hook noted) is freed in the next one, which its record does not show
-    tensors = [*(t for t in reach(inst).tensors if t.is_leaf), *tensors_of(inst.batch), *held]
+    tensors = [*(t for t in copied_tensors(inst) if t.is_leaf), *tensors_of(inst.batch), *held]
     tensors += [t.grad for t in tensors if isinstance(t, Tensor) and t.is_leaf and t.grad is not None]
     for optimizer in optimizers_of(inst):
         tensors += tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ullage.runtime._classes import ClassFields, classes_in
 from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, OPAQUE_TYPES, children, is_opaque, is_part, places
@@ -64,6 +64,17 @@ def with_classes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield from children(obj)
 
 
+def hooks_of(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """What backward runs of a tensor or a module, in the form of `children`."""
+    groups: tuple[Any, ...] = ()
+    if isinstance(obj, Tensor):
+        groups = (obj._backward_hooks, getattr(obj, "_post_accumulate_grad_hooks", None))
+    elif isinstance(obj, nn.Module):
+        groups = tuple(obj.__dict__.get(name) for name in ("_backward_hooks", "_backward_pre_hooks"))
+    for hook in [hook for group in groups if group for hook in group.values()]:
+        yield None, "hook", hook
+
+
 def all_places(obj: Any) -> Iterator[Any]:
     """What of an object, or of a class, can be given other content; of a module its modules and hooks, too."""
     if isinstance(obj, type):
@@ -72,4 +83,4 @@ def all_places(obj: Any) -> Iterator[Any]:
     for _, place in places(obj):
         yield place
     if isinstance(obj, nn.Module):  # a forward may register and remove some
-        yield from [v for k, v in obj.__dict__.items() if k in MODULE_FIELDS and isinstance(v, dict)]
+        yield from [v for k, v in obj.__dict__.items() if k in MODULE_FIELDS and isinstance(v, dict | set)]

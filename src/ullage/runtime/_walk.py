@@ -14,18 +14,24 @@ import functools
 import io
 import itertools
 import logging
+import queue
 import random
+import subprocess
 import sysconfig
+import threading
 import types
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from multiprocessing.process import BaseProcess
 from pathlib import Path as FilePath
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor, nn
 
 from ullage.runtime._content import PLAIN, Cells, Globals, Slots, base_of
@@ -54,6 +60,10 @@ OPAQUE = (
     torch._ops.OperatorBase,  # tables of ops lead to all of torch's decompositions
     torch._ops.OpOverloadPacket,
     torch._C.FunctionSchema,
+    # what other threads and processes have a part in
+    *(type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore),
+    *(threading.Thread, queue.Queue, queue.SimpleQueue, subprocess.Popen, BaseProcess, Executor, Future),
+    torch.utils.data.dataloader._BaseDataLoaderIter,
 )
 _BOUND = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _GLOBAL_RNG = {id(getattr(random, "_inst", None)), id(getattr(np.random.mtrand, "_rand", None))}  # `_ambient` has these

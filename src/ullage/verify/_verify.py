@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from ullage._told import out_of_memory, planned_step, said_by, tells_of
 from ullage.apply import Handle
 from ullage.measure._measure import check_arguments, resident_bytes
 from ullage.measure._reach import optimizers_of
+from ullage.measure._snapshot import available_bytes
 from ullage.measure._state import leaves_rng, preserved
 from ullage.planner import Plan
 from ullage.verify._compare import compare
@@ -141,10 +141,8 @@ def _plain_fits(inst: Instance, plan: Plan) -> bool:
         free = torch.cuda.mem_get_info(inst.device)[0]
         held = torch.cuda.memory_reserved(inst.device) - torch.cuda.memory_allocated(inst.device)
         return needed <= free + held
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return needed <= next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    return True
+    available = available_bytes()
+    return available is None or needed <= available
 
 
 def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None]) -> Check:

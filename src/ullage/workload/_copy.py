@@ -9,32 +9,39 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_STATEFUL = (nn.Module, Tensor, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
-_CONTAINERS = (list, dict, set, tuple)
+from ullage.runtime._traverse import hooks_of, traverse
+from ullage.runtime._walk import CONTAINERS, children, is_opaque
+
 _ATOMS = (int, float, complex, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType)
-_LIBRARIES = {"torch", "ullage", "transformers", *sys.stdlib_module_names} - {"__main__"}
+_STATEFUL = (nn.Module, Tensor, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
+_GLOBALS = (*_STATEFUL, *CONTAINERS, types.FunctionType, functools.partial)  # plain objects there stay what they are
 
 
-def _names(code: types.CodeType) -> list[str]:
-    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
+def copied_parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """What is copied with an object, in the form of the walker's `children`: of globals, those that a function itself loads."""
+    yield from hooks_of(obj)
+    for step, label, child in children(obj):
+        if step[0] != "g" or (isinstance(obj, types.FunctionType) and isinstance(child, _GLOBALS)):
+            yield step, label, child
 
 
 def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
     """What a person's function reads of its module and what may be stateful; nothing for a library's function."""
-    if (fn.__module__ or "").partition(".")[0] in _LIBRARIES:
-        return {}
-    kinds = (*_STATEFUL, *_CONTAINERS, types.FunctionType, functools.partial)
-    found = {n: fn.__globals__[n] for n in _names(fn.__code__) if n in fn.__globals__}
-    return {n: v for n, v in found.items() if isinstance(v, kinds) and not isinstance(v, type)}
+    return {label: child for step, label, child in copied_parts(fn) if step and step[0] == "g"}
+
+
+def _is_stateful(value: Any) -> bool:
+    """Does a function reach anything that must be a copy?"""
+    reached = traverse([value], {}, copied_parts)
+    return any(not isinstance(obj, (types.FunctionType, functools.partial, *_ATOMS)) for obj, _ in reached)
 
 
 class Copier:
@@ -55,7 +62,7 @@ class Copier:
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, types.FunctionType):
-            return self._function(value) if self._is_stateful(value, set()) else value
+            return self._function(value) if _is_stateful(value) else value
         if isinstance(value, functools.partial):
             keywords = {k: self(v) for k, v in value.keywords.items()}
             return functools.partial(self(value.func), *[self(a) for a in value.args], **keywords)
@@ -64,6 +71,8 @@ class Copier:
         if isinstance(value, weakref.ref):
             target = value()
             return weakref.ref(self(target)) if isinstance(target, _STATEFUL) else value
+        if is_opaque(value):  # a lock, a thread, a file: what the walker does not follow
+            return value
         return self._object(value)
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -114,24 +123,8 @@ class Copier:
         self.memo[id(value)] = new
         return new
 
-    def _is_stateful(self, value: Any, seen: set[int]) -> bool:
-        """Does a function reach anything that must be a copy?"""
-        if isinstance(value, types.MethodType):
-            return True
-        if isinstance(value, functools.partial):
-            return any(self._is_stateful(v, seen) for v in (value.func, *value.args, *value.keywords.values()))
-        if not isinstance(value, types.FunctionType):
-            plain = isinstance(value, _ATOMS) or not (isinstance(value, (*_STATEFUL, *_CONTAINERS)) or callable(value))
-            return not plain
-        if id(value) in seen:
-            return False
-        seen.add(id(value))
-        cells = [c.cell_contents for c in value.__closure__ or () if _is_set(c)]
-        reached = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return any(self._is_stateful(v, seen) for v in [*reached, *_globals_of(value).values()])
-
     def _function(self, fn: types.FunctionType) -> types.FunctionType:
-        used = {n: v for n, v in _globals_of(fn).items() if self._is_stateful(v, set())}
+        used = {n: v for n, v in _globals_of(fn).items() if _is_stateful(v)}
         scope = fn.__globals__
         if used:
             scope = self._scopes.setdefault(id(scope), dict(scope))
