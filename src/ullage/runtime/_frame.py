@@ -28,7 +28,7 @@ from ullage.runtime._inputs import Inputs
 from ullage.runtime._jagged import Rows
 from ullage.runtime._keep import Rule
 from ullage.runtime._local import blame, local, pop_hooks, push_hooks, quiet
-from ullage.runtime._memory import Back, storage_of
+from ullage.runtime._memory import Back, same_memory, storage_of
 from ullage.runtime._notes import Notes
 from ullage.runtime._packing import Pack, packer, packer_of_all
 from ullage.runtime._place import NOWHERE, Place
@@ -87,6 +87,8 @@ class Frame:
     kept: dict[int, tuple[Tensor | Away, int]] = _NONE
     # of these, arguments of units in this one; copies where there is no replay
     held: dict[int, Tensor | None] = _NONE
+    # where all is kept: tensors without a graph, of which autograd saves no view but themselves
+    leaves: Mapping[int, ReferenceType[Tensor]] = _NONE
     restored: Mapping[int, str] = _NONE
     rows: Mapping[int, Rows] = _NONE  # of the jagged tensors among what it saves
     around: Sequence[Around] = ()
@@ -374,7 +376,9 @@ class Frame:
                     f"{self.site.name}: saved tensor {i} of shape {tuple(tensor.shape)} was modified by an inplace operation "
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
-            return tensor_of(tensor)
+            leaf = self.leaves[i]() if i in self.leaves else None
+            # given other memory since (`.data =`), the plain step's backward sees that
+            return tensor_of(tensor) if leaf is None or same_memory(leaf, tensor_of(tensor)) else leaf
         if self.group is not None and self.group is _group():
             raise ReplayError(
                 f"{self.site.name}: saved tensor {i} is asked for a second time within one torch.utils.checkpoint.GraphExecGroup: the backwards in it "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -98,12 +99,15 @@ def packer_of_all(frame: Frame, saved: Callable[[Tensor], None] | None = None) -
     pack = packer(frame, Notes())
     kept: dict[int, tuple[Tensor | Away, int]] = {}
     held: dict[int, Tensor | None] = {}
-    frame.kept, frame.held = kept, held
+    leaves: dict[int, ReferenceType[Tensor]] = {}
+    frame.kept, frame.held, frame.leaves = kept, held, leaves
 
     def pack_all(x: Tensor) -> int:
         i = pack(x)
         with quiet():
             kept[i] = (x.detach(), x._version)
+            if x.grad_fn is None:
+                leaves[i] = ref(x)
             if local.holding:
                 held[i] = x.detach().clone()
         if saved is not None:
