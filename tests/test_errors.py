@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -254,20 +255,20 @@ def test_a_step_that_waits_for_a_thread_that_plans(how: str, monkeypatch: pytest
         ul.profile(work, costs="roofline")
 
 
-DRAWN: list[tuple[float, float]] = []
-MINE: list[Any] = []
+# queues: what a captured step adds to lists is taken out again
+DRAWN: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
+MINE: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
 
 def _draws(h: Tensor) -> Tensor:
-    MINE.append((random.random(), float(np.random.rand()), random.randint(0, 9), int(np.random.permutation(9)[0])))
-    thread = threading.Thread(target=lambda: DRAWN.append((random.random(), float(np.random.rand()))))
+    MINE.put((random.random(), float(np.random.rand()), random.randint(0, 9), int(np.random.permutation(9)[0])))
+    thread = threading.Thread(target=lambda: DRAWN.put((random.random(), float(np.random.rand()))))
     thread.start()
     thread.join()
     return h.tanh()
 
 
 def test_draws_of_other_threads_do_not_repeat() -> None:
-    MINE.clear(), DRAWN.clear()
     random.seed(1)
     np.random.seed(1)
     stop = threading.Event()
@@ -280,7 +281,13 @@ def test_draws_of_other_threads_do_not_repeat() -> None:
         other.join()
     random.seed(1)
     np.random.seed(1)
-    assert len(DRAWN) >= 2 and [(random.random(), float(np.random.rand())) for _ in DRAWN] == DRAWN
+    drawn = [DRAWN.get() for _ in range(DRAWN.qsize())]
+    assert len(drawn) >= 2 and [(random.random(), float(np.random.rand())) for _ in drawn] == drawn
     random.seed(0)
     np.random.seed(0)
-    assert MINE[0] == (random.random(), float(np.random.rand()), random.randint(0, 9), int(np.random.permutation(9)[0]))
+    assert MINE.get() == (
+        random.random(),
+        float(np.random.rand()),
+        random.randint(0, 9),
+        int(np.random.permutation(9)[0]),
+    )

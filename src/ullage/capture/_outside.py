@@ -1,6 +1,8 @@
 """What a step reaches that is not copied with its workload: globals that its code loads, attributes of classes, caches.
 
 A captured step would leave fake tensors there, and numbers that were made up: `lru_cache`d tables, a dict of features, `global last`.
+So would a factory that is called while capturing: what it sets up there (a table that its model's forward reads) is there
+for as long as the session runs steps, and at no other time.
 """
 
 from __future__ import annotations
@@ -8,133 +10,161 @@ from __future__ import annotations
 import functools
 import gc
 import types
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ullage.runtime._content import Globals, View, content_of, put_content
-from ullage.runtime._walk import functions_of, global_names, is_library, is_ours
+from ullage.runtime._classes import classes_in
+from ullage.runtime._content import Cells, content_of, put_content, same_content
+from ullage.runtime._traverse import all_places, traverse, with_classes
+from ullage.runtime._walk import children, is_part
+from ullage.workload import Instance, Workload
 
 _CACHE = functools._lru_cache_wrapper
-_LIBRARY = ("torch", "numpy", "builtins", "ullage")
-_MOST = 2_000  # places: a registry of a person's own is not walked to its end
+_COPIED = (nn.Module, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
+_CLOSURES = ("c", "d", "k", "self", "arg", "kw")  # steps of the walker: cells, defaults, what is bound
+_FEW = 2_000
+_LARGE = 2**24  # bytes of an array that is not copied: no step writes what it reads from fake tensors to one of these
 
 
-class _OfClass(View):
-    """The attributes of a class that are neither its methods nor Python's own."""
+def _parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
+    if not isinstance(obj, _COPIED):
+        yield from with_classes(obj)
 
-    __slots__ = ()
 
-    def read(self) -> dict[Any, Any]:
-        return {
-            n: v
-            for n, v in vars(self.owner).items()
-            if not n.startswith("__") and not isinstance(v, types.FunctionType)
-        }
+def _without_closures(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
+    for part in _parts(obj):
+        if part[0] is None or part[0][0] not in _CLOSURES:
+            yield part
 
-    def put(self, content: dict[Any, Any]) -> None:
-        now = self.read()
-        for name in now.keys() - content.keys():
-            delattr(self.owner, name)
-        for name, value in content.items():
-            if now.get(name, self) is not value:
-                setattr(self.owner, name, value)
+
+def _function(fn: Any) -> Any:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return getattr(fn, "__func__", fn)
+
+
+def _loaded_by(fn: Any) -> list[Any]:
+    """What a function loads of its module: what it closes over is copied with it."""
+    loaded = children(fn) if isinstance(fn, types.FunctionType) else ()
+    return [*classes_in(fn), *(child for step, _, child in loaded if step[0] == "g")]
 
 
 class Outside:
-    """Finds these places and notes what is there. `put_back` makes that be there again.
+    """Finds these places and notes what is there.
+
+    What is reached through closures only may well be another thread's, which goes on meanwhile: it is put back where there are
+    fake tensors.
 
     Args:
-        model: the model, for the classes of its modules.
-        functions: the loss and the step.
-        built: the model was built while capturing, so that fake tensors that are there already are none of the user's.
+        roots: where to look.
+        functions: look at what these set, too.
     """
 
-    def __init__(self, model: nn.Module, functions: Iterable[Any], built: bool = False) -> None:
-        self._places: list[tuple[Any, Any]] = []
+    def __init__(self, roots: list[Any], functions: list[Any]) -> None:
+        self._places: list[tuple[Any, Any, bool]] = []  # the last: if it has changed it was the step
+        self._arrays: list[tuple[Any, Any]] = []
         self._caches: list[Any] = []
-        self._seen: dict[int, Any] = {}
-        todo = [
-            *{type(m): None for m in model.modules()},
-            *(getattr(f, "__func__", f) for f in functions if f is not None),
+        seen: dict[int, Any] = {}
+        for fn in functions:
+            self._places += [(p, content_of(p), not isinstance(p, Cells)) for p in all_places(fn)]
+        for obj, _ in traverse(roots, seen, _without_closures, classes=True):
+            self._note(obj, seen, True)
+        near = list(seen.values())
+        held = [
+            child for obj in near if not isinstance(obj, type) for step, _, child in _parts(obj) if step is not None
         ]
-        while todo and len(self._seen) < _MOST:
-            value = todo.pop()
-            if id(value) not in self._seen:
-                self._seen[id(value)] = value
-                todo += self._look(value)
-        if built:
-            self._places = [(p, _without_fakes(c)) for p, c in self._places]
+        for obj, _ in traverse(held, seen, _parts, classes=True):
+            self._note(obj, seen, False)
+
+    def _note(self, obj: Any, seen: dict[int, Any], sure: bool) -> None:
+        if isinstance(obj, _CACHE):
+            self._caches.append(obj)
+        if isinstance(obj, np.ndarray) and sure and obj.nbytes <= _LARGE:
+            self._arrays.append((obj, obj.copy()))
+        elif not is_part(obj) and not isinstance(obj, _COPIED):
+            for place in all_places(obj):
+                if place is obj or id(place) not in seen:
+                    seen[id(place)] = place
+                    self._places.append((place, content_of(place), sure and not isinstance(place, Cells)))
+
+    def now(self) -> Outside:
+        """The same places, with what is there now."""
+        found = Outside([], [])
+        found._places = [(place, content_of(place), sure) for place, _, sure in self._places]
+        found._arrays = [(array, array.copy()) for array, _ in self._arrays]
+        return found
 
     def put_back(self) -> None:
-        """Undo what a step has changed."""
-        for place, was in self._places:
+        """Have there be again what was there."""
+        for place, was, sure in self._places:
             now = content_of(place)
-            if len(now) != len(was) or not _same(now, was):
+            if not same_content(was, now) and (sure or _any_fakes(now) or _any_fakes(was)):
                 put_content(place, was)
+        for array, was in self._arrays:
+            array[...] = was
         for cache in self._caches:
             if _holds_fakes(cache):
                 cache.cache_clear()
 
-    def _look(self, value: Any) -> list[Any]:
-        """Note a thing's places; what to look at next."""
-        if isinstance(value, type):
-            return self._class(value)
-        if isinstance(value, _CACHE):
-            self._caches.append(value)
-            return [value.__wrapped__]
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, dict | list | set | deque):
-            self._note(value)
-            return [
-                v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, dict | list | set)
-            ]
-        return []
-
-    def _note(self, place: Any) -> None:
-        self._places.append((place, content_of(place)))
-
-    def _class(self, cls: type) -> list[Any]:
-        if cls.__module__.partition(".")[0] in _LIBRARY or not cls.__flags__ & 512:
-            return []
-        methods = [f for m in functions_of(cls) if (f := m()) is not None]
-        if not any(f.__qualname__.startswith(cls.__qualname__) for f in methods):
-            return []  # a library's class
-        place = _OfClass(cls)
-        self._note(place)
-        return [*methods, *(b for b in cls.__bases__), *place.read().values()]
-
-    def _function(self, fn: types.FunctionType) -> list[Any]:
-        if is_library(fn.__code__.co_filename) or is_ours(fn):
-            return []
-        loads, stores = global_names(fn.__code__)
-        if stores:
-            self._note(Globals(fn, stores))
-        found = [fn.__globals__[n] for n in loads if n in fn.__globals__]
-        for value in found:
-            if hasattr(value, "__dict__") and not isinstance(value, _KNOWN) and not is_library_object(value):
-                self._note(vars(value))
-        return found
+    def drop_fakes(self) -> None:
+        """Take out the fake tensors that are still there."""
+        for place, _, _ in self._places:
+            now = content_of(place)
+            if any(map(_is_fake, now.values() if isinstance(now, dict) else now)):
+                put_content(place, _without_fakes(now))
 
 
-_KNOWN = (type, Tensor, nn.Module, types.ModuleType, types.FunctionType, _CACHE)
+def _any_fakes(content: Any) -> bool:
+    reached = traverse([*(content.values() if isinstance(content, dict) else content)], {}, most=_FEW)
+    return any(isinstance(obj, FakeTensor) for obj, _ in reached)
 
 
-def is_library_object(value: Any) -> bool:
-    """Is its class one of a library's? A plain namespace is the user's."""
-    return not isinstance(value, types.SimpleNamespace) and not functions_of(type(value))
+def _classes_of(model: nn.Module) -> list[Any]:
+    return list(dict.fromkeys(cls for m in model.modules() for cls in classes_in(m)))
 
 
-def _same(now: Any, was: Any) -> bool:
-    if isinstance(now, dict):
-        return all(k in was and was[k] is v for k, v in now.items())
-    if isinstance(now, set):
-        return bool(now == was)
-    return all(a is b for a, b in zip(now, was, strict=True))
+class KeptApart:
+    """Keeps what a session's steps do there apart from what the user has there.
+
+    Args:
+        work: its workload, of which nothing has been copied or built yet.
+    """
+
+    def __init__(self, work: Workload) -> None:
+        functions = [_function(f) for f in (work.loss, work.step, work.factory) if f is not None]
+        roots = _classes_of(work.model)
+        for fn in functions:
+            roots += _loaded_by(fn)
+        if work.factory is not None:
+            roots.append(work.factory)
+        if work.optimizer is not None and not isinstance(work.optimizer, torch.optim.Optimizer):
+            roots.append(work.optimizer)
+        self._users, self._built = Outside(roots, functions), list[Outside]()
+        self._is_factory = work.factory is not None
+
+    def built(self, inst: Instance) -> None:
+        """Note what a factory has set up for its model, fake tensors and all."""
+        if self._is_factory:
+            functions = [_function(f) for f in (inst.loss, inst.step) if f is not None]
+            self._built = [Outside([*_classes_of(inst.model), *functions], []), self._users.now()]
+
+    def enter(self) -> None:
+        """Have there be what the factory has set up."""
+        for outside in self._built:
+            outside.put_back()
+
+    def leave(self) -> None:
+        """Have there be what the user has there."""
+        for outside in self._built:
+            outside.put_back()
+        self._users.put_back()
+        for outside in self._built:
+            outside.drop_fakes()
 
 
 def _without_fakes(content: Any) -> Any:

@@ -23,7 +23,7 @@ from ullage.capture._environment import unnoticed
 from ullage.capture._explain import explained
 from ullage.capture._fake_mode import StepMode
 from ullage.capture._layouts import check_tensors
-from ullage.capture._outside import Outside
+from ullage.capture._outside import KeptApart
 from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
 from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
@@ -154,15 +154,16 @@ class Session:
         with self._active(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.tracker.calibrate()
-        outside = Outside(work.model, (work.loss, work.step)) if work.factory is None else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
-        check_tensors(self.inst)
-        inst = self.inst
-        self._outside = outside or Outside(inst.model, (inst.loss, inst.step), built=True)
-        self._outside.put_back()
-        self._adopt(work)
+        self._apart = KeptApart(work)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
+            check_tensors(self.inst)
+            self._apart.built(self.inst)
+            self._adopt(work)
+        finally:
+            self._apart.leave()
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
 
     @property
@@ -243,6 +244,7 @@ class Session:
             install(kind(fqn, module, self._settings[fqn], self._site(fqn, module)), module)
         before = _plain_attributes(self.inst.model) if not modules else {}
         try:
+            self._apart.enter()
             with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 host = host_rng()
@@ -264,7 +266,7 @@ class Session:
         finally:
             for _, module in modules:
                 uninstall(module)
-            self._outside.put_back()
+            self._apart.leave()
             self.tracker.module_stack.clear()
             self.tracker.replay_depth = 0
         if before:

@@ -18,7 +18,7 @@ from ullage.cli._options import (
     tier_options,
 )
 from ullage.cli._progress import progress
-from ullage.workload import target_along
+from ullage.workload import beside_target, target_along
 
 
 @click.command()
@@ -65,7 +65,7 @@ def fit(
     Exit code 3: not even the smallest value fits; the smallest budget that would do is said.
     """
     tier = taken_tier(options)
-    with progress() as report:
+    with progress() as report, beside_target(target):
         result = ul.fit(
             target_along(target, axis, **options),
             budget_value(budget),

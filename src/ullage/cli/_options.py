@@ -14,7 +14,7 @@ from ullage._files import check_writable
 from ullage._plot import HOW_TO_GET_IT, can_plot
 from ullage.planner import Plan
 from ullage.planner._study import Study
-from ullage.workload import Workload, load_target
+from ullage.workload import Workload, beside_target, load_target
 
 Command = Callable[..., Any]
 SMALL_ROWS = 12
@@ -105,7 +105,8 @@ def _value(text: str | None) -> int | str | None:
 
 
 def load(options: dict[str, Any]) -> Workload:
-    """The workload that the options of `target_options` name."""
+    """The workload that the options of `target_options` name; until the command ends its steps can import what lies beside it."""
+    click.get_current_context().with_resource(beside_target(options["target"]))
     return load_target(**options)
 
 

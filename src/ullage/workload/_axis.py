@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -58,10 +59,8 @@ def target_along(target: str, axis: str, **options: Any) -> Callable[..., Worklo
     check_axis(factory, axis)
 
     def from_factory(**at: int) -> Workload:
-        def build() -> Workload:
-            return factory(**at)
-
-        build.__name__ = f"{getattr(factory, '__name__', repr(factory))}({axis}={at[axis]})"
+        build = functools.partial(factory, **at)
+        build.__name__ = f"{getattr(factory, '__name__', repr(factory))}({axis}={at[axis]})"  # type: ignore[attr-defined]
         return Workload.from_factory(build)
 
     return from_factory

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ def load_target(
     accumulate: int | None = None,
 ) -> Workload:
     """Return a factory workload for a target.
+
+    While a file target or its factory runs it can import its neighbours; `sys.path` is as it was afterwards, so that a step which imports
+    some needs their folder there.
 
     Args:
         target: see the module's docstring.
@@ -83,14 +88,42 @@ def find_factory(target: str) -> Callable[..., Workload]:
         raise WorkloadError(f"target={target!r}: {where} has no {name!r}{hint}")
     if not callable(factory):
         raise WorkloadError(f"target={target!r}: {name!r} is a {type(factory).__name__}, not a callable; {_EXPECTED}")
-    return factory  # type: ignore[no-any-return]
+    folder = _folder_of(where).resolve()
+
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> Workload:
+        with _beside(folder):  # it may import its neighbours when it is called
+            return factory(*args, **kwargs)  # type: ignore[no-any-return]
+
+    return build
+
+
+def beside_target(target: str) -> contextlib.AbstractContextManager[None]:
+    """Inside it, modules beside a target can be imported by its steps, too."""
+    return _beside(_folder_of(target.rpartition(":")[0]))
+
+
+def _folder_of(where: str) -> Path:
+    return Path(where).parent if where.endswith(".py") else Path.cwd()
 
 
 def _import(name: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` has it
+    with _beside(_folder_of(name)):  # as `python -m` has it
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[None]:
+    """Modules in that folder can be imported; afterwards the search path is as it was, but for what the code has added."""
+    here = str(folder.resolve())
+    added = here not in sys.path
+    if added:
         sys.path.insert(0, here)
-    return importlib.import_module(name)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
 
 
 def _load_file(path: Path, target: str) -> Any:
@@ -99,13 +132,14 @@ def _load_file(path: Path, target: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"ullage_target_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(spec.name)  # of another file of that name
     sys.modules[spec.name] = module
-    here = str(path.resolve().parent)
-    if here not in sys.path:  # its neighbours, as when the file is run
-        sys.path.insert(0, here)
     try:
-        spec.loader.exec_module(module)
+        with _beside(_folder_of(str(path))):  # its neighbours, as when the file is run
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[spec.name]
+        if before is not None:
+            sys.modules[spec.name] = before
         raise
     return module
