@@ -39,6 +39,11 @@ class Signature:
     output_bytes: int
 
 
+def signature_key(s: Signature) -> str:
+    """A stable name of a signature."""
+    return f"{s.func}|{s.args!r}|{sorted(s.kwargs.items(), key=lambda kv: kv[0])!r}|{s.outputs!r}"
+
+
 @dataclass
 class Storage:
     """One storage's life, in op indices: alive from `birth` (during that op) to after op `death`."""

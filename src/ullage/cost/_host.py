@@ -96,22 +96,29 @@ def measure_host() -> HostCost:
     """Time tiny blocks on this CPU: plain, run twice, checkpointed in full and selectively, in turns; a quarter of a second."""
     full, selective, ops = [], [], []
     floor = _floor()
-    with torch.random.fork_rng(devices=[]):
-        for layers in _SIZES:
-            block, x = (
-                nn.Sequential(*(_Layer() for _ in range(layers))),
-                torch.full((2, 8, 16), 0.5, requires_grad=True),
-            )
-            plain, twice, replayed, selected = _medians(_ways(block), x)
-            with _Counts() as counts:
-                _step(_ways(block)[3], x)
-            n, again, forward = counts.ops["forward"], counts.ops["again"], twice - plain
-            full.append(max(replayed - twice, 0.0))
-            selective.append(max(selected - plain - forward * again / n, 0.0))
-            ops.append(n)
+    for layers in _SIZES:
+        block, x = _block(layers), torch.full((2, 8, 16), 0.5, requires_grad=True)
+        plain, twice, replayed, selected = _medians(_ways(block), x)
+        with _Counts() as counts:
+            _step(_ways(block)[3], x)
+        n, again, forward = counts.ops["forward"], counts.ops["again"], twice - plain
+        full.append(max(replayed - twice, 0.0))
+        selective.append(max(selected - plain - forward * again / n, 0.0))
+        ops.append(n)
     forward_op = max(forward / n - floor, 0.0)
     backward_op = max((plain - forward) / counts.ops["backward"] - floor, 0.0)
     return HostCost(forward_op, backward_op, *_line(ops, full), *_line(ops, selective))
+
+
+def _block(layers: int) -> nn.Module:
+    """Its values are not drawn: other threads draw from the same generator."""
+    with torch.device("meta"):
+        block = nn.Sequential(*(_Layer() for _ in range(layers)))
+    block.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.linspace(-0.2, 0.2, p.numel()).view_as(p))
+    return block
 
 
 def _ways(block: nn.Module) -> tuple[Callable[[Tensor], Any], ...]:

@@ -10,13 +10,14 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ullage.capture._nodes import tensors_in
 from ullage.capture._timeline import OpCost
-from ullage.capture._trace import Signature
+from ullage.capture._trace import Signature, signature_key
 from ullage.cost._devices import Device
 from ullage.cost._made import Filling, arguments, fillings, measurable
 from ullage.cost._roofline import is_free, roofline_ops, specs_in
@@ -24,10 +25,14 @@ from ullage.measure._allocator import record_blocks
 from ullage.measure._state import preserved_rng, preserved_torch_rng
 from ullage.measure._turns import one_at_a_time
 from ullage.runtime import draws
+from ullage.runtime._settings import Settings, read_settings
 
 aten = torch.ops.aten
 # What an op of backward reads has left the caches that are a core's own: between its calls this much else is written.
 EVICTED_BYTES = 4 * 2**20
+MEASURED_KEPT = 10_000  # costs, of about a kilobyte each with their names
+_MEASURED: dict[tuple[str, Settings], OpCost] = {}
+_OF_TORCH = ("aten", "prims")
 
 
 def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
@@ -50,36 +55,52 @@ def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
     return best
 
 
-def measure_ops(signatures: Sequence[Signature], cold: Sequence[bool], fallback: Device) -> list[OpCost]:
+def measure_ops(signatures: Sequence[Signature], table: Device, cold: Sequence[bool] | None = None) -> list[OpCost]:
     """Costs of ops, each run alone. What can't be run alone takes the roofline's cost.
 
     Args:
         signatures: what is called.
-        cold: per signature, is what it reads from long before (an op of backward or of the optimizer), and so no longer in a cache?
-        fallback: the device whose roofline stands in.
+        table: the device whose roofline stands in.
+        cold: per signature, is what it reads from long before (an op of backward or of the optimizer), and so no longer in
+            a cache? None: bytes alone are measured, times are the roofline's.
     """
-    costs = []
+    costs, settings = [], read_settings()
     with one_at_a_time():
-        for s, is_cold, rough in zip(signatures, cold, roofline_ops(list(signatures), fallback), strict=True):
+        for k, (s, rough) in enumerate(zip(signatures, roofline_ops(list(signatures), table), strict=True)):
             if is_free(s):
-                costs.append(OpCost(1e-6, 0))
-                continue
-            with undrawn(s):
-                costs.append(_one(s, is_cold, rough) if measurable(s) else rough)
+                costs.append(OpCost(1e-6, 0) if cold else rough)
+            elif not measurable(s):
+                costs.append(rough)
+            elif cold:
+                costs.append(_one(s, cold[k], rough))
+            else:
+                costs.append(_bytes_of(s, rough, settings))
     return costs
+
+
+def _bytes_of(s: Signature, rough: OpCost, settings: Settings) -> OpCost:
+    """What torch's own kernels allocate is measured once in a process, for each way that torch is set."""
+    if s.func.namespace not in _OF_TORCH:
+        return _one(s, None, rough)
+    key = signature_key(s), settings
+    if key not in _MEASURED:
+        while len(_MEASURED) >= MEASURED_KEPT:
+            _MEASURED.pop(next(iter(_MEASURED)))
+        _MEASURED[key] = _one(s, None, rough)
+    return replace(_MEASURED[key], seconds=rough.seconds)
 
 
 def undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
     """Ops that draw are run for real; what a library's op draws isn't known. Other threads draw from the same generators."""
-    if s.func.namespace not in ("aten", "prims"):
+    if s.func.namespace not in _OF_TORCH:
         return preserved_rng()
     return preserved_torch_rng() if draws(s.func, s.args) else contextlib.nullcontext()
 
 
-def _one(s: Signature, cold: bool, rough: OpCost) -> OpCost:
+def _one(s: Signature, cold: bool | None, rough: OpCost) -> OpCost:
     devices = {i.device for i in specs_in([s.args, s.kwargs, s.outputs])}
     device = "cuda" if "cuda" in devices else "cpu"
-    seconds = 0.0
+    seconds = rough.seconds if cold is None else 0.0
 
     def run(filling: Filling) -> tuple[int, tuple[int, ...]]:
         nonlocal seconds
@@ -96,11 +117,13 @@ def _one(s: Signature, cold: bool, rough: OpCost) -> OpCost:
                 raise ValueError(f"{s.func}: other shapes than in the step")
             del out
             found = peak_and_made(call, (args, kwargs), device)
-            seconds = seconds or max(_time(call, device, cold), 1e-6)
+            if cold is not None:
+                seconds = seconds or max(_time(call, device, cold), 1e-6)
             return found
 
     try:
-        peak, outputs, bounds = most_of(run, fillings(s, [s.func]))
+        with undrawn(s):
+            peak, outputs, bounds = most_of(run, fillings(s, [s.func]))
     except Exception:  # an op that can't be run on made-up values: the roofline stands in
         return rough
     return OpCost(seconds, max(peak, s.output_bytes), outputs, bounds)

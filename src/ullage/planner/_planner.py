@@ -57,7 +57,8 @@ def plan(
         budget: bytes or a string (see `ullage.parse_budget`); may be None for a named policy.
         device: None (where the model is) or a name of the device table; one that is not here makes it an estimate.
         policy: "optimal" or a named policy.
-        costs: "auto" (ops are timed here) or "roofline" (nothing is run, same on any machine).
+        costs: "auto" (ops are timed here) or "roofline" (times of the device table, the same on any machine). Bytes are
+            those of the kernels here, with either.
         profile: take op costs from this profile instead of measuring again.
         units: FQN globs of the modules to plan over, instead of the blocks the architecture shows.
         pin: actions ("keep", "recompute", "select", "select:LEVEL") by FQN glob of units; any policy obeys, and the plan says

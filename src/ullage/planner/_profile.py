@@ -129,7 +129,7 @@ def profile(
     Args:
         work: what is trained; left as found, the model itself never runs.
         device: None (where the model is) or a name of the device table.
-        costs: "auto" (single ops are timed) or "roofline" (nothing is run).
+        costs: "auto" (single ops are timed) or "roofline" (times of the device table; bytes are the same).
         units: FQN globs, instead of the blocks the architecture shows.
         progress: called with a line at each stage.
     """

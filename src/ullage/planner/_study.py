@@ -20,7 +20,7 @@ from msgspec import structs
 
 from ullage.capture import Session
 from ullage.capture._timeline import OpCost, Timeline, timeline
-from ullage.capture._trace import Signature, Trace
+from ullage.capture._trace import Trace, signature_key
 from ullage.capture._units import UnitFacts
 from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
@@ -90,22 +90,22 @@ class Study:
         todo = session.signatures[len(have) :]
         unknown = {k: s for k, s in enumerate(todo, len(have)) if signature_key(s) not in self.known_costs}
         if unknown:
-            found = roofline_ops(list(unknown.values()), self.device.facts)
-            if self.costs_mode == "measured":
-                self.progress(f"timing {len(unknown)} ops")
+            facts, timed = self.device.facts, self.costs_mode == "measured" and not self.times_given
+            if self.device.estimate:
+                found = roofline_ops(list(unknown.values()), facts)
+            else:
+                self.progress(f"{'timing' if timed else 'running'} {len(unknown)} ops")
                 forward = _forward_signatures(session.trace)
-                cold = [k not in forward for k in unknown]
-                measured = measure_ops(list(unknown.values()), cold, self.device.facts)
-                # a profile's times are given: what it has not seen takes the roofline's, so that the plan is the same
-                seconds = [c.seconds for c in (found if self.times_given else measured)]
-                found = [replace(c, seconds=t) for c, t in zip(measured, seconds, strict=True)]
+                found = measure_ops(
+                    list(unknown.values()), facts, [k not in forward for k in unknown] if timed else None
+                )
             self.known_costs.update({signature_key(s): c for s, c in zip(unknown.values(), found, strict=True)})
         for s in todo:
             have.append(self.known_costs[signature_key(s)])
             if have[-1].bounds:
                 session.values.assumptions[upper_bound(str(s.func))] = None
         done, nodes = self._booked.get(session, 0), session.trace.nodes
-        if self.costs_mode == "measured" and done < len(nodes):
+        if not self.device.estimate and done < len(nodes):
             book_nodes(session, nodes[done:], have, self.known_costs, signature_key)
         self._booked[session] = len(nodes)
         return have
@@ -290,11 +290,6 @@ def _forward_signatures(trace: Trace) -> set[int]:
     """What some forward or replay calls."""
     flags = zip(trace.signature, trace.phase, trace.recomputed, strict=True)
     return {k for k, phase, again in flags if phase == "forward" or again}
-
-
-def signature_key(s: Signature) -> str:
-    """A stable name of a signature."""
-    return f"{s.func}|{s.args!r}|{sorted(s.kwargs.items(), key=lambda kv: kv[0])!r}|{s.outputs!r}"
 
 
 def recomputed_in(s: Study, capture: StepCapture) -> dict[str, tuple[int, float]]:
