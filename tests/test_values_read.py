@@ -155,6 +155,7 @@ class Packed(nn.Module):
 LAYERS: list[Any] = [
     (nn.LSTM, {"bidirectional": True}),
     (nn.GRU, {}),
+    (nn.LSTM, {"proj_size": 5, "bias": False}),
     pytest.param(nn.LSTM, {"num_layers": 2, "dropout": 0.3, "bias": False}, marks=pytest.mark.slow),
     pytest.param(nn.RNN, {"nonlinearity": "relu", "bidirectional": True}, marks=pytest.mark.slow),
 ]
@@ -163,6 +164,27 @@ LAYERS: list[Any] = [
 @pytest.mark.parametrize(("kind", "settings"), LAYERS)
 def test_packed_sequences(kind: type[nn.RNNBase], settings: dict[str, Any]) -> None:
     work = ul.Workload(Packed(kind, **settings), (torch.randint(0, 50, (3, 4)), torch.tensor([4, 2, 4])))
+    assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
+
+
+class Dense(nn.Module):
+    """What oneDNN has no op for is unrolled over time."""
+
+    def __init__(self, dtype: torch.dtype, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l = nn.LSTM(6, 8, dtype=dtype, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.l(x)[0]
+        return out.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"), [(torch.float32, {"proj_size": 3, "bias": False}), (torch.float64, {"num_layers": 2})]
+)
+def test_dense_layers_without_a_kernel_of_onednn(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    work = ul.Workload(Dense(dtype, **settings), torch.randn(4, 3, 6, dtype=dtype))
     assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
 
 

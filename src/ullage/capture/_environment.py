@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._errors import CaptureError
 from ullage.capture._host_rng import own_host_rng
-from ullage.capture._recurrent import Pack, dense_lstm, packed, padded
+from ullage.capture._recurrent import Pack, dense_lstm, packed, padded, takes_onednn
 from ullage.measure._state import unless_seeded
 from ullage.measure._turns import one_at_a_time
 from ullage.runtime import rng_states_from
@@ -171,9 +171,8 @@ def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
 
     def choose_lstm(*args: Any) -> Any:
         """The other path would unroll over time."""
-        if not (mine() and len(args) == 9 and isinstance(args[0], FakeTensor) and args[0].device.type == "cpu"):
-            return lstm(*args)
-        return dense_lstm(*args) if torch.backends.mkldnn.is_available() else lstm(*args)
+        ours = mine() and len(args) == 9 and isinstance(args[0], FakeTensor)
+        return dense_lstm(*args) if ours and takes_onednn(*args[:4]) else lstm(*args)
 
     stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
     stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))

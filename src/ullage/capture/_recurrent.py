@@ -15,6 +15,21 @@ from torch.nn.functional import linear
 Hidden = tuple[Tensor, ...]
 
 
+def takes_onednn(x: Tensor, hx: Any, weights: Any, bias: bool) -> bool:
+    """Would `at::lstm` run oneDNN's op on these, were they real (`use_mkldnn`, aten/native/RNN.cpp)?"""
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()) or x.numel() == 0:
+        return False
+    if any(t.device.type != "cpu" or t.layout is not torch.strided for t in (x, *hx, *weights)):
+        return False
+    if hx[0].shape[2] != hx[1].shape[2]:  # a projection
+        return False
+    if x.dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if x.dtype is torch.float16:
+        return not torch.is_grad_enabled() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return x.dtype is torch.float32
+
+
 def dense_lstm(
     x: Tensor,
     hx: Any,
@@ -172,12 +187,17 @@ class _Cell:
         return (self.activation(linear(hidden[0], self.hh, self.bias_hh).add_(given)),)
 
 
+def _each(run: Callable[..., Tensor], *hidden: Any) -> Hidden:
+    """On hidden states and cells, of which C++ takes the cells first: GCC evaluates `make_tuple(h, c)` from the right."""
+    return tuple(run(*same) for same in reversed(list(zip(*hidden, strict=True))))[::-1]
+
+
 def _rows(hidden: Hidden, first: int, last: int) -> Hidden:
-    return tuple(h.narrow(0, first, last - first) for h in hidden)
+    return _each(lambda h: h.narrow(0, first, last - first), hidden)
 
 
 def _joined(parts: Sequence[Hidden]) -> Hidden:
-    return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+    return _each(lambda *same: torch.cat(same), *parts)
 
 
 def _forwards(data: Tensor, sizes: list[int], hidden: Hidden, cell: _Cell) -> tuple[Tensor, Hidden]:
@@ -185,11 +205,12 @@ def _forwards(data: Tensor, sizes: list[int], hidden: Hidden, cell: _Cell) -> tu
     ended: list[Hidden] = []
     outs = []
     for size in sizes:  # sequences are sorted: those that end are the last rows
+        step = given.narrow(0, at, size)  # first, as C++ does: the order of nodes is that of their gradients
         if size < last:
             ended.append(_rows(hidden, size, last))
             hidden = _rows(hidden, 0, size)
             last = size
-        hidden = cell.step(given.narrow(0, at, size), hidden)
+        hidden = cell.step(step, hidden)
         outs.append(hidden[0])
         at += size
     return torch.cat(outs), _joined([hidden, *reversed(ended)])
