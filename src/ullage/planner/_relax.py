@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ullage.mechanisms import KEEP, Option
 from ullage.planner._instance import StepModel
@@ -13,17 +14,20 @@ from ullage.planner._study import StepCapture, Study
 
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
+REFUSED_IN_A_ROW = 4  # units of a plan with runs that get no cheaper option, until the rest is not tried
 
 
 def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
     """What was chosen, for all units; those whose next cheaper option still fits as execution shows get it, the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed. Where units are rebuilt together, or tensors leave, nothing is tried.
+    too much, might have refused wrongly is executed. Where tensors leave, nothing is tried.
     """
     assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, s.peak(chosen)
-    if any(o.place is not None or o.offloads for o in assignment.values()):
+    if any(o.offloads for o in assignment.values()):
         return assignment
+    if any(o.place is not None for o in assignment.values()):
+        return _relax_with_runs(s, assignment, limit)
     model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
     # a trial that did not fit is not tried
@@ -47,13 +51,39 @@ def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
         s.progress("trying to relax single units")
         trial = s.execute({**assignment, model.units[u]: option})
         work -= trial.ops.stop - trial.ops.start
-        fits = s.peak_with_update(trial) <= limit
-        if fits and s.fresh_peak(trial.assignment) <= limit:
+        if _fits(s, trial, limit):
             assignment, peak = dict(trial.assignment), s.peak(trial)
             rejected.clear()
         else:
             rejected[kind] = said
     return assignment
+
+
+def _relax_with_runs(s: Study, assignment: dict[str, Option], limit: int) -> dict[str, Option]:
+    """`relax` where units are rebuilt together, of which the model knows no selective options: by execution alone.
+
+    The last units come first: what they hold is free before the others' backward.
+    """
+    model, work, refused = model_of(s), RELAX_WORK, 0
+    for fqn, facts in reversed(list(zip(model.units, model.options, strict=True))):
+        place, options = assignment[fqn].place, [o.option for o in facts]
+        now = replace(assignment[fqn], place=None)
+        cheaper = options[: options.index(now)] if now in options else []
+        for option in reversed(cheaper):
+            if work <= 0 or refused == REFUSED_IN_A_ROW:
+                return assignment
+            s.progress("trying to relax single units")
+            trial = s.execute({**assignment, fqn: option if option == KEEP else replace(option, place=place)})
+            work -= trial.ops.stop - trial.ops.start
+            if not _fits(s, trial, limit):
+                refused += 1
+                break
+            assignment, refused = dict(trial.assignment), 0
+    return assignment
+
+
+def _fits(s: Study, trial: StepCapture, limit: int) -> bool:
+    return s.peak_with_update(trial) <= limit and s.fresh_peak(trial.assignment) <= limit
 
 
 def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
