@@ -100,25 +100,38 @@ def test_saved_numbers_of_every_form(first: int) -> None:
     check(*list(FORMS.values())[first : first + 3], nested=first == 0)
 
 
-def test_numbers_of_a_graph_that_is_kept_are_held_until_it_goes() -> None:
-    class Twice(nn.Module):
+def _scaled_in_place(x: Tensor) -> Tensor:
+    x[:1].mul_(0.5)
+    x[1:].div_(3)
+    return x
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("scaled", [lambda x: x * 0.99, _scaled_in_place])
+def test_numbers_of_a_graph_that_is_kept_are_held_until_it_goes(
+    scaled: Callable[[Tensor], Tensor], again: bool
+) -> None:
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.ones(2))
 
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(8):  # numbers are most of what is held
-                x = x * 0.99 + self.w
+                x = scaled(x + self.w)
             return x.sum()
 
     def step(model: nn.Module, x: Tensor) -> None:
         loss = model(x)
         loss.backward(retain_graph=True)
-        loss.backward()
+        if again:
+            loss.backward()
+        torch.ones(300)  # the peak, with what is still held then
         model.zero_grad()
 
-    work = ul.Workload(Twice(), torch.ones(2), step=step)
-    assert ul.profile(work).peak_bytes == ul.measure(work, steps=1).peak_bytes
+    for costs in ("auto", "roofline"):
+        work = ul.Workload(Model(), torch.ones(2), step=step)
+        assert ul.profile(work, costs=costs).peak_bytes == ul.measure(work, steps=1).peak_bytes
 
 
 def test_a_scaler_of_gradients_is_predicted_and_measured_to_the_byte() -> None:

@@ -17,6 +17,9 @@ from torch import Tensor
 _TENSOR = ("Tensor", "Optional[Tensor]")
 # Backward of a product with a number takes the tensor that its node has saved; others make one of each number anew.
 _HAVE_THEIR_NUMBER = ("MulBackward", "DivBackward")
+_WRITES = (torch.ops.aten.mul_, torch.ops.aten.div_)  # which make such nodes, inside another where a view is written to
+# is the backward that runs one with `retain_graph`, after which nodes hold what they have saved?
+_KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)
 _SIZES = {bool: 1, int: 8, float: 8, complex: 16}
 
 
@@ -29,7 +32,8 @@ class SavedNumbers:
 
     def __init__(self) -> None:
         self._names: dict[Any, tuple[tuple[int, str], ...]] = {}  # per op, its arguments that are tensors
-        self._last: tuple[weakref.ref[Tensor], list[tuple[str, int]]] | None = None
+        self._last: tuple[weakref.ref[Tensor], list[tuple[str, int]], bool] | None = None
+        self._with_number: set[int] = set()  # numbers of the nodes that such a node is inside
 
     def note(self, func: Any, args: Any, out: Any, node: Any) -> int:
         """An op has run; bytes of the numbers that were made tensors for it. The output gets its own node only afterwards.
@@ -47,8 +51,9 @@ class SavedNumbers:
         if not given:
             return 0
         if torch.is_grad_enabled() and isinstance(out, Tensor):
-            self._last = weakref.ref(out), [(name, _SIZES[type(number)]) for name, number in given]
-        if node is not None and node.name().startswith(_HAVE_THEIR_NUMBER):
+            sizes = [(name, _SIZES[type(number)]) for name, number in given]
+            self._last = weakref.ref(out), sizes, func._overloadpacket in _WRITES
+        if node is not None and self._has_its_number(node):
             return 0
         return sum(_SIZES[type(number)] for _, number in given)
 
@@ -56,19 +61,25 @@ class SavedNumbers:
         """What the op that was noted last has saved: per number what holds it alive, a key and its bytes."""
         if self._last is None:
             return []
-        out, given = self._last[0](), self._last[1]
+        out, given, writes = self._last[0](), *self._last[1:]
         self._last = None
         if out is None or not out.requires_grad:
             return []
         if out._base is not None:
-            return [_hidden_in(out._base.grad_fn, nbytes) for _, nbytes in given if out._base.grad_fn is not None]
+            outer = out._base.grad_fn
+            if outer is not None and writes:
+                self._with_number.add(outer._sequence_nr())
+            return [_hidden_in(outer, nbytes) for _, nbytes in given if outer is not None]
         tensors = [getattr(out.grad_fn, f"_saved_{name}", None) for name, _ in given]
         storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
         return [(s, s._cdata, s.nbytes()) for s in storages]
+
+    def _has_its_number(self, node: Any) -> bool:
+        return node.name().startswith(_HAVE_THEIR_NUMBER) or node._sequence_nr() in self._with_number
 
 
 def _hidden_in(node: Any, nbytes: int) -> tuple[Any, int, int]:
     """A view was written to: the op's node is inside that of the view's base, and goes when that has run or is gone."""
     held = [_Hidden()]
-    node.register_hook(lambda *_: held.clear())
+    node.register_hook(lambda *_: None if _KEEPS_GRAPH() else held.clear())
     return held[0], id(held[0]), nbytes
