@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -145,3 +146,18 @@ def test_the_plain_step_is_not_measured_under_a_plan() -> None:
     with plan.apply(net), pytest.raises(ul.ApplyError, match=r"is in force on the model; call remove\(\)"):
         ul.measure(work, steps=1)
     assert ul.measure(work, steps=1).plan_digest == ""
+
+
+def test_a_function_that_reaches_an_optimizer_by_a_weak_reference_alone() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    held = weakref.ref(optimizer)
+
+    def step(m: nn.Module, x: Tensor) -> None:
+        m(x).sum().backward()
+        held().step()  # type: ignore[union-attr]
+        held().zero_grad()  # type: ignore[union-attr]
+
+    before = model.weight.tolist()
+    assert ul.profile(ul.Workload(model, torch.ones(2, 4), step=step), costs="roofline").peak_bytes > 0
+    assert model.weight.tolist() == before and not optimizer.state

@@ -29,6 +29,10 @@ def copied_parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
     """What is copied with an object, in the form of the walker's `children`: of globals, those that a function itself loads."""
     yield from hooks_of(obj)
     for step, label, child in children(obj):
+        if isinstance(child, weakref.ref):  # a scheduler's way to its optimizer
+            child = child()
+            if not isinstance(child, _STATEFUL):
+                continue
         if step[0] != "g" or (isinstance(obj, types.FunctionType) and isinstance(child, _GLOBALS)):
             yield step, label, child
 
@@ -50,6 +54,7 @@ class Copier:
     def __init__(self, memo: dict[int, Any]) -> None:
         self.memo = memo
         self._scopes: dict[int, dict[str, Any]] = {}  # a module's globals, by their id: its functions share them
+        self.weakly_held: list[Any] = []  # copies that may be reached through weak references alone
         self._kept: list[Any] = []  # what was copied, temporary states too: an id in `memo` stays one thing's
 
     def __call__(self, value: Any) -> Any:
@@ -70,7 +75,10 @@ class Copier:
             return types.MethodType(value.__func__, self(value.__self__))
         if isinstance(value, weakref.ref):
             target = value()
-            return weakref.ref(self(target)) if isinstance(target, _STATEFUL) else value
+            if not isinstance(target, _STATEFUL):
+                return value
+            self.weakly_held.append(self(target))
+            return weakref.ref(self.weakly_held[-1])
         if is_opaque(value):  # a lock, a thread, a file: what the walker does not follow
             return value
         return self._object(value)

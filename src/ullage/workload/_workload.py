@@ -88,6 +88,7 @@ class Instance:
     autocast: torch.dtype | None
     accumulate: int
     step: Callable[[nn.Module, Any], None] | None
+    held: list[Any] = field(default_factory=list, repr=False)  # what only weak references of a copy lead to
 
     @property
     def device(self) -> torch.device:
@@ -227,4 +228,4 @@ class Workload:
         if not is_instance:
             with active():
                 optimizer = make_optimizer(self.optimizer, model)
-        return Instance(model, batch, loss, optimizer, self.autocast, self.accumulate, step)
+        return Instance(model, batch, loss, optimizer, self.autocast, self.accumulate, step, copied.weakly_held)
