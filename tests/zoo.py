@@ -268,6 +268,38 @@ def unet() -> Case:
     return Case(UNet(), images(8, 32)[0], lambda out, x: F.mse_loss(out, x))
 
 
+class Denoiser(nn.Module):
+    """A U-Net of diffusers, with time embeddings and attention to a text, asked for the noise in images at random times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        self.text = nn.Embedding(256, 64)
+        self.unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    def forward(self, noisy: Tensor, times: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(noisy, times, self.text(ids)).sample
+
+
+def diffusion() -> Case:
+    x, noise, times = images(4, 16)[0], torch.randn(4, 3, 16, 16), torch.tensor([10, 200, 500, 900])
+    share = (times / 1000).view(4, 1, 1, 1)
+    batch = {"noisy": (1 - share).sqrt() * x + share.sqrt() * noise, "times": times, "ids": text_ids(4, 16)}
+    return Case(Denoiser(), batch, lambda out, _: F.mse_loss(out, noise))
+
+
 class LSTM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -373,7 +405,7 @@ FAMILIES: dict[str, Callable[[], Case]] = {
 }
 
 # of which promises are judged in `benchmarks/promise.py`, and no more
-MORE_FAMILIES: dict[str, Callable[[], Case]] = {f.__name__: f for f in (opt, gemma, phi, albert)}
+MORE_FAMILIES: dict[str, Callable[[], Case]] = {f.__name__: f for f in (opt, gemma, phi, albert, diffusion)}
 
 
 def adamw(params: Any) -> torch.optim.Optimizer:
