@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -44,8 +45,14 @@ X = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 ALL = ["blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1", "blocks.2.0", "blocks.2.1", "drop"]
 
 
+@functools.cache
+def _planned(training: bool) -> ul.Plan:
+    return ul.plan(ul.Workload(Model().train(training), X), policy="every_block", costs="roofline")
+
+
 def _plan(model: nn.Module) -> ul.Plan:
-    return ul.plan(ul.Workload(model, X), policy="every_block", costs="roofline")
+    """The plan of a model all of whose modules are in one mode."""
+    return _planned(model.training)
 
 
 def _said(model: nn.Module, steps: int = 1) -> list[str]:

@@ -13,9 +13,12 @@ import torch.distributed as dist
 
 from tests.runtime.ddp_cases import CALLS, CASES
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="a torch without torch.distributed and gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="a torch without torch.distributed and gloo"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
