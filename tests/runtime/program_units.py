@@ -130,7 +130,9 @@ def _written_after(x: Tensor, out: Tensor, how: int) -> Tensor:
         return x * out.mean()
     if how == 5 and not out.is_leaf:
         return out.tanh_()
-    x.data.mul_(0.9)  # unseen by autograd; of what a unit gave back, no replay is promised to have that
+    x.data = (
+        x.data * 0.9
+    )  # other memory; what is written through `.data` into the same memory no replay is promised to have
     return out
 
 

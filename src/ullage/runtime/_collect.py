@@ -32,13 +32,15 @@ class Modified:
     Attributes:
         shape: its shape.
         by: what changed between forward and backward and went into it; "" if the unit itself writes to it after it was saved.
-        now: what it is now, if it is an argument of a unit in this one: that unit's backward may do without it.
+        now: what it is now.
+        argument: it is an argument of a unit in this one, whose backward may do without it.
     """
 
     shape: torch.Size
     by: str = ""
     _version: int = 0
     now: Tensor | None = None
+    argument: bool = False
 
 
 _version = attrgetter("_version")
@@ -89,7 +91,7 @@ class Collector:
             finally:  # the last one ends the replay
                 name, last = watch.name(x), next(reversed(self.store), -1)
                 if name is not None and self.store.get(last) is x:
-                    self.store[last] = Modified(x.shape, name, x._version, x if local.holding else None)
+                    self.store[last] = Modified(x.shape, name, x._version, x, local.holding)
 
         return watched
 
@@ -206,12 +208,13 @@ class Collector:
 
     def unpack(self, i: int) -> Tensor:
         """For a backward inside the unit's own forward."""
-        found = self.store.get(i)
+        found: Any = self.store.get(i)
         if found is None and self.frame is not None and i in self.frame.kept:
             found = tensor_of(self.frame.kept[i][0])
         if found is None:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
-        return found  # type: ignore[no-any-return]
+        # what this backward makes of a tensor that has changed is followed, too
+        return found.now if type(found) is Modified else found  # type: ignore[no-any-return]
 
     def note_modified(self) -> None:
         """While state is still the unit's own: which saved tensors has it written to since?"""

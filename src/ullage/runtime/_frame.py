@@ -347,7 +347,7 @@ class Frame:
 
     def _modified(self, i: int, found: Modified) -> Any:
         if found.by:
-            if found.now is not None and local.giving is not None:
+            if found.now is not None and found.argument and local.giving is not None:
                 local.giving.moved[storage_of(found.now)] = found.by
                 return found.now
             raise changed_error(self, found.by)

@@ -315,9 +315,14 @@ def mark_restored(restored: Mapping[int, str], store: dict[int, Any]) -> None:
             store[i] = Modified(t.shape, name)
 
 
-def changed_error(frame: Frame, name: str) -> ReplayError:
-    """The error for a replay that reads something else than its forward did."""
+def changed_error(frame: Frame, name: str, read: str = "") -> ReplayError:
+    """The error for a replay that reads something else than its forward did; `read`: an op that reads on the host what follows from that."""
+    why = (
+        f", and {read} reads a value that follows from it: what the unit does next may hang on that"
+        if read
+        else ", so the replay would give other values"
+    )
     return ReplayError(
-        f"{frame.site.name}: {name} was changed between forward and backward, so the replay would give other values; "
-        "change it after backward, or leave this unit out of checkpointing"
+        f"{frame.site.name}: {name} was changed between forward and backward{why}; change it after backward, or leave this unit out of "
+        "checkpointing"
     )

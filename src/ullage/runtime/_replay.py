@@ -107,8 +107,8 @@ def _without(frame: Frame, changed: dict[int, str], copies: bool = False) -> dic
     """Rebuild in full; what something went into that has changed is not to be had."""
     try:
         return _attempt(frame, None, Watch(changed), copies=copies)[0]
-    except Changed as read:
-        raise changed_error(frame, str(read)) from None
+    except Changed as changing:
+        raise changed_error(frame, changing.name, changing.read) from None
 
 
 def _usable(frame: Frame) -> Selection | None:

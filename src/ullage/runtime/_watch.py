@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ullage._source import source_line
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query
 from ullage.runtime._memory import storage_of
@@ -22,7 +23,16 @@ _KNOWN = ("aten", "prims")
 
 
 class Changed(BaseException):
-    """What the unit does next depends on something that changed; carries its name. Not an `Exception`: the unit must not catch it."""
+    """What the unit does next may depend on something that changed. Not an `Exception`: the unit must not catch it.
+
+    Attributes:
+        name: what changed.
+        read: the op that reads a value on the host, and where; "" where backward asks for what follows from it.
+    """
+
+    def __init__(self, name: str, read: str = "") -> None:
+        super().__init__(name)
+        self.name, self.read = name, read
 
 
 class Watch(TorchDispatchMode):
@@ -53,7 +63,7 @@ class Watch(TorchDispatchMode):
         if name is not None and (
             getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
         ):
-            raise Changed(name)
+            raise Changed(name, f"{func} at {source_line() or 'unknown line'}")
         out = func(*args, **(kwargs or {}))
         touched = {storage_of(t) for t in _tensors(out)} | {storage_of(t) for t in _written(func, args)}
         if name is not None:
