@@ -158,7 +158,14 @@ class Frame:
             return self.run(args, kwargs, packer(self, Notes()))
         options, training = self.options, self.reached.training
         grads = (*self.inputs.kinds(), *[a.kind for a in self.around])
-        kinds = self.kinds = (training, *self.reached.flags, flags_of(args, kwargs), grads, *map(type, self.roots))
+        kinds = self.kinds = (
+            training,
+            *self.reached.structures,
+            *self.reached.flags,
+            flags_of(args, kwargs),
+            grads,
+            *map(type, self.roots),
+        )
         facts = self.site.facts.get(kinds)
         selective = options.rule is not None and options.context_fn is None
         if selective:

@@ -237,7 +237,7 @@ class Back:
     """What others have replaced between a forward and its backward, and is put back for the replay: dicts' tensors, tensors' memory.
 
     Attributes:
-        dicts: dicts of parameters and buffers, and what they held.
+        dicts: dicts of parameters, buffers and modules, and what they held.
         memory: tensors, and what has the memory that they had.
     """
 

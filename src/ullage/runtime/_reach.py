@@ -64,16 +64,32 @@ class Below:
         tensors: dicts of parameters and of buffers.
         buffers: dicts of buffers.
         modules: the modules.
+        parents: those of them that have modules below them.
+        names: per parent, of what is right below it.
+        children: the modules that stood right below these.
+        structure: tells structures of one module apart: another module in the place of one has other state.
         loose: modules and steps from them to what may hold tensors or modules and is not registered.
     """
 
     tensors: list[dict[str, Any]]
     buffers: list[dict[str, Any]]
     modules: list[ReferenceType[nn.Module]]
+    parents: list[ReferenceType[nn.Module]]
+    names: list[list[str]]
+    children: list[Callable[[], nn.Module | None]]
+    structure: int
     loose: list[tuple[ReferenceType[nn.Module], Step]]
+
+    def standing(self) -> list[Any]:
+        """The modules that stand right below the parents now; AttributeError if a parent is gone."""
+        return [child for parent in self.parents for child in parent()._modules.values()]  # type: ignore[union-attr]
 
 
 _below: WeakKeyDictionary[nn.Module, Below] = WeakKeyDictionary()
+
+
+def _no_module() -> None:
+    """In the place of a reference to a module that is registered as None."""
 
 
 def _found_below(module: nn.Module) -> Below:
@@ -88,8 +104,16 @@ def _found_below(module: nn.Module) -> Below:
         if step[0] != "m" or step[1][0] in HOOKS
         if _may_hold(value, known)
     ]
+    parents = [m for m in modules if m._modules]
     found = _below[module] = Below(
-        tensors, [m._buffers for m in modules if m._buffers], [ref(m) for m in modules], loose
+        tensors,
+        [m._buffers for m in modules if m._buffers],
+        [ref(m) for m in modules],
+        [ref(m) for m in parents],
+        [list(m._modules) for m in parents],
+        [ref(child) if child is not None else _no_module for m in parents for child in m._modules.values()],
+        hash(tuple(map(_number, modules))),
+        loose,
     )
     return found
 
@@ -147,15 +171,30 @@ class Reached:
         around: tensors that no module has registered.
         arrays: numpy arrays.
         training: of every module: state and draws depend on it.
+        structures: of each of `modules`; what a forward changes depends on it.
+        standing: per `below`, the modules right below others, held until backward.
         flags: of plain objects and closures: what state a forward changes often depends on them.
     """
 
-    __slots__ = ("_code", "around", "arrays", "below", "flags", "modules", "roots", "training")
+    __slots__ = (
+        "_code",
+        "around",
+        "arrays",
+        "below",
+        "flags",
+        "modules",
+        "roots",
+        "standing",
+        "structures",
+        "training",
+    )
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self.roots = roots
         self.below: list[Below] = []
         self.modules: list[nn.Module] = []
+        self.standing: list[list[Any]] = []
+        self.structures: list[int] = []
         self.around: list[Tensor] = []
         self.arrays: list[np.ndarray[Any, Any]] = []
         self._code: list[Any] = []
@@ -193,10 +232,17 @@ class Reached:
     def _add(self, module: nn.Module, training: list[bool], seen: set[int], todo: deque[Any]) -> None:
         below = _below.get(module) or _found_below(module)
         try:
-            training += [m().training for m in below.modules]  # type: ignore[union-attr]
-        except AttributeError:  # one of them is gone: the structure has changed
+            standing = below.standing()
+            same = [child() for child in below.children] == standing
+        except AttributeError:  # a parent is gone
+            same = False
+        if not same:  # another module stands in the place of one
             below = _found_below(module)
-            training += [m.training for m in module.modules()]
+            standing = below.standing()
+        training.append(module.training)
+        training += [m.training for m in standing if m is not None]
+        self.structures.append(below.structure)
+        self.standing.append(standing)
         self.below.append(below)
         self.modules.append(module)
         if below.loose:
@@ -218,6 +264,19 @@ class Reached:
             for d in below.tensors:
                 found.extend([t for k, t in d.items() if (id(d), k) not in without] if without else d.values())
         return [t for t in found if t is not None]
+
+    def replaced(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Dicts of modules in which others stand now than at the call, and what stood there."""
+        found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for below, standing in zip(self.below, self.standing, strict=True):
+            if below.standing() != standing:
+                stood = iter(standing)
+                for parent, names in zip(below.parents, below.names, strict=True):
+                    dict_of = parent()._modules  # type: ignore[union-attr]  # held by what is reached
+                    content = {name: next(stood) for name in names}
+                    if list(dict_of.items()) != list(content.items()):
+                        found.append((dict_of, content))
+        return found
 
     def dicts(self) -> list[dict[str, Any]]:
         """Dicts of parameters and of buffers of modules."""

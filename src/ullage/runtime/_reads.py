@@ -275,6 +275,7 @@ def changed_reads(frame: Frame) -> dict[int, str]:
     if frame.reads is None:
         return changed
     back = Back()
+    back.dicts += frame.reached.replaced()
     more = frame.reads.changed(frame, back)
     if more or frame.watched or frame.around:
         changed = {**changed, **more, **_changed_copies(frame, back)}
