@@ -214,8 +214,8 @@ class Collector:
         if found is None:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
         # what this backward makes of a tensor that has changed is followed, too
-        given: Tensor = found.now if isinstance(found, Modified) else found
-        return given
+        given: Any = found.now if isinstance(found, Modified) else found
+        return given  # type: ignore[no-any-return]
 
     def note_modified(self) -> None:
         """While state is still the unit's own: which saved tensors has it written to since?"""
