@@ -199,3 +199,45 @@ def test_factories_may_convert_what_they_make(convert: Callable[[nn.Module], nn.
 
     work = ul.Workload.from_factory(make)
     assert ul.profile(work).peak_bytes == ul.measure(work, steps=1).peak_bytes
+
+
+@pytest.mark.parametrize(
+    "kept", ["div.Tensor[0]", "mul.Tensor[0]", "div.Tensor[0]+mul.Tensor[0]", "sin[0]", "add.Tensor[0]"]
+)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_numbers_of_ops_that_a_replay_skips(kept: str, phase: str) -> None:
+    """What stands for a skipped op's output gets a node as the op's own would, and that saves the number."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Linear(16, 16), nn.Linear(16, 64 if phase == "backward" else 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = (self.f(x) / 3).sin() * 0.5
+            return self.g(torch.add(h.cos(), 1.5).square()).sin().sum(-1, keepdim=True) * x
+
+    torch.manual_seed(0)
+    work = ul.Workload(nn.Sequential(Block(), Block()), torch.randn(24, 16), loss=_loss, optimizer=torch.optim.SGD)
+    plan = ul.plan(work, policy="every_block", pin={"0": f"select:{kept}", "1": f"select:{kept}"}, costs="roofline")
+    assert plan.predicted.peak_bytes == max(steps_of(work, plan))
+
+
+@pytest.mark.parametrize("option", ["recompute", "select:sin[0]"])
+@pytest.mark.parametrize("width", [16, 96])
+def test_what_is_compared_with_a_replay_is_not_copied_for_it(option: str, width: int) -> None:
+    """A transposed weight, and part of a tensor, are among what a first step's units drop: at its peak no byte is ours."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.g(self.f(x)[:, ::2].sin().cos().square()).sin() * x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block())
+    work = ul.Workload(model, torch.randn(24, width), loss=_loss, optimizer=torch.optim.SGD)
+    plan = ul.plan(work, policy="every_block", pin={"0": option, "1": option}, costs="roofline")
+    assert plan.predicted.first_step_peak_bytes == steps_of(work, plan)[0]

@@ -31,7 +31,7 @@ from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.mechanisms import Sites, UnitSettings
-from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, unit_of
+from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, telling_of_skips, unit_of
 from ullage.workload import Instance, Workload, run_step, tensors_of
 
 
@@ -213,7 +213,7 @@ class Session:
     def _active(self) -> Iterator[None]:
         self.fake_mode.owner = threading.get_ident()
         substituted = as_on_cuda() if self._as_cuda else contextlib.nullcontext()
-        with substituted, unnoticed(self.tracker), self.fake_mode, self.tracker:
+        with substituted, unnoticed(self.tracker), self.fake_mode, self.tracker, telling_of_skips(self.tracker.skipped):
             yield
 
     def run(

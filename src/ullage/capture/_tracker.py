@@ -331,6 +331,12 @@ class Tracker(TorchDispatchMode):
         trace.numbers.append(numbers)
         self._died.clear()
 
+    def skipped(self, func: Any, args: Any, out: Any) -> None:
+        """A selective replay skips an op; its node saves the numbers that it was given all the same."""
+        self.look_at_numbers()
+        if self.round_bytes == 1:
+            self._numbers.note(func, args, out, None)
+
     def look_at_numbers(self) -> None:
         """Follow what the last op has saved of numbers: they were made just before it ran."""
         for held, key, nbytes in self._numbers.look():

@@ -44,7 +44,7 @@ from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
-from ullage.runtime._local import Apart, is_bookkeeping, is_recomputing, recomputing_units, unit_of
+from ullage.runtime._local import Apart, is_bookkeeping, is_recomputing, recomputing_units, telling_of_skips, unit_of
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import select
@@ -77,6 +77,7 @@ __all__ = [
     "run",
     "run_offloaded",
     "select",
+    "telling_of_skips",
     "totals",
     "unit_of",
 ]  # fmt: skip

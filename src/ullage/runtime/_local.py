@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ class _Local(threading.local):
         self.holding = False  # a unit's arguments are being saved with the hooks of a unit around it
         self.skipping = False  # a selective replay runs
         self.giving: Giving | None = None  # a replay gets its arguments back from the hooks of a unit around it
+        self.on_skip: Callable[[Any, Any, Any], None] | None = None
 
 
 local = _Local()
@@ -68,6 +70,19 @@ def recomputing_units() -> list[str]:
 def is_bookkeeping() -> bool:
     """Is what runs now ours, not the unit's or autograd's? See `quiet`."""
     return local.quiet
+
+
+@contextlib.contextmanager
+def telling_of_skips(on_skip: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """In this thread, call it with each op that a selective replay skips, its arguments and what stands for its output.
+
+    No mode below sees such an op, and yet autograd makes a node for it.
+    """
+    before, local.on_skip = local.on_skip, on_skip
+    try:
+        yield
+    finally:
+        local.on_skip = before
 
 
 @contextlib.contextmanager

@@ -121,9 +121,10 @@ class SkipMode(TorchDispatchMode):
             if func in SHAPE_ONLY and type(args[0]) is Placeholder:
                 return _like(args[0], func, args[1:], kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
-        if step.made is not None:
-            return Placeholder(*step.made)
-        return self._made_up(step, args, kwargs)
+        out = Placeholder(*step.made) if step.made is not None else self._made_up(step, args, kwargs)
+        if local.on_skip is not None:
+            local.on_skip(func, args, out)
+        return out
 
     def _made_up(self, step: Step, args: Any, kwargs: Any) -> Any:
         leaves = []
