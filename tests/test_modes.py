@@ -87,8 +87,8 @@ def test_the_plan_keeps_it_in_its_file(tmp_path: object) -> None:
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object], list[str]]] = {
     "all to training": (lambda m: m.eval(), lambda m: m.train(), ["blocks.0.0, blocks.0.1, drop: in training", "blocks.1.0, ", "blocks.2.0, "]),
-    "all to evaluation": (lambda m: m, lambda m: m.eval(), ["blocks.0.0, blocks.0.1, drop: in evaluation", "blocks.1.0, ", "blocks.2.0, "]),
-    "one layer": (lambda m: m, lambda m: m.get_submodule("blocks.1.1").eval(), ["blocks.1.1: in evaluation mode, but planned in training mode"]),
+    "all to evaluation": (lambda m: m, lambda m: m.eval(), []),  # saves the same or less
+    "one layer": (lambda m: m.eval(), lambda m: m.get_submodule("blocks.1.1").train(), ["blocks.1.1: in training mode, but planned in evaluation mode"]),
     "outside all units": (lambda m: m.eval(), lambda m: m.get_submodule("drop").train(), ["drop: in training mode, but planned in evaluation"]),
     "what reads no mode": (lambda m: m, lambda m: [m.get_submodule(n).train(False) for n in ("blocks.0.2", "blocks.1.0.l")], []),
     "nothing": (lambda m: m.eval(), lambda m: m, []),
@@ -135,6 +135,14 @@ def test_measuring_a_plan_in_another_mode_is_refused() -> None:
         ul.PlanMismatch, match=r"^blocks.0.0: in training mode, but planned in evaluation mode \(7 modules"
     ):
         ul.timeline(work, plan)
+    plan_in_training = _plan(model)
+    model.eval()
+    with pytest.raises(
+        ul.PlanMismatch,
+        match=r"in evaluation mode, but planned in training mode, .*; call model.eval\(\) before planning",
+    ):
+        ul.measure(work, plan_in_training, steps=1)
+    model.train()
     assert model(X).grad_fn is not None  # the plan is no longer in force, and the model runs
     with pytest.warns(ul.UllageWarning, match="in training mode"):
         assert ul.verify(work, plan, steps=1).ok

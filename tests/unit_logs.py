@@ -33,7 +33,7 @@ class _Maker:
 
     def fresh(self) -> Value:
         size = 1 + self.choose(6)
-        return next(self.storages), 0, (size,), (1,), torch.float32
+        return next(self.storages), 0, (size,), (1,), torch.float32, 0
 
     def pick(self) -> Value:
         return self.live[-1 - self.choose(min(len(self.live), 6))]
@@ -48,7 +48,7 @@ class _Maker:
         elif kind < 6:
             func, made = _ROUTING[choose(2)], [self.fresh() for _ in range(2 + choose(2))]
         elif kind < 8:  # a view, perhaps one that was taken before
-            func, made = aten.view.default, [(given[0], 0, (1, *given[2]), (1, *given[3]), given[4])]
+            func, made = aten.view.default, [(given[0], 0, (1, *given[2]), (1, *given[3]), given[4], 0)]
             inputs = [given]
         elif kind == 8:
             func, made, writes = aten.mul_.Tensor, [given], {given[0]}

@@ -79,7 +79,10 @@ class Modes:
         self._planned = {u: [n not in planned for n in names] for u, names in self._names.items()}
 
     def look(self, unit: str) -> None:
-        """Called at each forward of a unit: each module that is in another mode than planned is named once."""
+        """Called at each forward of a unit: each module that trains, and was planned in evaluation mode, is named once.
+
+        The other way round is no risk: in evaluation mode layers save the same or less. Only who asks for the planned step's bytes is refused.
+        """
         try:
             now = [r().training for r in self._modules[unit]]  # type: ignore[union-attr]
         except AttributeError:  # a module is gone: another is in its place
@@ -87,18 +90,23 @@ class Modes:
         planned = self._planned[unit]
         if now == planned:
             return
-        other = [n for n, a, b in zip(self._names[unit], now, planned, strict=True) if a != b and n not in self._said]
-        if not other:
-            return
-        self._said.update(other)
-        is_training = dict(zip(self._names[unit], now, strict=True))[other[0]]
-        mode, before, call = ("training", "evaluation", "train") if is_training else ("evaluation", "training", "eval")
-        text = f"{_named(other)}: in {mode} mode, but planned in {before} mode"
-        remedy = (
-            f"call model.{call}() before planning, or model.{'eval' if is_training else 'train'}() before this step"
-        )
+        differ = [(n, a) for n, a, b in zip(self._names[unit], now, planned, strict=True) if a != b]
         if self.refuses:
+            text, remedy = _told([n for n, a in differ if a == differ[0][1]], training=differ[0][1])
             raise PlanMismatch(f"{text}, so the bytes are not those of the plan; {remedy}")
-        warnings.warn(
-            f"{text}; results stay exact, but {self._promised} is at risk: {remedy}", UllageWarning, stacklevel=4
-        )
+        training = [n for n, a in differ if a and n not in self._said]
+        if training:
+            self._said.update(training)
+            text, remedy = _told(training, training=True)
+            warnings.warn(
+                f"{text}; results stay exact, but {self._promised} is at risk: {remedy}", UllageWarning, stacklevel=4
+            )
+
+
+def _told(names: list[str], training: bool) -> tuple[str, str]:
+    mode, before = ("training", "evaluation") if training else ("evaluation", "training")
+    now, planned = ("eval", "train") if training else ("train", "eval")
+    return (
+        f"{_named(names)}: in {mode} mode, but planned in {before} mode",
+        f"call model.{planned}() before planning, or model.{now}() before this step",
+    )
