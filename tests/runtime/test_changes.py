@@ -112,6 +112,53 @@ def test_a_backward_inside_a_unit_of_what_has_changed(asked: bool) -> None:
             assert step(ullage.checkpoint) == plain
 
 
+CHANGING: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "add_": lambda c, x: c.add_(1),
+    "copy_": lambda c, x: c.copy_(x.detach().mean(0)),
+    "set_": lambda c, x: c.set_((c * 0.5 + 1).detach()),
+    "an item": lambda c, x: c[:2].mul_(0.5),
+}
+
+
+class Counts(nn.Module):
+    """Changes its buffer in each call and multiplies by it: autograd saves the buffer itself."""
+
+    def __init__(self, width: int, change: Callable[[Tensor, Tensor], object], saves: bool) -> None:
+        super().__init__()
+        self.register_buffer("c", torch.ones(width))
+        self.change, self.saves = change, saves
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.change(self.c, x)
+        return (x * self.c).sin() if self.saves else (x + self.c).sin()
+
+
+@pytest.mark.parametrize("width", [4, 5000], ids=["small", "large"])
+@pytest.mark.parametrize("keep", [None, "matmul_attention"])
+@pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.parametrize("kind", CHANGING)
+def test_a_buffer_that_a_unit_changes_at_each_call(kind: str, saves: bool, keep: str | None, width: int) -> None:
+    """The first call's is not what it saved any more: plain autograd raises, unless it saves what was made of it."""
+
+    def step(call: Callable[..., Tensor], last_first: bool) -> Any:
+        model = Counts(width, CHANGING[kind], saves)
+        x = torch.linspace(0, 1, 2 * width).view(2, width).requires_grad_()
+        outs = [call(model, x), call(model, x * 2)]
+        for out in outs[::-1] if last_first else outs:
+            out.sum().backward()
+        return bits(x.grad), bits(model.c)
+
+    for last_first in (False, True):
+        if saves:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                step(lambda m, x: m(x), last_first)
+            with pytest.raises(ullage.ReplayError, match="c was changed between forward and backward"):
+                step(lambda m, x: ullage.checkpoint(m, x, keep=keep), last_first)
+        else:
+            plain = step(lambda m, x: m(x), last_first)
+            assert step(lambda m, x: ullage.checkpoint(m, x, keep=keep), last_first) == plain
+
+
 @pytest.mark.parametrize("size", [(4, 4), (80, 80)], ids=["small", "large"])
 def test_a_closed_over_tensor_changed_by_others(size: tuple[int, int]) -> None:
     """A small one is put back for the replay; with a large one the replay is refused, if it holds other values."""

@@ -30,6 +30,7 @@ from ullage.runtime import (
     _settings,
     _site,
     _skip,
+    _sparse,
     _state,
     _survey,
     _sweep,
@@ -84,6 +85,6 @@ __all__ = [
 
 _EAGER = [
     _array, _source, _after, _again, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
-    _select, _settings, _site, _skip, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch,
+    _select, _settings, _site, _skip, _sparse, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)

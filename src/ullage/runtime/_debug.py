@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ullage._source import source_line
+from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query
 
@@ -29,7 +30,7 @@ class OpNames(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not (local.quiet or is_query(func)):
             self.names.append(f"{func} at {source_line()}")
-        return func(*args, **(kwargs or {}))
+        return sparse.run(func, args, kwargs)
 
 
 def first_difference(forward: list[str], replay: list[str]) -> str:

@@ -36,6 +36,7 @@ from ullage.runtime._reach import Reached, name_in, objects_in, roots_of
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
 from ullage.runtime._replay import rebuild, rebuild_arguments
 from ullage.runtime._site import Facts, Known, Site, flags_of, signature_of
+from ullage.runtime._sparse import SparseProducts
 from ullage.runtime._state import State, Unreachable, describe
 from ullage.runtime._tier import Away, tensor_of
 
@@ -77,6 +78,7 @@ class Frame:
     complete = stale = False
     known: Known | None = None
     entry: State | None = None
+    left: Sequence[int] = ()  # versions of what `entry` has copies of, after the forward
     contexts: tuple[Any, Any] | None = None
     digests: dict[int, bytes | None] | None = None
     ops: list[str] | None = None
@@ -294,6 +296,8 @@ class Frame:
                     stack.enter_context(self.contexts[0])
                     self.device = ambient.default_device()
                 if self.ops is not None:
+                    if not self.reached.is_compiled():
+                        stack.enter_context(SparseProducts())
                     stack.enter_context(OpNames(self.ops))
                 return self.fn(*args, **kwargs)
             raise ReplayError(
@@ -315,6 +319,8 @@ class Frame:
             if isinstance(x, Tensor) and x._version == version:
                 self.kept[i] = (self.site.send(x) or x, version)
         self._look_for_unseen()
+        if self.entry is not None:
+            self.left = [o._version if isinstance(o, Tensor) else -1 for o, _ in self.entry.values]
         self.reached.around = []  # written to later, such a tensor may hold the graph that holds this
         if not self.notes:
             return

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ullage.runtime import _ambient as ambient
@@ -81,13 +81,6 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         if frame.known.selection.refusal:
             refusal = frame.known.selection.refusal
             frame.site.say(f"full replay: {refusal}", warn=refusal == _GATHERS)
-        if recorder.log.not_strided and ambient.autocasting():
-            # at every call that records: the next ones run as always, and so would this one's replay
-            what = "under a dispatch mode, as this call was, torch's autocast leaves sparse products as they are; its values may differ"
-            frame.site.warn(f"{what}. Leave out `keep`")
-            forget(frame.roots)
-            frame.keep_all()
-            return out
     selection = frame.known.selection if frame.known is not None else None
     _drop(frame, selection.kept if selection is not None else frozenset())
     _send(frame, selection.away if selection is not None else frozenset())
@@ -104,18 +97,9 @@ def _recording(frame: Frame, recorder: Recorder | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if recorder is not None:
             stack.enter_context(recorder)
-            if not _is_compiled(frame):  # Dynamo would compile for the mode
+            if not frame.reached.is_compiled():  # Dynamo would compile for the mode
                 stack.enter_context(Assignments(recorder.log))
         yield
-
-
-def _is_compiled(frame: Frame) -> bool:
-    compiled = ("_compiled_call_impl", "_torchdynamo_orig_callable")
-    return any(getattr(m, name, None) for m in _modules(frame) for name in compiled)
-
-
-def _modules(frame: Frame) -> list[nn.Module]:
-    return [m for root in frame.reached.modules for m in root.modules()]
 
 
 def _makes_parameters(frame: Frame) -> bool:
@@ -135,13 +119,13 @@ def _replacing(frame: Frame, tensors: list[Tensor], memory: Memory) -> str:
 def _gathers(frame: Frame, recorder: Recorder) -> bool:
     """Did FSDP's hooks run inside, or only around the unit? Inside they record functions and run ops that are not aten's."""
     is_foreign = any(op.func.namespace != "aten" for op in recorder.log.ops)
-    return is_foreign and any(hasattr(m, "_get_fsdp_state") for m in _modules(frame))
+    return is_foreign and any(hasattr(m, "_get_fsdp_state") for m in frame.reached.all_modules())
 
 
 def _selection(frame: Frame, recorder: Recorder) -> Selection:
     rule = frame.options.rule
     assert rule is not None
-    if _is_compiled(frame):
+    if frame.reached.is_compiled():
         return refused("it is compiled, so what it saves is torch.compile's choice")
     if _gathers(frame, recorder):
         return refused(_GATHERS)

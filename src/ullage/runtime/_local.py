@@ -39,6 +39,7 @@ class _Local(threading.local):
         self.holding = False  # a unit's arguments are being saved with the hooks of a unit around it
         self.skipping = False  # a selective replay runs
         self.giving: Giving | None = None  # a replay gets its arguments back from the hooks of a unit around it
+        self.autocast: tuple[Any, ...] = ()  # while a sparse product is computed: dispatch keys of autocast that are on
         self.on_skip: Callable[[Any, Any, Any], None] | None = None
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ullage._source import source_line
+from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._notes import lazy_bits, meta_of
 
@@ -113,7 +114,6 @@ class Log:
     outside: set[int] = field(default_factory=set)
     refusal: str = ""
     dynamic: bool = False
-    not_strided: bool = False
 
 
 class Assignments(TorchFunctionMode):
@@ -132,7 +132,7 @@ class Assignments(TorchFunctionMode):
             self._log.refusal = (
                 f"`.data =` at {source_line() or 'unknown line'} gives a tensor other memory, which no op shows"
             )
-        return func(*args, **(kwargs or {}))
+        return sparse.call(func, args, kwargs)
 
 
 class Recorder(TorchDispatchMode):
@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         inputs = [self.value(t) for t in tensors] if func not in SHAPE_ONLY else []
         try:
-            out = func(*args, **kwargs)
+            out = sparse.run(func, args, kwargs)
         except Exception:  # the unit may catch it: a replay must come to the same
             self.log.ops.append(Op(func, inputs, [], _NOTHING, [], set(), True, source_line()))
             raise
@@ -192,7 +192,6 @@ class Recorder(TorchDispatchMode):
                 self.log.refusal = f"{func} has a {type(t).__name__}, a subclass of Tensor"
             elif isinstance(t, Tensor) and t.layout != torch.strided:
                 self.log.refusal = f"{func} has a tensor that is not strided"
-                self.log.not_strided = True
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
         written = []

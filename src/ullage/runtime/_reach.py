@@ -278,6 +278,15 @@ class Reached:
                         found.append((dict_of, content))
         return found
 
+    def all_modules(self) -> list[nn.Module]:
+        """The modules, and those below them."""
+        return [m for root in self.modules for m in root.modules()]
+
+    def is_compiled(self) -> bool:
+        """Is one of them compiled by Dynamo?"""
+        compiled = ("_compiled_call_impl", "_torchdynamo_orig_callable")
+        return any(getattr(m, name, None) for m in self.all_modules() for name in compiled)
+
     def dicts(self) -> list[dict[str, Any]]:
         """Dicts of parameters and of buffers of modules."""
         return [d for below in self.below for d in below.tensors]

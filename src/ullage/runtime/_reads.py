@@ -277,7 +277,7 @@ def changed_reads(frame: Frame) -> dict[int, str]:
     back = Back()
     back.dicts += frame.reached.replaced()
     more = frame.reads.changed(frame, back)
-    if more or frame.watched or frame.around:
+    if more or frame.watched or frame.around or frame.left:
         changed = {**changed, **more, **_changed_copies(frame, back)}
     if back:
         frame.back = back
@@ -288,6 +288,10 @@ def _changed_copies(frame: Frame, back: Back) -> dict[int, str]:
     """Of what was copied on entry and has changed since, the replay sees the copy; it must not be what is saved."""
     lost: dict[int, str] = {}
     restored = dict(frame.restored)
+    if frame.entry is not None:  # what the forward itself changes, and others have since
+        for (o, _), version in zip(frame.entry.values, frame.left, strict=False):
+            if version >= 0 and o._version != version:
+                restored[storage_of(o)] = name_in(frame.roots, o)
     for t, version in frame.watched:
         if t._version != version:
             restored[storage_of(t)] = name_in(frame.roots, t)

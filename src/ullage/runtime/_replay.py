@@ -21,6 +21,7 @@ from ullage.runtime._reads import Before, changed_error, changed_reads, mark_res
 from ullage.runtime._select import Selection
 from ullage.runtime._site import Facts, refused
 from ullage.runtime._skip import SkipMode, Stale
+from ullage.runtime._sparse import SparseProducts
 from ullage.runtime._totals import totals
 from ullage.runtime._watch import Changed, Watch
 
@@ -320,6 +321,8 @@ def _run(
                 if frame.contexts is not None:
                     stack.enter_context(frame.contexts[1])
                     stack.enter_context(ambient.device_as(frame.device))
+                if not frame.reached.is_compiled():
+                    stack.enter_context(SparseProducts())
                 if watch is not None:
                     stack.enter_context(watch)
                 if frame.ops is not None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ullage._source import source_line
+from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query
 from ullage.runtime._memory import storage_of
@@ -64,7 +65,7 @@ class Watch(TorchDispatchMode):
             getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
         ):
             raise Changed(name, f"{func} at {source_line() or 'unknown line'}")
-        out = func(*args, **(kwargs or {}))
+        out = sparse.run(func, args, kwargs)
         touched = {storage_of(t) for t in _tensors(out)} | {storage_of(t) for t in _written(func, args)}
         if name is not None:
             self.changed.update(dict.fromkeys(touched, name))

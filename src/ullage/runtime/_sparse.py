@@ -1,0 +1,54 @@
+"""Sparse products under autocast where a dispatch mode of ours is on: computed in the dtype of the plain step.
+
+`torch.sparse.mm` calls `_sparse_addmm`, whose kernel calls `addmm`, and there autocast casts. A mode is handed `_sparse_addmm`, and while
+a mode handles an op autocast is off, so the product would stay in float32. Whether autocast is on only a function mode can tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ullage.runtime._local import local
+
+_SPARSE_ADDMM = torch.ops.aten._sparse_addmm.default
+_PRODUCTS = frozenset(f for f in (torch.sparse.mm, getattr(torch, "_sparse_mm", None)) if f is not None)
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+_KEYS = tuple(
+    key for n in ("AutocastCPU", "AutocastCUDA", "AutocastXPU") if (key := getattr(torch._C.DispatchKey, n, None))
+)
+
+
+def call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call one of torch's functions, in a function mode's handler."""
+    if func not in _PRODUCTS:
+        return func(*args, **(kwargs or {}))
+    before, local.autocast = local.autocast, tuple([key for key in _KEYS if not _is_excluded(key)])
+    try:
+        return func(*args, **(kwargs or {}))
+    finally:
+        local.autocast = before
+
+
+def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op, in a dispatch mode's handler."""
+    if func is not _SPARSE_ADDMM or not local.autocast:
+        return func(*args, **(kwargs or {}))
+    for key in local.autocast:
+        _exclude(key, False)
+    try:
+        return func(*args, **(kwargs or {}))
+    finally:
+        for key in local.autocast:
+            _exclude(key, True)
+
+
+class SparseProducts(TorchFunctionMode):
+    """Notes whether autocast is on where a sparse product is asked for; beside dispatch modes that `run` ops."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        return call(func, args, kwargs)
