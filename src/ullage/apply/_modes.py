@@ -1,55 +1,15 @@
-"""Which modules were in evaluation mode when a plan was made, and whether they are when it runs: dropout and statistics take memory."""
+"""Are a planned model's modules in the modes that they were planned in when it runs? Dropout and statistics take memory."""
 
 from __future__ import annotations
 
-import types
 import warnings
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 from torch import nn
 
 from ullage._errors import PlanMismatch, UllageWarning
-
-_MOST_NAMED = 3
-
-
-def in_evaluation(model: nn.Module, called: Mapping[str, bool]) -> list[str]:
-    """Names of modules that were in evaluation mode, of those whose code reads the mode.
-
-    Args:
-        model: the model after a step.
-        called: by name, the mode that a module was in when it was called; a step may change modes on its way.
-    """
-    return [n for n, m in model.named_modules() if not called.get(n, m.training) and _reads_mode(type(m))]
-
-
-def note_of(evaluation: Collection[str]) -> list[str]:
-    """What a plan or profile says of them."""
-    if not evaluation:
-        return []
-    return [
-        f"{_named(list(evaluation))} {'was' if len(evaluation) == 1 else 'were'} in evaluation mode and planned so; "
-        "if the model trains in training mode, call model.train() and plan again"
-    ]
-
-
-def _named(names: list[str]) -> str:
-    first = ", ".join(n or "the root" for n in names[:_MOST_NAMED])
-    more = len(names) - _MOST_NAMED
-    return f"{first} and {more} more modules" if more > 0 else first
-
-
-def _reads_mode(kind: type) -> bool:
-    """Does code of this class load `training`?"""
-    functions = (f for base in kind.__mro__ if base is not nn.Module for f in vars(base).values())
-    return any(_loads_training(f.__code__) for f in functions if isinstance(f, types.FunctionType))
-
-
-def _loads_training(code: types.CodeType) -> bool:
-    return "training" in code.co_names or any(
-        _loads_training(c) for c in code.co_consts if isinstance(c, types.CodeType)
-    )
+from ullage.workload import named, reads_mode
 
 
 class Modes:
@@ -72,7 +32,7 @@ class Modes:
         self._modules: dict[str, list[weakref.ref[nn.Module]]] = {u: [] for u in units}
         planned = set(evaluation)
         for name, module in model.named_modules() if units else ():
-            if _reads_mode(type(module)):
+            if reads_mode(type(module)):
                 unit = next((u for u in units if not u or name == u or name.startswith(f"{u}.")), units[0])
                 self._names[unit].append(name)
                 self._modules[unit].append(weakref.ref(module))
@@ -107,6 +67,6 @@ def _told(names: list[str], training: bool) -> tuple[str, str]:
     mode, before = ("training", "evaluation") if training else ("evaluation", "training")
     now, planned = ("eval", "train") if training else ("train", "eval")
     return (
-        f"{_named(names)}: in {mode} mode, but planned in {before} mode",
+        f"{named(names)}: in {mode} mode, but planned in {before} mode",
         f"call model.{planned}() before planning, or model.{now}() before this step",
     )

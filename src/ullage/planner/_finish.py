@@ -9,7 +9,6 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
-from ullage.apply._modes import note_of
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
 from ullage.planner._live import peak_moment
@@ -19,6 +18,7 @@ from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner._study import StepCapture, Study, recomputed_in
 from ullage.planner._tiers import Disk, Host, OffloadTier, Traffic
+from ullage.workload import note_of
 
 
 def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:

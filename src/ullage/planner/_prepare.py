@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
-from ullage.apply._modes import in_evaluation
 from ullage.capture import Session
 from ullage.capture._assumed import check_assumed
 from ullage.capture._timeline import OpCost, effective_bytes
@@ -15,7 +14,7 @@ from ullage.capture._units import unit_facts
 from ullage.planner._device import choose_device
 from ullage.planner._options import find_options
 from ullage.planner._study import Progress, StepCapture, Study
-from ullage.workload import Workload
+from ullage.workload import Workload, in_evaluation
 
 if TYPE_CHECKING:
     from ullage.planner._profile import Profile

@@ -10,7 +10,6 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
-from ullage.apply._modes import note_of
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import captures
 from ullage.planner._instance import StepModel
@@ -19,7 +18,7 @@ from ullage.planner._model import model_of
 from ullage.planner._options import find_options
 from ullage.planner._prepare import study
 from ullage.planner._study import StepCapture, Study
-from ullage.workload import Workload
+from ullage.workload import Workload, note_of
 
 
 class OptionProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
