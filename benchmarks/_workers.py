@@ -24,10 +24,10 @@ PATIENCE_SECONDS = 300.0  # of one program; then its process is ended, and it co
 Found = dict[str, Any]  # what became of one program
 
 
-def work(first: int, count: int, constructs: int) -> None:
+def work(first: int, count: int, constructs: int, size: str) -> None:
     """A worker: before each program its seed, after it what became of it, a line each."""
     import torch
-    from tests.runtime.programs import random_program
+    from tests.runtime.programs import SIZES, random_program
     from tests.runtime.running import Leaks, checked
 
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def work(first: int, count: int, constructs: int) -> None:
     with Leaks() as leaks:
         for seed in range(first, first + count):
             print(json.dumps({"begun": seed}), file=out, flush=True)
-            v = checked(random_program(seed, constructs), leaks)
+            v = checked(random_program(seed, constructs, SIZES[size]), leaks)
             found = {"seed": seed, "kind": v.kind, "torch": v.torch, "what": v.what[:300] if v.kind != "equal" else ""}
             found |= {"defect": v.defect, "selective": v.selective, "skipped": v.skipped}
             print(json.dumps(found), file=out, flush=True)
@@ -67,11 +67,12 @@ class Workers:
     Args:
         script: what is started as a worker.
         constructs: which constructs programs have.
+        size: how large they are.
         found: called with what became of each program, one call at a time.
     """
 
-    def __init__(self, script: Path, constructs: int, found: Callable[[Found], None]) -> None:
-        self.script, self.constructs, self._found = script, constructs, found
+    def __init__(self, script: Path, constructs: int, size: str, found: Callable[[Found], None]) -> None:
+        self.script, self.constructs, self.size, self._found = script, constructs, size, found
         self._batches: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -111,7 +112,15 @@ class Workers:
 
     def _process(self, batch: Batch) -> None:
         """One process for what is left of a batch; it ends with the batch or with a death."""
-        asked = ["--work", str(batch.first), str(batch.count), "--constructs", str(self.constructs)]
+        asked = [
+            "--work",
+            str(batch.first),
+            str(batch.count),
+            "--constructs",
+            str(self.constructs),
+            "--size",
+            self.size,
+        ]
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 [sys.executable, str(self.script), *asked], stdout=subprocess.PIPE, stderr=errors

@@ -1,7 +1,7 @@
 """Random programs: is a checkpointed step bitwise the plain one, whatever it does?
 
-`python benchmarks/programs.py [--programs 50000] [--first 0] [--processes 2] [--minutes 60] [--constructs 2]` writes results/programs.json and
-the table results/programs.md; what was judged until an interrupt, or until the minutes are over, is written too.
+`python benchmarks/programs.py [--programs 50000] [--first 0] [--processes 2] [--minutes 60] [--constructs 2] [--size large]` writes results/programs.json and
+the table results/programs.md (of small ones programs_small.json and programs_small.md); what was judged until an interrupt, or until the minutes are over, is written too.
 
 Each program (tests/runtime/programs.py) runs three steps plain, under torch's checkpoint and under `ullage.checkpoint`. Compared
 bit by bit: outputs, gradients, buffers, attributes and generators. Asked for: no mismatch, no error where torch's step is right,
@@ -93,7 +93,10 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"| {kind} | {theirs} | {n:,} |" for kind, theirs, n in result["kinds"]]
     share = result["skipped"] / max(result["selective"], 1)
     counted = ", ".join(f"{result['defect_counts'][kind]:,} {kind} ({why})" for kind, why in MEANING.items())
-    lines += ["", f"{result['programs']:,} programs with constructs {result['constructs']}: {counted}."]
+    lines += [
+        "",
+        f"{result['programs']:,} {result['size']} programs with constructs {result['constructs']}: {counted}.",
+    ]
     lines += ["", f"{share:.1%} of {result['selective']:,} selective units skipped ops."]
     if not result["complete"]:
         lines += ["", f"Stopped before all {result['asked']:,} programs were judged."]
@@ -108,7 +111,12 @@ def result_of(tally: Tally, options: argparse.Namespace, complete: bool, seconds
 
     counts = Counter(d["kind"] for d in tally.defects)
     result: dict[str, Any] = {"machine": machine(), "programs": tally.programs, "asked": options.programs}
-    result |= {"first_seed": options.first, "constructs": options.constructs, "complete": complete}
+    result |= {
+        "first_seed": options.first,
+        "constructs": options.constructs,
+        "size": options.size,
+        "complete": complete,
+    }
     result |= {"selective": tally.selective, "skipped": tally.skipped, "seconds": round(seconds)}
     result |= {"kinds": [(*k, n) for k, n in tally.kinds.most_common()]}
     result["defect_counts"] = {kind: counts[kind] for kind in MEANING}
@@ -125,6 +133,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--constructs", type=int, choices=(1, 2), default=2, help="1: programs as they were without them"
     )
+    parser.add_argument(
+        "--size", choices=("large", "small"), default="large", help="small: a few ops, units in one unit at most"
+    )
     parser.add_argument("--output", type=Path, default=HERE / "results", help="the directory of the results")
     parser.add_argument("--work", type=int, nargs=2, metavar=("FIRST", "COUNT"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -134,11 +145,11 @@ def main() -> int:
     """Judge, write, print; 1 if something is not as asked for."""
     options = _options()
     if options.work:
-        work(*options.work, options.constructs)
+        work(*options.work, options.constructs, options.size)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     tally, begun = Tally(), time.monotonic()
-    workers = Workers(Path(__file__), options.constructs, Progress(tally, options.programs))
+    workers = Workers(Path(__file__), options.constructs, options.size, Progress(tally, options.programs))
     signal.signal(signal.SIGTERM, lambda *_: workers.stop())
     seconds = options.minutes * 60 if options.minutes is not None else None
     try:
@@ -147,8 +158,9 @@ def main() -> int:
         complete = False
     result = result_of(tally, options, complete and tally.programs == options.programs, time.monotonic() - begun)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "programs.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / "programs.md").write_text(table(result))
+    name = "programs" if options.size == "large" else f"programs_{options.size}"
+    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(table(result))
     print(f"\n{table(result)}")
     return 1 if result["defects"] or result["skipped"] < 0.9 * result["selective"] or not result["complete"] else 0
 

@@ -99,11 +99,24 @@ HOW: dict[str, Any] = {
 SELECTIVE = [h for h in HOW if h not in ("plain", "full")]
 
 
-def _block(choose: Choose, depth: int) -> Block:
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large programs are: at most so many ops in the model, in a unit, and units in units."""
+
+    top: int
+    ops: int
+    depth: int
+
+
+SIZES = {"large": Size(6, 8, 3), "small": Size(3, 3, 2)}
+LARGE = SIZES["large"]
+
+
+def _block(choose: Choose, depth: int, size: Size) -> Block:
     ops: list[Op | Block] = []
-    for _ in range(1 + choose(8 if depth else 6)):
-        if depth < 3 and choose(6 if depth else 2) == 1:
-            ops.append(_block(choose, depth + 1))
+    for _ in range(1 + choose(size.ops if depth else size.top)):
+        if depth < size.depth and choose(6 if depth else 2) == 1:
+            ops.append(_block(choose, depth + 1, size))
         else:
             ops.append(Op(NAMES[choose(len(NAMES))], choose(4), choose(4), choose(60)))
     how = list(HOW)[choose(len(HOW))] if depth else "plain"
@@ -113,11 +126,11 @@ def _block(choose: Choose, depth: int) -> Block:
     return Block(tuple(ops), how, inputs, choose(6), choose(6), choose(6), times)
 
 
-def program_from(choose: Choose) -> Program:
+def program_from(choose: Choose, size: Size = LARGE) -> Program:
     """A program of numbers that `choose` gives."""
-    top = _block(choose, 0)
+    top = _block(choose, 0, size)
     if not any(isinstance(o, Block) for o in top.ops):
-        top = replace(top, ops=(*top.ops, _block(choose, 1)))
+        top = replace(top, ops=(*top.ops, _block(choose, 1, size)))
     backward = max(choose(8) - 3, 0)
     return Program(
         top, choose(4) == 3, backward, max(choose(6) - 3, 0), max(choose(6) - 3, 0), choose(4), 1 + choose(3)
@@ -148,7 +161,7 @@ def _more(block: Block, choose: Choose, top: bool = False) -> Block:
     return replace(block, ops=tuple(ops), passing=passing, call=call, after=after)
 
 
-def random_program(seed: int, constructs: int = 1) -> Program:
+def random_program(seed: int, constructs: int = 1, size: Size = LARGE) -> Program:
     """The program of a seed; with `constructs=2` more is put into the same one."""
-    program = program_from(random.Random(seed).randrange)
+    program = program_from(random.Random(seed).randrange, size)
     return program if constructs == 1 else with_constructs(program, random.Random(f"{constructs}/{seed}").randrange)

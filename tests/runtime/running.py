@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -219,6 +220,8 @@ class Leaks:
     """Counts frames and tensors that outlive a program. `gc.freeze` keeps what was there before out of it."""
 
     def __enter__(self) -> Leaks:
+        importlib.import_module("torch._dynamo")  # some programs load it: then each collection would look at all of it
+
         gc.collect()
         gc.freeze()
         return self

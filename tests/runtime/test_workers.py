@@ -43,7 +43,7 @@ def _judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, processe
     monkeypatch.setattr(_workers, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setattr(_workers, "BATCH", 4)
     found: list[dict[str, Any]] = []
-    assert _workers.Workers(script, 2, found.append).run(0, count, processes, None)
+    assert _workers.Workers(script, 2, "large", found.append).run(0, count, processes, None)
     return sorted(found, key=lambda f: f["seed"])
 
 
