@@ -130,9 +130,8 @@ def _written_after(x: Tensor, out: Tensor, how: int) -> Tensor:
         return x * out.mean()
     if how == 5 and not out.is_leaf:
         return out.tanh_()
-    x.data = (
-        x.data * 0.9
-    )  # other memory; what is written through `.data` into the same memory no replay is promised to have
+    if x.is_leaf and x.requires_grad:  # of what a step makes itself no replay is promised to have that
+        x.data = x.data * 0.9
     return out
 
 

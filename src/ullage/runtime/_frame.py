@@ -90,10 +90,13 @@ class Frame:
     # of these, arguments of units in this one; copies where there is no replay
     held: dict[int, Tensor | None] = _NONE
     # where all is kept: tensors without a graph, of which autograd saves no view but themselves
+    # what is kept and has no graph, as autograd holds it: the tensor itself until the forward is over, then weakly
+    given: dict[int, Tensor] = _NONE
     leaves: Mapping[int, ReferenceType[Tensor]] = _NONE
     restored: Mapping[int, str] = _NONE
     rows: Mapping[int, Rows] = _NONE  # of the jagged tensors among what it saves
     around: Sequence[Around] = ()
+    around_written: Sequence[Around] = ()  # those that the forward itself writes to: `entry` has what was in them
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None
     group: Any = None  # the `GraphExecGroup` that it was last rebuilt in
@@ -252,6 +255,7 @@ class Frame:
         argument = self.inputs.written()
         if not argument and self.around:
             written = self.entry.written() if self.entry is not None else ()
+            self.around_written = [a for a in self.around if id(a.tensor()) in written]
             self.around = [a for a in self.around if id(a.tensor()) not in written]
             argument = next((name_in(self.roots, t) for a in self.around if (t := a.written()) is not None), "")
         if argument:
@@ -262,8 +266,21 @@ class Frame:
         if self.unseen:
             self._let_go_of_replay()
 
+    def settle(self) -> bool:
+        """After a forward that keeps what it saves: has it given something of that other memory (`.data =`)? Backward then sees that."""
+        moved = [(i, x) for i, x in self.given.items() if not same_memory(x, tensor_of(self.kept[i][0]))]
+        for i, x in moved:
+            if x._version == self.kept[i][1]:  # else it raises, as in the plain step
+                with quiet():
+                    self.kept[i] = (x.detach(), x._version)
+        if self.given:
+            self.leaves = {i: ref(x) for i, x in self.given.items()}
+            self.given.clear()
+        return bool(moved)
+
     def keep_all(self) -> None:
         """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
+        self.settle()
         self.notes = self.noted()
         self.complete = True
         self._let_go_of_replay()
@@ -272,7 +289,7 @@ class Frame:
     def _let_go_of_replay(self) -> None:
         """Nothing will run again: what a replay needs may hold, through a tensor that the unit wrote to, the graph that holds this."""
         self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], ()
-        self.watched, self.reached, self.fn = (), Reached(()), _gone
+        self.watched, self.around_written, self.reached, self.fn = (), (), Reached(()), _gone
 
     def noted(self) -> Notes:
         """What this forward has saved, so far if it is not over."""

@@ -65,8 +65,12 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
     assert facts is not None
+    moved = frame.settle()
     if not facts.must_keep and (replacing := _replacing(frame, tensors, memory)):
         facts = frame.site.facts[kinds] = Facts(must_keep=replacing)
+    if not facts.must_keep and moved:
+        must_keep = "its forward gives a tensor that autograd has saved other memory (`.data =`, `set_`), which a replay that ends before would not"
+        facts = frame.site.facts[kinds] = Facts(must_keep=must_keep)
     if not facts.must_keep and frame.site.shared.distrust:
         facts = frame.site.facts[kinds] = Facts(must_keep=frame.site.shared.distrust)
     if facts.must_keep:

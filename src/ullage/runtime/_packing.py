@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -99,15 +98,15 @@ def packer_of_all(frame: Frame, saved: Callable[[Tensor], None] | None = None) -
     pack = packer(frame, Notes())
     kept: dict[int, tuple[Tensor | Away, int]] = {}
     held: dict[int, Tensor | None] = {}
-    leaves: dict[int, ReferenceType[Tensor]] = {}
-    frame.kept, frame.held, frame.leaves = kept, held, leaves
+    given: dict[int, Tensor] = {}
+    frame.kept, frame.held, frame.given = kept, held, given
 
     def pack_all(x: Tensor) -> int:
         i = pack(x)
         with quiet():
             kept[i] = (x.detach(), x._version)
             if x.grad_fn is None:
-                leaves[i] = ref(x)
+                given[i] = x
             if local.holding:
                 held[i] = x.detach().clone()
         if saved is not None:

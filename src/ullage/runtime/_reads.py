@@ -277,7 +277,7 @@ def changed_reads(frame: Frame) -> dict[int, str]:
     back = Back()
     back.dicts += frame.reached.replaced()
     more = frame.reads.changed(frame, back)
-    if more or frame.watched or frame.around or frame.left:
+    if more or frame.watched or frame.around or frame.around_written or frame.left:
         changed = {**changed, **more, **_changed_copies(frame, back)}
     if back:
         frame.back = back
@@ -295,12 +295,14 @@ def _changed_copies(frame: Frame, back: Back) -> dict[int, str]:
     for t, version in frame.watched:
         if t._version != version:
             restored[storage_of(t)] = name_in(frame.roots, t)
-    for around in frame.around:
-        moved, elsewhere = around.moved(), around.elsewhere()
+    for around in (*frame.around, *frame.around_written):
+        elsewhere = around.elsewhere()
         if elsewhere is not None and fits_in(elsewhere, around.memory):
             back.memory.append((elsewhere, around.memory))
         elif elsewhere is not None:
             lost[storage_of(elsewhere)] = name_in(frame.roots, elsewhere)
+    for around in frame.around:
+        moved = around.moved()
         if moved is None or _same(moved, around.values):
             continue
         (lost if around.values is None else restored)[storage_of(moved)] = name_in(frame.roots, moved)
