@@ -1,7 +1,8 @@
 """Random programs: is a checkpointed step bitwise the plain one, whatever it does?
 
-`python benchmarks/programs.py [--programs 50000] [--first 0] [--processes 2] [--minutes 60] [--constructs 2] [--size large]` writes results/programs.json and
-the table results/programs.md (of small ones programs_small.json and programs_small.md); what was judged until an interrupt, or until the minutes are over, is written too.
+`python benchmarks/programs.py [--programs 50000] [--first 0] [--processes 2] [--minutes 60] [--constructs 2] [--size large]` judges them.
+It writes results/programs.json and a table, results/programs.md; with `--size small` it writes programs_small.json and programs_small.md. After an
+interrupt, or when the minutes are over, it writes how many programs it has judged.
 
 Each program (tests/runtime/programs.py) runs three steps plain, under torch's checkpoint and under `ullage.checkpoint`. Compared
 bit by bit: outputs, gradients, buffers, attributes and generators. Asked for: no mismatch, no error where torch's step is right,

@@ -89,8 +89,7 @@ class Frame:
     kept: dict[int, tuple[Tensor | Away, int]] = _NONE
     # of these, arguments of units in this one; copies where there is no replay
     held: dict[int, Tensor | None] = _NONE
-    # where all is kept: tensors without a graph, of which autograd saves no view but themselves
-    # what is kept and has no graph, as autograd holds it: the tensor itself until the forward is over, then weakly
+    # where all is kept: tensors without a graph, which autograd saves as themselves; held until the forward is over, then weakly
     given: dict[int, Tensor] = _NONE
     leaves: Mapping[int, ReferenceType[Tensor]] = _NONE
     restored: Mapping[int, str] = _NONE
@@ -321,6 +320,10 @@ class Frame:
                 f"{self.site.name}: the forward context of context_fn has swallowed an exception that the forward raised, so there is no output; "
                 "have its __exit__ let exceptions through"
             )
+        except BaseException:
+            if self.given:  # written to later, one may hold what is left of the graph
+                self.given.clear()
+            raise
         finally:
             pop_hooks()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ullage._errors import WorkloadError
+from ullage.runtime._walk import CONTAINERS, slots_of
 
 _ATOMS = (int, float, complex, str, bytes, type(None), type, nn.Module)
-_SEQUENCES = (list, tuple, set, frozenset, deque)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -36,10 +35,9 @@ def tensors_of(batch: Any) -> list[Tensor]:
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
-    if isinstance(value, _SEQUENCES):
+    if isinstance(value, CONTAINERS):
         return list(value)
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in slots if n != "__dict__")]
+    return [*getattr(value, "__dict__", {}).values(), *(getattr(value, n, None) for n in slots_of(type(value)))]
 
 
 def check_batch(batch: Any, step: Any) -> None:
