@@ -129,7 +129,7 @@ def test_bytes(kind: str) -> None:
 def test_masks_of_any_dimensions() -> None:
     for pick in (lambda s, h, m: h[m], lambda s, h, m: h[:, m[0]], lambda s, h, m: h[:, :, torch.arange(16) < 3]):
         work = ul.Workload(Head(pick), (torch.randn(4, 6, 16), MASK))
-        ul.profile(work, costs="roofline")
+        assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
 
 
 def test_masks_that_depend_on_activations_are_refused() -> None:
