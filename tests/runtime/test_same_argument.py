@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -143,3 +144,35 @@ def test_what_a_global_held_during_the_call_is_not_held_by_it() -> None:
 
 def _held() -> int:
     return sum(type(o) is _inputs.Held for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+@pytest.mark.parametrize("keep", [None, "cos[0]"])
+@pytest.mark.parametrize("parts", ["chunk", "split", "unbind"])
+def test_a_view_that_no_op_may_use_is_handed_on(parts: str, keep: str | None, hooks: bool) -> None:
+    """Torch refuses any look at the graph of a view from `chunk` whose base was written to; a unit may still be given one."""
+
+    def step(call: Any, uses: bool) -> Tensor:
+        x = torch.arange(12.0).reshape(4, 3).requires_grad_()
+        h = x.sin()
+        first, *_ = h.unbind(0) if parts == "unbind" else getattr(h, parts)(2)
+        h.mul_(2.0)
+
+        def unit(h: Tensor, part: Tensor) -> Tensor:
+            return h.cos().exp() + (part.sum() if uses else 0)
+
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same) if hooks else nullcontext():
+            call(unit, h, first).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    def ours(unit: Any, *args: Tensor) -> Tensor:
+        return ul.checkpoint(unit, *args, keep=keep)  # type: ignore[no-any-return]
+
+    assert torch.equal(step(lambda unit, *args: unit(*args), False), step(ours, False))
+    with pytest.raises(RuntimeError, match="is a view and its base or another view of its base has been modified"):
+        step(ours, True)
+
+
+def _same(t: Tensor) -> Tensor:
+    return t

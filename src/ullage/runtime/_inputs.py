@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ullage.runtime._content import Slots, base_of, content_of, put_content
 from ullage.runtime._local import local
-from ullage.runtime._memory import OWN, fits_in, same_memory, storage_of
+from ullage.runtime._memory import IN_GRAPH, LEAF, OWN, fits_in, hides_graph, kind_of, same_memory, storage_of
 from ullage.runtime._walk import CONTAINERS, slots_of
 
 _AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
@@ -63,13 +63,12 @@ class Held:
     def __init__(self, t: Tensor, hooked: bool, leaf: int = -1) -> None:
         self.first: Held | None = None  # that holds the same tensor, if this is not the first
         self.version = t._version
-        # without gradient, part of a graph, or a leaf: what is written in place in one call may not be in another
-        self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
+        self.kind = kind_of(t)
         self.leaf = leaf  # of the output of the unit before, from which it is made again; -1: it is held
         self._same: Tensor | None = None
         if leaf < 0 and not hooked:
             self.tensor: Tensor | None = t.detach()
-            if self.kind != 1:
+            if self.kind != IN_GRAPH:
                 # Only weakly where nobody can tell once it is gone: written to later, it may hold the graph that holds this.
                 if type(t) is not Tensor or not t.dtype.is_floating_point or t.__dict__:
                     self._same = t
@@ -79,6 +78,8 @@ class Held:
         self._hooked: Any = None
         if leaf >= 0:
             return
+        if hides_graph(t):
+            t = t.detach()
         if _make_saved_tensor is not None:
             self._hooked = _holding(_make_saved_tensor, t, False)
         else:
@@ -94,7 +95,7 @@ class Held:
             moved: where those go whose memory is put back for the replay, with what they have now: `.data =` changes that and no version.
         """
         if self.tensor is not None:
-            if self.kind != 1 and self.leaf < 0:
+            if self.kind != IN_GRAPH and self.leaf < 0:
                 theirs = self._same if self._same is not None else self._theirs()
                 if theirs is not None and self._is_leaf_as_was(theirs):
                     if type(theirs) not in OWN or same_memory(theirs, self.tensor):
@@ -106,16 +107,16 @@ class Held:
             t: Tensor = self.tensor.detach()
             if not self.kind:
                 return t
-            return t.requires_grad_() if self.kind == 2 else _alias(t.requires_grad_())
+            return t.requires_grad_() if self.kind == LEAF else _alias(t.requires_grad_())
         saved: Any = self._hooked
         saved = saved.unpack() if _make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]
-        theirs = self._theirs() if self.kind != 1 else None
+        theirs = self._theirs() if self.kind != IN_GRAPH else None
         if theirs is not None and theirs._version == self.version and self._is_leaf_as_was(theirs):
             return theirs  # type: ignore[no-any-return]
         return saved  # type: ignore[no-any-return]
 
     def _is_leaf_as_was(self, theirs: Tensor) -> bool:
-        return theirs.grad_fn is None and theirs.requires_grad == (self.kind == 2)
+        return theirs.grad_fn is None and theirs.requires_grad == (self.kind == LEAF)
 
     def written(self) -> bool:
         """Has it been written to? Asked right after the forward, when the caller's tensor is there."""

@@ -74,6 +74,29 @@ def same_parts(t: Tensor, data: Tensor) -> bool:
     return type(t) is type(data) and all(same_memory(getattr(t, n), getattr(data, n)) for n in names)
 
 
+NO_GRADIENT, IN_GRAPH, LEAF = 0, 1, 2
+
+
+def kind_of(t: Tensor) -> int:
+    """How autograd sees a tensor: NO_GRADIENT, IN_GRAPH or LEAF. It decides what a unit may write in place.
+
+    One of several views from one op (`chunk`, `split`) refuses any look at its graph once the tensor it views was
+    written to. So does every op that uses it, but a plain step may hand it on unused.
+    """
+    if not t.requires_grad:
+        return NO_GRADIENT
+    return IN_GRAPH if hides_graph(t) or not t.is_leaf else LEAF
+
+
+def hides_graph(t: Tensor) -> bool:
+    """Does torch raise at any look at this tensor's graph?"""
+    try:
+        _ = t.is_leaf
+    except RuntimeError:
+        return True
+    return False
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Has a strided tensor memory of its own for its elements?
 

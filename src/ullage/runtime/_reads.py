@@ -15,7 +15,7 @@ from ullage.runtime._collect import Modified
 from ullage.runtime._digest import digest
 from ullage.runtime._gathered import swapped
 from ullage.runtime._local import quiet
-from ullage.runtime._memory import Back, Memory, fits_in, has_memory, same_memory, storage_of, storages_of
+from ullage.runtime._memory import Back, Memory, fits_in, has_memory, kind_of, same_memory, storage_of, storages_of
 from ullage.runtime._reach import name_in
 from ullage.runtime._state import State
 
@@ -37,7 +37,7 @@ class Around:
 
     def __init__(self, t: Tensor) -> None:
         self.tensor, self.version = ref(t), t._version
-        self.kind = (2 if t.is_leaf else 1) if t.requires_grad else 0
+        self.kind = kind_of(t)
         with quiet(), torch.no_grad():
             self.memory = t.detach()
             self.values = _copy(t)

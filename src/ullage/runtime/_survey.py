@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._array import elements_of
 from ullage.runtime._content import content_of, random_state, same_content
-from ullage.runtime._memory import has_memory
+from ullage.runtime._memory import LEAF, has_memory, kind_of
 from ullage.runtime._state import Changes, Path, State, describe
 from ullage.runtime._traverse import Way, name_of, traverse
 from ullage.runtime._walk import RANDOM, Step, places
@@ -45,7 +45,7 @@ class Survey:
 
     def _note(self, obj: Any, way: Way) -> None:
         seen = self._seen
-        if isinstance(obj, Tensor) and obj.requires_grad and obj.is_leaf:
+        if isinstance(obj, Tensor) and kind_of(obj) == LEAF:
             self._gradients[id(obj)] = (way, obj, obj.grad, _version_of(obj.grad))
         if isinstance(obj, nn.Parameter):
             self._parameters[id(obj)] = (way, obj, obj._version)

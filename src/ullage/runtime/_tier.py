@@ -30,6 +30,7 @@ from ullage.offload import Store, Ticket
 from ullage.runtime._ahead import Ahead
 from ullage.runtime._fills import is_fresh, mark
 from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
+from ullage.runtime._memory import IN_GRAPH, LEAF, kind_of
 from ullage.runtime._reach import Reached, roots_of
 from ullage.runtime._totals import totals
 
@@ -201,10 +202,10 @@ def brought_back(kept: dict[int, tuple[Any, int]], index: int) -> Any:
 
 def movable(x: Tensor, resident: Iterable[int]) -> bool:
     """May a saved tensor leave? `resident`: keys of storages that stay anyway."""
-    if x.is_leaf and x.requires_grad:
+    if kind_of(x) == LEAF:
         return False
     base = x._base
-    if base is not None and base.is_leaf and base.requires_grad:
+    if base is not None and kind_of(base) == LEAF:
         return False
     return x.untyped_storage()._cdata not in resident
 
@@ -215,7 +216,7 @@ def resident_keys(roots: Sequence[Any], args: Iterable[Any]) -> set[int]:
     for t in Reached(roots).tensors():
         found.add(t.untyped_storage()._cdata)
     for a in args:
-        if isinstance(a, Tensor) and a.layout is torch.strided and not (a.requires_grad and not a.is_leaf):
+        if isinstance(a, Tensor) and a.layout is torch.strided and kind_of(a) != IN_GRAPH:
             found.add(a.untyped_storage()._cdata)
     return found
 
