@@ -20,6 +20,7 @@ from ullage._errors import (
     ReplayError,
     UllageError,
     UllageWarning,
+    UnsupportedTorch,
     VerifyError,
     WorkloadError,
 )
@@ -70,7 +71,7 @@ __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
     "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
     "HostStore", "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
-    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "VerifyError",
+    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "UnsupportedTorch", "VerifyError",
     "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
     "measure", "measure_bandwidth", "measure_link", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
 ]  # fmt: skip

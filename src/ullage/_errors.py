@@ -13,6 +13,7 @@ UllageError
 ├── ReplayError          a replay differs from its forward, or can't be made equal to it
 ├── DeviceError          unknown device name
 ├── OffloadError         a store of offloaded tensors can't be opened, or could not write or read one
+├── UnsupportedTorch     torch lacks a name that a feature needs, being newer or older than what ullage knows
 ├── MonitorError         a step of a Monitor is begun or ended out of order, or a file of one can't be read
 └── VerifyError          the planned step differs from the plain one
 """
@@ -111,6 +112,18 @@ class OffloadError(UllageError):
         super().__init__(message)
         self.path = path
         self.nbytes = nbytes
+
+
+class UnsupportedTorch(UllageError):
+    """This torch lacks something private that a feature of ullage needs; what does not need it works.
+
+    Attributes:
+        name: its path in torch.
+    """
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class MonitorError(UllageError):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, PlanMismatch, UllageWarning
+from ullage._torch import tell, tree_flatten
 from ullage.apply._existing import refuse_existing
 from ullage.apply._modes import Modes
 from ullage.apply._open import open_store
@@ -233,6 +233,7 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         raise ApplyError(f"a plan is applied to this model already{where}; call remove() of its handle first")
     refuse_existing(model)
     plan.check_model(model)
+    tell()
     modules = _modules(plan, model)
     units: list[Unit] = []
     tiers = {settings.option.tier for _, settings, _ in modules} - {""}

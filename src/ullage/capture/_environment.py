@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.optim.optimizer as optim
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._errors import CaptureError
+from ullage._torch import FakeTensor, Missing, disable_modes, foreach_types, recurrent, recurrent_module
 from ullage.capture._host_rng import own_host_rng
 from ullage.capture._recurrent import Pack, dense_lstm, packed, padded, takes_onednn
 from ullage.measure._state import unless_seeded
@@ -139,6 +139,7 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
         if not mine():
             return None
+        foreach_types()  # without them the step would be another
         tracker.phase = "optimizer"
         for group in optimizer.param_groups:
             if any(not isinstance(p, FakeTensor) for p in group["params"]):
@@ -152,18 +153,17 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
         if mine():
             tracker.phase = "forward"
 
-    import torch.optim.optimizer as optim
-
-    supported = getattr(optim, "_foreach_supported_types", None)
-    if supported is not None:  # "type(p) in ..." decides between the foreach and the loop implementation
-        stack.enter_context(_patched(optim, "_foreach_supported_types", [*supported, FakeTensor]))
+    if not isinstance(
+        foreach_types, Missing
+    ):  # "type(p) in ..." decides between the foreach and the loop implementation
+        stack.enter_context(_patched(optim, "_foreach_supported_types", [*foreach_types(), FakeTensor]))
     stack.callback(optim.register_optimizer_step_pre_hook(before_step).remove)
     stack.callback(optim.register_optimizer_step_post_hook(after_step).remove)
 
 
 def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
     """Where C++ asks for the backend, which is Meta for a fake tensor, take the path of real tensors."""
-    one_hot, lstm, mine = torch.nn.functional.one_hot, torch._VF.lstm, _here()
+    one_hot, mine = torch.nn.functional.one_hot, _here()
 
     def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
         fits = mine() and isinstance(tensor, FakeTensor) and tensor.device.type == "cpu" and tensor.numel() > 0
@@ -172,14 +172,23 @@ def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
     def choose_lstm(*args: Any) -> Any:
         """The other path would unroll over time."""
         ours = mine() and len(args) == 9 and isinstance(args[0], FakeTensor)
-        return dense_lstm(*args) if ours and takes_onednn(*args[:4]) else lstm(*args)
+        return dense_lstm(*args) if ours and takes_onednn(*args[:4]) else recurrent["lstm"](*args)
 
     stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
-    stack.enter_context(_patched(torch._VF, "lstm", choose_lstm))
+    gone = next((f for f in recurrent.values() if isinstance(f, Missing)), None)
+    if gone is not None:  # what such a layer calls instead would not be what it runs on real tensors
+
+        def refuse(module: Any, _: Any) -> None:
+            if isinstance(module, torch.nn.RNNBase) and mine():
+                gone()
+
+        stack.callback(torch.nn.modules.module.register_module_forward_pre_hook(refuse).remove)
+        return
+    stack.enter_context(_patched(recurrent_module, "lstm", choose_lstm))
     runs: dict[str, Callable[..., Any]] = {k: functools.partial(packed, k) for k in _RECURRENT}
     runs |= {"_pack_padded_sequence": Pack.apply, "_pad_packed_sequence": padded}
     for name, run in runs.items():
-        stack.enter_context(_patched(torch._VF, name, _for_packed(getattr(torch._VF, name), run, mine)))
+        stack.enter_context(_patched(recurrent_module, name, _for_packed(getattr(recurrent_module, name), run, mine)))
 
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -211,7 +220,7 @@ def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
             raise RuntimeError(
                 f"Can't call numpy() on Tensor that requires {wants}. Use tensor.detach().cpu().numpy() instead."
             )
-        with _disable_current_modes():
+        with disable_modes():
             known = values.get(tensor)
             return values.assumed.array(tensor, tracker.place()) if known is None else known.clone().numpy()
 

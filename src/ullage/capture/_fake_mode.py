@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from ullage._errors import CaptureError
 from ullage._source import source_line
+from ullage._torch import FakeTensorMode
 
 
 class _OfThread(threading.local):

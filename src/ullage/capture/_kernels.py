@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ullage._source import source_line
+from ullage._torch import DataDependentOutputException, DynamicOutputShapeException, disable_modes
 from ullage.capture._fake_mode import StepMode
 from ullage.capture._outputs import KnownOutputs
 from ullage.capture._values import Values
@@ -77,7 +76,7 @@ class FakeKernels:
         if self.values.are_drawn(given):
             where = source_line()
             self.values.assumptions[f"{where}: a random draw steers the step; it was captured for one draw"] = None
-        with _disable_current_modes(), torch.no_grad():
+        with disable_modes(), torch.no_grad():
             real = func(*given[0], **given[1])
         if not isinstance(real, Tensor):
             return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)
@@ -97,13 +96,13 @@ class FakeKernels:
             if all(i is None or known is not None for i, known in zip(args[1], index, strict=True)):
                 return args[0].new_empty(_indexed_shape(args[0], index))
         if func is aten.masked_select.default and (mask := self.values.get(args[1])) is not None:
-            with _disable_current_modes():
+            with disable_modes():
                 chosen = int(mask.expand(torch.broadcast_shapes(args[0].shape, mask.shape)).sum())
             return args[0].new_empty(chosen)
         raise NeedsValues(func)
 
     def _to_fake(self, real: Tensor) -> Tensor:
-        with _disable_current_modes():
+        with disable_modes():
             fake = self.fake_mode.from_tensor(real)
         self.values.attach(fake, real)
         return fake
@@ -117,7 +116,7 @@ def _indexed_shape(tensor: Tensor, index: Sequence[Tensor | None]) -> torch.Size
             return [slice(None)]
         return [x.to("meta") for x in (i.nonzero(as_tuple=True) if i.dtype in _MASKS else (i,))]
 
-    with _disable_current_modes():
+    with disable_modes():
         return torch.empty(tensor.shape, device="meta")[tuple(x for i in index for x in on_meta(i))].shape
 
 

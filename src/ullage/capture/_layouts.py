@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
 
 from ullage._errors import CaptureError, WorkloadError
+from ullage._torch import FakeTensor, is_lazy
 from ullage.workload import tensors_of
 
 NO_NESTED = (

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage._torch import autograd_node, graph_task
 from ullage.capture._trace import NodeRun, Trace, spec_of
 
 
@@ -47,10 +48,10 @@ class NodeRuns:
 
     def begin(self) -> None:
         """An op of a backward comes: have the nodes of its graph say what they are given."""
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if task == self._seen:
             return
-        first = torch._C._current_autograd_node()
+        first = autograd_node()
         if first is None:
             return
         self._seen, self._open, self._ended = task, None, -1

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage._torch import keeps_graph
+
 _TENSOR = ("Tensor", "Optional[Tensor]")
 # Backward of a product with a number takes the tensor that its node has saved; others make one of each number anew.
 _HAVE_THEIR_NUMBER = ("MulBackward", "DivBackward")
 _WRITES = (torch.ops.aten.mul_, torch.ops.aten.div_)  # which make such nodes, inside another where a view is written to
-# is the backward that runs one with `retain_graph`, after which nodes hold what they have saved?
-_KEEPS_GRAPH = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False)
 _SIZES = {bool: 1, int: 8, float: 8, complex: 16}
 
 
@@ -81,5 +81,6 @@ class SavedNumbers:
 def _hidden_in(node: Any, nbytes: int) -> tuple[Any, int, int]:
     """A view was written to: the op's node is inside that of the view's base, and goes when that has run or is gone."""
     held = [_Hidden()]
-    node.register_hook(lambda *_: None if _KEEPS_GRAPH() else held.clear())
+    # after a backward with `retain_graph` nodes hold what they have saved
+    node.register_hook(lambda *_: None if keeps_graph() else held.clear())
     return held[0], id(held[0]), nbytes

@@ -15,8 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ullage._torch import (
+    DisableTorchDispatch,
+    FakeTensor,
+    FakeTensorMode,
+    make_subclass,
+    throw_on_data_ptr,
+    warn_on_data_ptr,
+)
 from ullage.capture._values import may_follow
 
 aten = torch.ops.aten
@@ -76,10 +83,8 @@ class KnownOutputs:
         self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
         self._views: dict[Any, bool | None] = {} if like is None else like._views
         self._states: dict[torch.device, dict[str, Any]] = {}  # what a new fake tensor of each device knows
-        unsafe = mode._allow_unsafe_data_ptr_access
-        self._guard = (
-            torch._C._set_warn_deprecated_on_mutable_data_ptr if unsafe else torch._C._set_throw_on_mutable_data_ptr
-        )
+        unsafe = getattr(mode, "_allow_unsafe_data_ptr_access", None)
+        self._guard = None if unsafe is None else warn_on_data_ptr if unsafe else throw_on_data_ptr
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
         """The key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
@@ -100,7 +105,7 @@ class KnownOutputs:
             return False, None, True
         if entry.kind == "first" or entry.kind == "nothing":
             return True, args[0] if entry.kind == "first" else None, True
-        with torch._C._DisableTorchDispatch():  # below every mode: these are plain meta tensors
+        with DisableTorchDispatch():  # below every mode: these are plain meta tensors
             if entry.kind == "view":
                 storage = args[0].untyped_storage()
                 elements = []
@@ -118,13 +123,11 @@ class KnownOutputs:
     def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
         """`FakeTensor(mode, meta, device)`, by what it does with memory, without the checks of its arguments."""
         state = self._states.get(device)
-        if state is None:
+        if state is None or make_subclass is None or self._guard is None:
             first = FakeTensor(self.mode, meta, device)
             self._states[device] = dict(vars(first))
             return first
-        made: FakeTensor = Tensor._make_subclass(
-            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
-        )
+        made: FakeTensor = make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device)
         self._guard(made)
         vars(made).update(state)
         return made

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ullage._torch import FakeTensor
 from ullage.runtime._classes import classes_in
 from ullage.runtime._content import Cells, content_of, put_content, same_content
 from ullage.runtime._traverse import all_places, traverse, with_classes

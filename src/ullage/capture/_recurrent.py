@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ullage._torch import onednn_is_on
+
 Hidden = tuple[Tensor, ...]
 
 
 def takes_onednn(x: Tensor, hx: Any, weights: Any, bias: bool) -> bool:
     """Would `at::lstm` run oneDNN's op on these, were they real (`use_mkldnn`, aten/native/RNN.cpp)?"""
-    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()) or x.numel() == 0:
+    if not (torch.backends.mkldnn.is_available() and onednn_is_on()) or x.numel() == 0:
         return False
     if any(t.device.type != "cpu" or t.layout is not torch.strided for t in (x, *hx, *weights)):
         return False

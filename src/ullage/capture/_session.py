@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten
 
 from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, UllageError
+from ullage._torch import FakeTensor, graph_task, notes, sequence_number, tree_flatten
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._arguments import contents
 from ullage.capture._checks import raised_on_purpose
@@ -137,6 +136,7 @@ class Session:
         # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
         self.fake_mode.cache_enabled = False
         self.values = Values(trial)
+        self.values.assumptions.update(dict.fromkeys(notes()))
         self.tracker: Tracker = Tracker(
             self.fake_mode, self.values, round_bytes, None if like is None else like.tracker
         )
@@ -340,7 +340,7 @@ class Session:
             tracker.module_stack.append(fqn)
             if fqn not in self.training and torch.is_grad_enabled():
                 self.training[fqn] = module.training
-            if torch._C._current_graph_task_id() != -1:
+            if graph_task() != -1:
                 if not is_recomputing():
                     raise AlreadyCheckpointed(
                         f"{fqn or 'the model'}: runs its forward again in backward, so it is checkpointed already "
@@ -349,7 +349,7 @@ class Session:
                 tracker.replay_depth += 1
                 return
             shapes = tuple(tuple(t.shape) for t in tree_flatten(args)[0] if isinstance(t, Tensor))
-            sequence, given = torch._C._autograd._get_sequence_nr(), contents((args, kwargs))
+            sequence, given = sequence_number(), contents((args, kwargs))
             records = tracker.records(keys((args, kwargs)))
             open_calls.append((tracker.clock, sequence, keys(args), shapes, given, records))
 
@@ -364,7 +364,7 @@ class Session:
             error = sys.exc_info()[1]
             if error is not None and self._failed_in[0] is not error:  # this runs after a forward that raised, too
                 self._failed_in = error, fqn
-            if torch._C._current_graph_task_id() != -1:
+            if graph_task() != -1:
                 tracker.replay_depth -= 1
                 return
             op, sequence, inputs, shapes, given, records = open_calls.pop()
@@ -372,7 +372,7 @@ class Session:
                 if was != now:
                     self.changed_arguments.setdefault(fqn, kind)
             index = counts[fqn] = counts.get(fqn, -1) + 1
-            end = torch._C._autograd._get_sequence_nr()
+            end = sequence_number()
             outputs = keys(output)
             made = tracker.records(outputs)
             self.calls.append(

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.optim.optimizer as optim
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+
+from ullage._torch import foreach_devices, tree_map
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32"
 _FLOAT32_NAMES = [
@@ -109,10 +111,8 @@ def _dropout(func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplac
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Run a step on CPU tensors as a CUDA device would, as far as bytes go."""
-    import torch.optim.optimizer as optim
-
-    name = "_get_foreach_kernels_supported_devices"
-    supported = getattr(optim, name)
+    name, supported = "_get_foreach_kernels_supported_devices", foreach_devices
+    supported()  # is it there?
     owner = threading.get_ident()  # the patch is seen by every thread
     setattr(optim, name, lambda: [*supported(), *(["cpu"] if threading.get_ident() == owner else [])])
     try:

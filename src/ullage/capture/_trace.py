@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage._torch import is_wrapped
+from ullage._torch import unwrapped as _inside
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -113,8 +116,8 @@ class Trace:
 
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor that torch.func's transforms wrap, if they do."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = _inside(tensor)
     return tensor
 
 

@@ -15,14 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import is_non_overlapping_and_dense_or_false
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ullage._errors import CaptureError
 from ullage._source import source_line
+from ullage._torch import (
+    FakeTensor,
+    TorchDispatchMode,
+    WeakTensorKeyDictionary,
+    autograd_node,
+    disable_modes,
+    graph_task,
+    is_dense,
+    sequence_number,
+    storage_users,
+    tree_flatten,
+)
 from ullage.capture._explain import FailedOp
 from ullage.capture._fake_mode import StepMode
 from ullage.capture._kernels import FakeKernels
@@ -143,7 +150,7 @@ class Tracker(TorchDispatchMode):
         self.look_at_numbers()
         if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
             return func(*args, **kwargs)
-        in_engine = torch._C._current_graph_task_id() != -1
+        in_engine = graph_task() != -1
         if in_engine:
             self._nodes.begin()
             if func is aten.add.Tensor and self._accumulates(args, kwargs):
@@ -191,12 +198,12 @@ class Tracker(TorchDispatchMode):
         buffer = args[0]
         counts = (
             buffer._use_count(),
-            torch._C._storage_Use_Count(buffer.untyped_storage()._cdata),
+            storage_users(buffer.untyped_storage()._cdata),
             sys.getrefcount(buffer),
         )
         if self._unique == (0, 0, 0):  # the calibration run: a gradient that is certainly unique
             self._unique = counts
-        dense = is_non_overlapping_and_dense_or_false(buffer)
+        dense = is_dense(buffer)
         return dense and all(c <= u for c, u in zip(counts, self._unique, strict=True))
 
     def calibrate(self) -> None:
@@ -209,9 +216,9 @@ class Tracker(TorchDispatchMode):
 
     def place(self) -> str:
         """Where the step is now: the line that runs, or in backward the one whose gradient is computed."""
-        if torch._C._current_graph_task_id() == -1:
+        if graph_task() == -1:
             return source_line() or ("the optimizer's step" if self.phase == "optimizer" else "")
-        node = torch._C._current_autograd_node()
+        node = autograd_node()
         known = self._source_of_sequence.get(node._sequence_nr()) if node is not None else None
         return source_line() or (known[0] if known is not None else "")
 
@@ -263,7 +270,7 @@ class Tracker(TorchDispatchMode):
                 f"{where}{what} ({kind}), which can't be made a fake one; make the ops that use it an op of yours with a fake kernel "
                 "(torch.library.custom_op, register_fake) that holds it, or use a dense tensor, best a buffer of the model"
             )
-        with _disable_current_modes(), torch.no_grad():
+        with disable_modes(), torch.no_grad():
             fake = self.kernels.fake_mode.from_tensor(real.detach())
             self.kernels.values.seed([fake], [real])
         self._guests[real] = fake
@@ -300,7 +307,7 @@ class Tracker(TorchDispatchMode):
             del self.module_stack[-self.replay_depth :]
             self.replay_depth = 0
         sequence, source, stack = -1, "", tuple(self.module_stack)
-        node = torch._C._current_autograd_node() if in_engine else None
+        node = autograd_node() if in_engine else None
         if in_engine:
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
@@ -312,7 +319,7 @@ class Tracker(TorchDispatchMode):
             if node is not None and not replaying and not is_bookkeeping():
                 self._nodes.ran(trace, node, sequence)
         else:
-            sequence = torch._C._autograd._get_sequence_nr()
+            sequence = sequence_number()
             source = source_line()
         stack_id = self._stack_ids.setdefault(stack, len(self.stacks))
         if stack_id == len(self.stacks):

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 
+from ullage._torch import FakeTensor, disable_modes, tree_flatten, tree_map
 from ullage.capture._assumed import Assumed
 from ullage.capture._trace import written_arguments
 
@@ -64,7 +62,7 @@ class _Twin:
         self.real = real
 
     def __deepcopy__(self, _: Any) -> _Twin:
-        with _disable_current_modes():
+        with disable_modes():
             return _Twin(self.real.clone())
 
 
@@ -130,7 +128,7 @@ class Values:
             elif func in _ASSUMED:
                 self._assume(func, args, outs)
             return
-        with _disable_current_modes(), torch.no_grad():
+        with disable_modes(), torch.no_grad():
             given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
             real = self._run(func, given[0], given_kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags or self.are_drawn(given)
@@ -182,7 +180,7 @@ class Values:
                 position = 2 if func is aten.topk.default else 1
                 dim = args[position] if len(args) > position and isinstance(args[position], int) else -1
                 size = args[0].shape[dim] if args[0].dim() else 1
-                with _disable_current_modes():
+                with disable_modes():
                     real = (torch.arange(index.numel()) % max(size, 1)).reshape(index.shape)
                 self.attach(index, real)
                 self.assumptions[f"balanced routing: indices of {func} spread evenly"] = None
@@ -199,7 +197,7 @@ class Values:
         elif func in _ABOVE or func in _BELOW:
             constant = _against(args[1], func in _ABOVE)
         if constant is not None and outs[0].numel() <= (1 << 24):
-            with _disable_current_modes():
+            with disable_modes():
                 self.attach(outs[0], torch.full(outs[0].shape, constant))
             self.assumptions["all activations are finite, and their absolute values less than 10,000"] = None
         elif constant is not None:

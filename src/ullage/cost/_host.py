@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ullage._torch import TorchDispatchMode, graph_task
 from ullage.capture._timeline import OpCost
 from ullage.runtime import checkpoint, recomputing_units
 
@@ -87,7 +87,7 @@ class _Counts(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = graph_task() != -1
         self.ops["again" if recomputing_units() else "backward" if in_backward else "forward"] += 1
         return func(*args, **(kwargs or {}))
 

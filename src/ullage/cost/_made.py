@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ullage._torch import negated_view, tree_map
 from ullage.capture._nodes import tensors_in
 from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._roofline import spec_bytes, specs_in
@@ -89,7 +89,7 @@ def make_tensor(spec: TensorSpec, high: int = 1, filling: Filling = PLAIN) -> Te
     made = base.as_strided(spec.shape, spec.stride)
     if spec.conj:
         made = made.conj()
-    return torch._neg_view(made) if spec.neg else made
+    return negated_view(made) if spec.neg else made
 
 
 def arguments(s: Signature, filling: Filling = PLAIN) -> tuple[Any, Any]:

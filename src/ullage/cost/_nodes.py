@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ullage._torch import tree_map
 from ullage.capture._nodes import tensors_in
 from ullage.capture._timeline import OpCost
 from ullage.capture._trace import NodeRun, Signature, spec_of

@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import flop_registry
 
+from ullage._torch import flop_registry, tree_flatten
 from ullage.capture._timeline import OpCost
 from ullage.capture._trace import Signature, TensorSpec
 from ullage.cost._devices import Device

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile, record_function
 
+from ullage._torch import event_tree
+
 _STEP = "ullage::step"
 _FREED = "ullage::freed"
 
@@ -95,7 +97,7 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
                 call()
     assert prof.kineto_results is not None
     found, freed, starts, names = [], [], [], {f"{_STEP}{k}" for k in range(steps)}
-    roots = reversed(prof.kineto_results.experimental_event_tree())
+    roots = reversed(event_tree(prof.kineto_results))
     todo: list[tuple[Any, tuple[str, ...]]] = [(n, ()) for n in roots]
     while todo:
         node, ops = todo.pop()

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ApplyError, ArgumentError, WorkloadError
 from ullage._stats import at_share, median
 from ullage._told import out_of_memory, tells_of
+from ullage._torch import tree_flatten
 from ullage.measure._allocator import Resident, record_steps
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.measure._snapshot import Snapshot

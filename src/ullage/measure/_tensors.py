@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+
+from ullage._torch import TensorWeakRef, fix_weakref, overlaps_itself
 
 
 class Homes:
@@ -30,14 +31,14 @@ class Homes:
         storage: torch.UntypedStorage | None = self._alive[key]() or self._again.get(key)
         if storage is None:
             storage = self._again[key] = torch.UntypedStorage(nbytes, device=device)
-        elif hasattr(storage, "_fix_weakref"):
-            storage._fix_weakref()
+        else:
+            fix_weakref(storage)
         return storage
 
 
 def is_fixed(t: Tensor) -> bool:
     """Has it no elements of its own that a step could write to? An expanded tensor can't be written to."""
-    return t.layout is not torch.strided or t.is_meta or torch._debug_has_internal_overlap(t) == 1
+    return t.layout is not torch.strided or t.is_meta or overlaps_itself(t)
 
 
 class TensorState:

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as torchs
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from ullage._torch import (
+    OpOverload,
+    TorchDispatchMode,
+    flop_registry,
+    graph_task,
+    sdpa_backward_flops,
+    sdpa_flops,
+    tree_leaves,
+)
 from ullage.runtime._local import local
 
 aten = torch.ops.aten
@@ -39,7 +45,6 @@ _QUERIES = {
     if hasattr(aten, name)
 }  # fmt: skip
 _PLAIN = Tensor.__torch_dispatch__
-_graph_task = torch._C._current_graph_task_id
 
 
 class OpCounter(TorchDispatchMode):
@@ -77,7 +82,7 @@ class OpCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op and count it."""
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             out = func(*args, **kwargs)
             self._count(func, func, args, kwargs, out)
             return out
@@ -110,11 +115,11 @@ class OpCounter(TorchDispatchMode):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(sdpa_flops(query.shape, key.shape, value.shape))
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    return int(sdpa_backward_flops(grad.shape, query.shape, key.shape, value.shape))
 
 
 # Kernels of the CPU that torch's registry leaves out; the formulas are torch's, as for those of CUDA.
@@ -126,7 +131,7 @@ _OWN: dict[Any, Any] = {
 
 def _in_torchs_checkpoint() -> bool:
     """Is this op one that torch's own checkpoint does again? Its replays run in a backward, with grad mode on."""
-    if _graph_task() == -1 or not torch.is_grad_enabled():
+    if graph_task() == -1 or not torch.is_grad_enabled():
         return False
     frame: Any = sys._getframe(1)
     while frame is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from ullage._torch import tree_flatten
 from ullage.capture import Session
 from ullage.measure._reach import optimizers_of
 from ullage.measure._state import captures

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ullage._files import write_whole
+from ullage._torch import cuda_record, cuda_snapshot
 from ullage.measure._allocator import BlockEvent, record_blocks
 from ullage.measure._measure import check_arguments, planned_bytes, resident_bytes
 from ullage.measure._state import leaves_rng, preserved
@@ -57,15 +58,15 @@ def _step(inst: Instance) -> None:
 
 
 def _on_cuda(inst: Instance) -> dict[str, Any]:
-    torch.cuda.memory._record_memory_history(max_entries=_MOST_ENTRIES)
+    cuda_record(max_entries=_MOST_ENTRIES)
     try:
         for _ in range(STEPS):
             run_step(inst)
         torch.cuda.synchronize(inst.device)
-        found: dict[str, Any] = torch.cuda.memory._snapshot(inst.device)
+        found: dict[str, Any] = cuda_snapshot(inst.device)
         return found
     finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
+        cuda_record(enabled=None)
 
 
 def _from_blocks(start_bytes: int, events: list[BlockEvent]) -> dict[str, Any]:

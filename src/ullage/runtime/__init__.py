@@ -1,6 +1,8 @@
 """Run a function so that backward rebuilds its activations: the runtime that `ullage.checkpoint` and plans stand on."""
 
 from ullage import _array, _source
+from ullage._torch import _autograd as _torch_autograd
+from ullage._torch import _tensors as _torch_tensors
 from ullage.runtime import (
     _after,
     _again,
@@ -84,7 +86,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EAGER = [
-    _array, _source, _after, _again, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
+    _array, _source, _torch_autograd, _torch_tensors, _after, _again, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
     _select, _settings, _site, _skip, _sparse, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)

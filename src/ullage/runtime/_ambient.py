@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
+from ullage._torch import (
+    DeviceContext,
+    attention_kernels,
+    count_function_modes,
+    function_modes,
+    is_deterministic,
+    warns_only,
+)
 from ullage.runtime._settings import put_settings, read_settings
 
 _differ = CDLL(None).memcmp
 _differ.argtypes = (c_void_p, c_void_p, c_size_t)
-_KERNELS = tuple(
-    n
-    for n in ("flash", "mem_efficient", "math", "cudnn", "overrideable", "fa3")
-    if hasattr(torch._C, f"_get_{n}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{n}")
-)
-_kernels_enabled = tuple(getattr(torch._C, f"_get_{n}_sdp_enabled") for n in _KERNELS)
-_deterministic = torch._C._get_deterministic_algorithms, torch._C._get_deterministic_algorithms_warn_only
+_kernels_enabled = tuple(get for get, _ in attention_kernels)
 
 
 def _accelerator() -> str | None:
@@ -44,7 +44,6 @@ DEVICE = 9  # the place in it of the default device
 
 def read_flags() -> Flags:
     """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
-    is_deterministic, warn_only = _deterministic
     return (
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
@@ -52,17 +51,17 @@ def read_flags() -> Flags:
         _ACCELERATOR is not None and torch.get_autocast_dtype(_ACCELERATOR),
         torch.is_autocast_cache_enabled(),
         is_deterministic(),
-        warn_only(),
+        warns_only(),
         torch.get_default_dtype(),
         tuple([enabled() for enabled in _kernels_enabled]),
-        default_device() if torch._C._len_torch_function_stack() else None,
+        default_device() if count_function_modes() else None,
         read_settings(),
     )
 
 
 def default_device() -> torch.device | None:
     """Where factories make tensors, if a context or `set_default_device` says it."""
-    modes = [m for m in _get_current_function_mode_stack() if isinstance(m, DeviceContext)]
+    modes = [m for m in function_modes() if isinstance(m, DeviceContext)]
     return modes[-1].device if modes else None
 
 
@@ -105,9 +104,9 @@ def _put_globals(wanted: Flags, now: Flags) -> None:
         torch.use_deterministic_algorithms(wanted[5], warn_only=wanted[6])
     if wanted[7] != now[7]:
         torch.set_default_dtype(wanted[7])
-    for name, want, have in zip(_KERNELS, wanted[8], now[8], strict=True):
+    for (_, put), want, have in zip(attention_kernels, wanted[8], now[8], strict=True):
         if want != have:
-            getattr(torch._C, f"_set_sdp_use_{name}")(want)
+            put(want)
 
 
 def put_back(was: Flags) -> None:

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.utils.checkpoint as torchs
 from torch import nn
-from torch.autograd import forward_ad
 
 from ullage._errors import ArgumentError, ReplayError
+from ullage._torch import checkpoint_debug, checkpoint_early_stop, in_forward_mode, peek_interpreter, tell
 from ullage.runtime._frame import Frame, Options
 from ullage.runtime._keep import Keep, rule_of, torch_contexts
 from ullage.runtime._reach import Reached, objects_in, roots_of
@@ -22,7 +22,6 @@ from ullage.runtime._site import Site
 
 _CHECKS = ("default", "none", "values")
 _MOST_SITES = 64  # of one module or function
-_peek = torch._C._functorch.peek_interpreter_stack
 
 _options = functools.cache(Options)  # of plain values: there are few of them
 # What is remembered between calls: by module and function, or by a plain function's code.
@@ -96,16 +95,11 @@ def checkpoint(
         raise ArgumentError("use_reentrant=True: ullage has the non-reentrant kind only; leave it out")
     if determinism_check not in _CHECKS:
         raise ArgumentError(f"determinism_check={determinism_check!r}: expected one of {', '.join(map(repr, _CHECKS))}")
-    if torchs._checkpoint_debug_enabled is not None:
-        debug = torchs._checkpoint_debug_enabled
+    told_debug = checkpoint_debug()
+    if told_debug is not None:
+        debug = told_debug
     if context_fn is not None and (keep is not None or debug):
-        other = (
-            "keep"
-            if keep is not None
-            else "debug"
-            if torchs._checkpoint_debug_enabled is None
-            else "set_checkpoint_debug_enabled(True)"
-        )
+        other = "keep" if keep is not None else "debug" if told_debug is None else "set_checkpoint_debug_enabled(True)"
         raise ArgumentError(f"context_fn: not together with {other}; leave one out")
     if respect_saved_tensors_hooks and (keep is not None or context_fn is not None):
         raise ArgumentError(
@@ -115,8 +109,9 @@ def checkpoint(
     rule = rule_of(keep) if keep is not None else None
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    if torchs._enable_checkpoint_early_stop is not None:
-        early_stop = torchs._enable_checkpoint_early_stop
+    told_early_stop = checkpoint_early_stop()
+    if told_early_stop is not None:
+        early_stop = told_early_stop
     make = _options if rule is None and context_fn is None else Options
     options = make(rule, preserve_rng_state, determinism_check, early_stop, context_fn, debug, preserve_host_rng)
     site, reached = _site_of(function, rule, context_fn is None, args, kwargs)
@@ -133,7 +128,7 @@ def run(
     reached: Reached | None = None,
 ) -> Any:
     """Run one call of a unit, grad mode being on."""
-    if _peek() is not None or forward_ad._current_level >= 0:  # torch.func and forward mode: torch's own
+    if peek_interpreter() is not None or in_forward_mode():  # torch.func and forward mode: torch's own
         return torchs.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=options.preserve_rng_state, **kwargs
         )
@@ -195,6 +190,7 @@ def _site_of(
     if site is None:
         if len(sites) >= _MOST_SITES:
             del sites[next(iter(sites))]
+        tell()
         site = sites[key] = Site(name)
     return site, reached
 

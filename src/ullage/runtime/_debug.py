@@ -5,9 +5,8 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from ullage._source import source_line
+from ullage._torch import TorchDispatchMode
 from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ullage._array import elements_of
+from ullage._torch import DisableTorchFunctionSubclass
 from ullage.runtime._memory import OWN, has_memory
 
 _PIECE = 1 << 20  # bytes of one copy of elements that do not lie side by side
@@ -25,7 +26,7 @@ def digest(t: Tensor) -> bytes | None:
     if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # fake tensors, too
     if type(t) not in OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             t = t.as_subclass(Tensor)
     if t.is_quantized or t.device.type == "meta" or not has_memory(t):
         return None

@@ -8,19 +8,29 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Iterator
 
-from torch._C._dynamo import eval_frame
+from ullage._torch import Missing, frame_action, frame_strategy, set_frame_strategy
+
+_GONE = [n for n in (frame_action, frame_strategy, set_frame_strategy) if isinstance(n, Missing)]
 
 
 def keep_eager(modules: Iterable[types.ModuleType]) -> None:
     """Mark all functions and methods of these modules; what they call (a unit's own forward) is compiled as ever."""
-    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    if _GONE:  # told where a compiled unit runs, see `check`
+        return
+    skip = frame_strategy(frame_action.SKIP, frame_action.DEFAULT)
     for module in modules:
         for owner in (module, *[c for c in vars(module).values() if isinstance(c, type)]):
             for value in list(vars(owner).values()):
                 function = getattr(value, "__wrapped__", getattr(value, "__func__", value))
                 if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
                     for code in _with_inner(function.__code__):
-                        eval_frame.set_code_exec_strategy(code, skip)
+                        set_frame_strategy(code, skip)
+
+
+def check() -> None:
+    """A compiled unit runs: raise UnsupportedTorch if Dynamo could not be kept off the hooks around it."""
+    for gone in _GONE:
+        gone()
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

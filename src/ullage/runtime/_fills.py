@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+
+from ullage._torch import all_schemas, node_classes, sequence_number, tree_flatten
 
 _STATISTICS = ("running_mean", "running_var")
 _SAVED = "_raw_saved_"
@@ -21,17 +21,17 @@ _SAVED = "_raw_saved_"
 
 def mark() -> int:
     """The number of autograd's next node on this thread."""
-    return int(torch._C._autograd._get_sequence_nr())
+    return int(sequence_number())
 
 
 @functools.cache
 def late_nodes() -> dict[str, bool]:
     """Autograd nodes of such ops, by name: is all that the node saves saved before the kernel runs?"""
     nodes = defaultdict(list)
-    for name in dir(torch._C._functions):
+    for name in dir(node_classes):
         nodes[name.rstrip("0123456789")].append(name)
     found: dict[str, bool] = {}
-    for schema in torch._C._jit_get_all_schemas():
+    for schema in all_schemas():
         name = schema.name.removeprefix("aten::")
         of_op = nodes.get("".join(map(_capital, name.split("_"))) + "Backward")
         if of_op is None or name == schema.name or name.endswith("backward"):
@@ -57,7 +57,7 @@ def _capital(part: str) -> str:
 
 def _saved_by(node: str) -> set[str]:
     # a result is saved when the kernel has run: "result", "result1", or the name of a return value
-    return {n.removeprefix(_SAVED) for n in dir(getattr(torch._C._functions, node)) if n.startswith(_SAVED)}
+    return {n.removeprefix(_SAVED) for n in dir(getattr(node_classes, node)) if n.startswith(_SAVED)}
 
 
 def late_kernels(out: Any, since: int) -> dict[str, bool]:

@@ -15,10 +15,10 @@ from types import MappingProxyType
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from ullage._errors import ReplayError
+from ullage._torch import at_end_of_backward, graph_group, graph_task, pop_hooks, push_hooks
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._collect import Modified
 from ullage.runtime._debug import OpNames
@@ -27,7 +27,7 @@ from ullage.runtime._fills import unset
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._jagged import Rows
 from ullage.runtime._keep import Rule
-from ullage.runtime._local import blame, local, pop_hooks, push_hooks, quiet
+from ullage.runtime._local import blame, local, quiet
 from ullage.runtime._memory import Back, same_memory, storage_of
 from ullage.runtime._notes import Notes
 from ullage.runtime._packing import Pack, packer, packer_of_all
@@ -41,10 +41,6 @@ from ullage.runtime._state import State, Unreachable, describe
 from ullage.runtime._tier import Away, tensor_of
 
 _NONE: Any = MappingProxyType({})
-_modes = torch._C._len_torch_dispatch_stack
-_graph_task = torch._C._current_graph_task_id
-_group = getattr(torch._C, "_get_graph_exec_group", lambda: None)
-_at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
 
 
 @dataclass(frozen=True)
@@ -412,7 +408,7 @@ class Frame:
             leaf = self.leaves[i]() if i in self.leaves else None
             # given other memory since (`.data =`), the plain step's backward sees that
             return tensor_of(tensor) if leaf is None or same_memory(leaf, tensor_of(tensor)) else leaf
-        if self.group is not None and self.group is _group():
+        if self.group is not None and self.group is graph_group():
             raise ReplayError(
                 f"{self.site.name}: saved tensor {i} is asked for a second time within one torch.utils.checkpoint.GraphExecGroup: the backwards in it "
                 "must not overlap. Call one of them outside of it, or use a group for each"
@@ -420,23 +416,23 @@ class Frame:
         if self.previous is not None:
             from ullage.runtime._sweep import make_inputs
 
-            make_inputs(self, recording=_graph_task() != -1)
+            make_inputs(self, recording=graph_task() != -1)
             if i in self.rebuilt:
                 return self.rebuilt.pop(i)
         store = rebuild(self)
         found = store.pop(i)
-        self.group = _group()
-        if store and _graph_task() != -1:
+        self.group = graph_group()
+        if store and graph_task() != -1:
             self.take(store)
         return found
 
     def take(self, store: dict[int, Any]) -> None:
         """Keep what a replay has rebuilt, for the rest of this backward."""
         self.rebuilt.update(store)
-        self.group = _group()
+        self.group = graph_group()
         if self.group is None:
             # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
-            _at_end_of_backward(functools.partial(_let_go, ref(self)))
+            at_end_of_backward(functools.partial(_let_go, ref(self)))
 
     def state_names(self) -> str:
         """What the unit's forward changes, for messages."""

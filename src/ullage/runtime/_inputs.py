@@ -16,14 +16,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from ullage._torch import make_saved_tensor, top_hooks
 from ullage.runtime._content import Slots, base_of, content_of, put_content
 from ullage.runtime._local import local
 from ullage.runtime._memory import IN_GRAPH, LEAF, OWN, fits_in, hides_graph, kind_of, same_memory, storage_of
 from ullage.runtime._walk import CONTAINERS, slots_of
 
 _AS_IS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device))
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_make_saved_tensor = getattr(torch._C._autograd, "_make_saved_tensor", None)
 
 
 def _alias(t: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def _alias(t: Tensor) -> Tensor:
 
 
 class _SaveOne(torch.autograd.Function):
-    """Saves one tensor and does nothing, for versions of torch without `_make_saved_tensor`."""
+    """Saves one tensor and does nothing, for versions of torch without `make_saved_tensor`."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, flag: Tensor) -> Tensor:
@@ -80,8 +79,8 @@ class Held:
             return
         if hides_graph(t):
             t = t.detach()
-        if _make_saved_tensor is not None:
-            self._hooked = _holding(_make_saved_tensor, t, False)
+        if make_saved_tensor is not None:
+            self._hooked = _holding(make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
             self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: that alone lets go of what it saved
@@ -109,7 +108,7 @@ class Held:
                 return t
             return t.requires_grad_() if self.kind == LEAF else _alias(t.requires_grad_())
         saved: Any = self._hooked
-        saved = saved.unpack() if _make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]
+        saved = saved.unpack() if make_saved_tensor is not None else saved.grad_fn.saved_tensors[0]
         theirs = self._theirs() if self.kind != IN_GRAPH else None
         if theirs is not None and theirs._version == self.version and self._is_leaf_as_was(theirs):
             return theirs  # type: ignore[no-any-return]
@@ -174,7 +173,7 @@ class Inputs:
     __slots__ = ("_known", "_repeated", "args", "elsewhere", "held", "hooked", "kwargs", "made", "moved")
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], made: dict[int, int] | None = None) -> None:
-        self.hooked = _top_hooks is None or _top_hooks(True) is not None  # somebody else's saved-tensor hooks
+        self.hooked = top_hooks(True) is not None  # somebody else's saved-tensor hooks
         self.made = made if not self.hooked else None
         self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
         self._known: dict[int, Any] = {}  # by the tensor's id, while the caller holds them all

@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from ullage._errors import ArgumentError
+from ullage._torch import OpOverload, OpOverloadPacket
 
 aten = torch.ops.aten
 
@@ -263,9 +264,9 @@ def _of_ops(ops: frozenset[Any]) -> Rule:
 
 
 def _op(op: Any) -> Any:
-    if isinstance(op, torch._ops.OpOverload):
+    if isinstance(op, OpOverload):
         return op
-    hint = f"; did you mean {op}.default?" if isinstance(op, torch._ops.OpOverloadPacket) else ""
+    hint = f"; did you mean {op}.default?" if isinstance(op, OpOverloadPacket) else ""
     raise ArgumentError(f"keep: {op!r} is not an op overload such as torch.ops.aten.mm.default{hint}")
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
+from ullage._torch import is_lazy
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame

@@ -1,4 +1,4 @@
-"""What each thread is doing: which units it re-runs, and whether our own bookkeeping runs; the hooks of autograd."""
+"""What each thread is doing: which units it re-runs, and whether our own bookkeeping runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import torch
-
-push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
-pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 class Apart:

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ullage._source import source_line
+from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, TreeSpec, tree_flatten
 from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._notes import lazy_bits, meta_of
@@ -76,7 +73,7 @@ def _must_run(func: Any, args: Any) -> bool:
     return func in READS or func.namespace not in ("aten", "prims") or shapes_in_place or draws(func, args)
 
 
-_SET_DATA = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -155,7 +152,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if local.quiet or is_query(func):
             return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             self.log.refusal = f"{func} is a higher-order op"
             return func(*args, **kwargs)
         tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]

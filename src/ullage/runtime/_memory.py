@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ullage._torch import FakeTensor, is_wrapped, is_zero_tensor, no_dispatch
+from ullage._torch import fits_in as _fits_in
 from ullage.runtime._notes import Check, guard_of, meta_of
 
 OWN = (Tensor, torch.nn.Parameter)
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_untyped = torch._C.TensorBase.untyped_storage
-_offset: Any = torch._C.TensorBase.storage_offset
-_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
+_untyped = Tensor.untyped_storage
+_offset: Any = Tensor.storage_offset
 _ROWS, _COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
 _COMPRESSED = {torch.sparse_csr: _ROWS, torch.sparse_bsr: _ROWS, torch.sparse_csc: _COLUMNS, torch.sparse_bsc: _COLUMNS}
 _MOST_CHECKS = 3  # torch's guards are strict about dispatch keys: autocast and backward have others
@@ -49,9 +48,7 @@ def same_memory(t: Tensor, data: Tensor) -> bool:
     """Does a tensor have the storage of `data`, and all that says how to read it?"""
     if t.dtype != data.dtype or t.layout != data.layout:
         return False
-    if (
-        type(t).__torch_dispatch__ is not _NO_DISPATCH and type(t) is not FakeTensor
-    ):  # a detached one is another wrapper
+    if type(t).__torch_dispatch__ is not no_dispatch and type(t) is not FakeTensor:  # a detached one is another wrapper
         return same_parts(t, data)
     if t.is_nested and t.layout == torch.strided:  # has no shape
         return same_storage(storage(t), storage(data))
@@ -104,7 +101,7 @@ def has_memory(tensor: Tensor) -> bool:
     """
     if not tensor.numel():
         return True
-    if tensor._is_zerotensor() or _wrapped(tensor):
+    if is_zero_tensor(tensor) or is_wrapped(tensor):
         return False
     return tensor.untyped_storage().nbytes() >= _end(tensor.shape, tensor.stride(), int(tensor.storage_offset())) * (
         tensor.element_size()
@@ -144,7 +141,7 @@ class Layout:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._metas = self._read(tensors)
         self._odd = {i for i, t in enumerate(tensors) if not _is_plain(t)}
-        self._guarded = all(type(t).__torch_dispatch__ is _NO_DISPATCH or type(t) is FakeTensor for t in tensors)
+        self._guarded = all(type(t).__torch_dispatch__ is no_dispatch or type(t) is FakeTensor for t in tensors)
         self.loose = tuple(i for i, t in enumerate(tensors) if not t.requires_grad)
         self._checks: list[Check] = []
 
@@ -253,7 +250,7 @@ def lost(t: Tensor) -> bool:
 
 def fits_in(t: Tensor, data: Tensor) -> bool:
     """Can `t.data = data` be?"""
-    return bool(torch._has_compatible_shallow_copy_type(t, data))
+    return bool(_fits_in(t, data))
 
 
 class Back:

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage._torch import TensorGuards, set_conj, set_neg
 from ullage.runtime._jagged import jagged_meta
 
 Meta = tuple[Any, ...]  # (shape, stride, dtype, device)
 Check = Callable[..., bool]
-
-_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-_Guards = getattr(_guards, "TensorGuards", None)
 
 
 def meta_of(t: Tensor) -> Meta:
@@ -40,8 +38,8 @@ def lazy_bits(t: Tensor) -> int:
 def with_lazy_bits(t: Tensor, bits: int) -> Tensor:
     """`t` itself, now a view of that kind."""
     if bits != lazy_bits(t):
-        torch._C._set_conj(t, bool(bits & 1))
-        torch._C._set_neg(t, bool(bits & 2))
+        set_conj(t, bool(bits & 1))
+        set_neg(t, bool(bits & 2))
     return t
 
 
@@ -81,10 +79,10 @@ class Notes(list[Meta]):
 
 def guard_of(*tensors: Tensor) -> Check:
     """One call that tells whether as many tensors have the types, shapes, strides, dtypes and devices of these; never, if there is none."""
-    if _Guards is None:
+    if TensorGuards is None:
         return _compared
     try:
         shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        return _Guards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
+        return TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check  # type: ignore[no-any-return]
     except Exception:  # a private class: its arguments may change
         return _compared

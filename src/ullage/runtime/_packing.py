@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from ullage._torch import count_modes
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import is_fresh
 from ullage.runtime._jagged import is_jagged, rows_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ullage.runtime._frame import Frame
     from ullage.runtime._tier import Away
 
-_modes = torch._C._len_torch_dispatch_stack
 
 Pack = Callable[[Tensor], int]
 
@@ -61,7 +60,7 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
     kept: dict[int, tuple[Tensor | Away, int]] = {}
     held: dict[int, Tensor | None] = {}
     frame.kept, frame.held = kept, held
-    nested, site = _modes() > 0, frame.site
+    nested, site = count_modes() > 0, frame.site
 
     def pack_some(x: Tensor) -> int:
         i = pack(x)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+
+from ullage._torch import tree_flatten
 
 if TYPE_CHECKING:
     from ullage.runtime._frame import Frame

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ullage._errors import ReplayError
+from ullage._torch import pop_hooks, push_hooks, set_grad_enabled
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._after import Left
 from ullage.runtime._collect import Collector, Modified, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
-from ullage.runtime._local import Giving, local, pop_hooks, push_hooks, quiet
+from ullage.runtime._local import Giving, local, quiet
 from ullage.runtime._memory import storage_of
 from ullage.runtime._reads import Before, changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
@@ -206,7 +207,7 @@ def _attempt(
     if frame.on_replay is not None:
         frame.on_replay()
     grad = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(True)
+    set_grad_enabled(True)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
     memory, failed = Before(frame), False
@@ -235,7 +236,7 @@ def _attempt(
     finally:
         replay.close()
         local.quiet = quiet_before
-        torch._C._set_grad_enabled(grad)
+        set_grad_enabled(grad)
         for put, state in before:
             put(state)
         # a forward that stops half-way leaves behind what it would have put back itself

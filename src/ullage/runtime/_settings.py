@@ -8,30 +8,12 @@ from typing import Any
 
 import torch
 
+from ullage._torch import Setting, attention_order, precisions, settings, settings_of_accelerators
+
 Settings = tuple[
     Any, ...
 ]  # what `_SETTINGS` give, then what `_PRECISIONS` give if one of them is not as it is by itself
-Setting = tuple[Callable[[], Any], Callable[..., Any]]  # get, set
 
-_NAMES = (
-    "mkldnn_enabled",
-    "mkldnn_deterministic",
-    "nnpack_enabled",
-    "cudnn_enabled",
-    "cudnn_benchmark",
-    "cudnn_deterministic",
-    "float32_matmul_precision",  # before what it decides, too
-    "cudnn_allow_tf32",
-    "cublas_allow_tf32",
-    "cublas_allow_fp16_reduced_precision_reduction",
-    "cublas_allow_bf16_reduced_precision_reduction",
-    "cublas_allow_fp16_accumulation",
-    "cpu_allow_fp16_reduced_precision_reduction",
-    "math_sdp_allow_fp16_bf16_reduction",
-    "deterministic_fill_uninitialized_memory",
-)
-# they take a microsecond each, and no kernel of the CPU asks them
-_OF_ACCELERATORS = ("blas_preferred_backend", "linalg_preferred_backend", "cudnn_depthwise_kernel", "miopen_immediate")
 # by backend and op, as of torch 2.9; what says "none" is as the one before it says that has "all"
 _PAIRS = (
     ("generic", "all"),
@@ -55,12 +37,11 @@ def _answers(get: Callable[[], Any]) -> bool:
 
 def settings_of(accelerator: bool) -> tuple[Setting, ...]:
     """What there is in this torch to get and set. `accelerator`: is there one, whose kernels have settings of their own?"""
-    names = (*_NAMES, *_OF_ACCELERATORS) if accelerator else _NAMES
-    pairs = [(getattr(torch._C, f"_get_{n}", None), getattr(torch._C, f"_set_{n}", None)) for n in names]
-    found = [(get, put) for get, put in pairs if get is not None and put is not None and _answers(get)]
-    order = getattr(torch._C, "_get_sdp_priority_order", None)
-    if accelerator and order is not None:
-        found.append((lambda: tuple(order()), lambda *wanted: torch._C._set_sdp_priority_order(list(wanted))))
+    pairs = (*settings, *settings_of_accelerators) if accelerator else settings
+    found = [(get, put) for get, put in pairs if _answers(get)]
+    if accelerator and attention_order is not None:
+        order, reorder = attention_order
+        found.append((lambda: tuple(order()), lambda *wanted: reorder(list(wanted))))
     einsum = torch.backends.opt_einsum
     if einsum.is_available():
         found += [
@@ -71,10 +52,9 @@ def settings_of(accelerator: bool) -> tuple[Setting, ...]:
 
 
 def _precisions() -> tuple[Setting, ...]:
-    get = getattr(torch._C, "_get_fp32_precision_getter", None)
-    put = getattr(torch._C, "_set_fp32_precision_setter", None)
-    if get is None or put is None or not _answers(lambda: [get(*pair) for pair in _PAIRS]):
+    if precisions is None or not _answers(lambda: [precisions[0](*pair) for pair in _PAIRS]):
         return ()
+    get, put = precisions
     return tuple([(functools.partial(get, *pair), functools.partial(put, *pair)) for pair in _PAIRS])
 
 

@@ -6,11 +6,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ullage._source import source_line
+from ullage._torch import OpOverload, TorchDispatchMode, make_wrapper_subclass, tree_flatten, tree_map, tree_unflatten
 from ullage.runtime._local import local
 from ullage.runtime._log import SHAPE_ONLY, is_query
 from ullage.runtime._memory import OWN, lost
@@ -19,7 +17,6 @@ from ullage.runtime._select import RUN, Selection, Step
 from ullage.runtime._tier import brought_back
 
 _TO_COPY = torch.ops.aten._to_copy.default
-_make = Tensor._make_wrapper_subclass
 
 
 class Stale(BaseException):
@@ -31,7 +28,9 @@ class Placeholder(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Any, offset: int, bits: int = 0) -> Placeholder:
-        made: Placeholder = _make(cls, meta[0], strides=meta[1], storage_offset=offset, dtype=meta[2], device=meta[3])
+        made: Placeholder = make_wrapper_subclass(
+            cls, meta[0], strides=meta[1], storage_offset=offset, dtype=meta[2], device=meta[3]
+        )
         if bits:
             with_lazy_bits(made, bits)
         return made

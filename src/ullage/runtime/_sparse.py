@@ -11,22 +11,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ullage._torch import DispatchKey, exclude, is_excluded
 from ullage.runtime._local import local
 
 _SPARSE_ADDMM = torch.ops.aten._sparse_addmm.default
-_PRODUCTS = frozenset(f for f in (torch.sparse.mm, getattr(torch, "_sparse_mm", None)) if f is not None)
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
-_KEYS = tuple(
-    key for n in ("AutocastCPU", "AutocastCUDA", "AutocastXPU") if (key := getattr(torch._C.DispatchKey, n, None))
-)
+_KEYS = tuple(key for n in ("AutocastCPU", "AutocastCUDA", "AutocastXPU") if (key := getattr(DispatchKey, n, None)))
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
     """Call one of torch's functions, in a function mode's handler."""
-    if func not in _PRODUCTS:
+    if func is not torch.sparse.mm:
         return func(*args, **(kwargs or {}))
-    before, local.autocast = local.autocast, tuple([key for key in _KEYS if not _is_excluded(key)])
+    before, local.autocast = local.autocast, tuple([key for key in _KEYS if not is_excluded(key)])
     try:
         return func(*args, **(kwargs or {}))
     finally:
@@ -38,12 +34,12 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if func is not _SPARSE_ADDMM or not local.autocast:
         return func(*args, **(kwargs or {}))
     for key in local.autocast:
-        _exclude(key, False)
+        exclude(key, False)
     try:
         return func(*args, **(kwargs or {}))
     finally:
         for key in local.autocast:
-            _exclude(key, True)
+            exclude(key, True)
 
 
 class SparseProducts(TorchFunctionMode):

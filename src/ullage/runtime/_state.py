@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ullage._torch import set_versions
 from ullage.runtime._content import content_of, put_content, put_random_state, random_state
 from ullage.runtime._memory import same_memory
 from ullage.runtime._walk import MODULE_FIELDS, MOST_NODES, children, follow, is_opaque, is_part, places
@@ -179,4 +180,4 @@ class State:
             finally:
                 # the values are those that others may have saved: nothing was modified
                 if versions != tuple(t._version for t in tensors):
-                    torch._C._autograd._unsafe_set_version_counter(tensors, versions)
+                    set_versions(tensors, versions)

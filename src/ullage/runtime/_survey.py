@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ullage._array import elements_of
+from ullage._torch import FakeTensor
 from ullage.runtime._content import content_of, random_state, same_content
 from ullage.runtime._memory import LEAF, has_memory, kind_of
 from ullage.runtime._state import Changes, Path, State, describe

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.utils._pytree import tree_flatten
-
+from ullage._torch import tree_flatten
 from ullage.runtime._local import quiet
 from ullage.runtime._replay import run_again
 

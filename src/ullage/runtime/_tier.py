@@ -22,14 +22,13 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten
 
 from ullage._errors import OffloadError, ReplayError
+from ullage._torch import FakeTensor, pop_hooks, push_hooks, set_versions, tree_flatten
 from ullage.offload import Store, Ticket
 from ullage.runtime._ahead import Ahead
 from ullage.runtime._fills import is_fresh, mark
-from ullage.runtime._local import Apart, pop_hooks, push_hooks, quiet
+from ullage.runtime._local import Apart, quiet
 from ullage.runtime._memory import IN_GRAPH, LEAF, kind_of
 from ullage.runtime._reach import Reached, roots_of
 from ullage.runtime._totals import totals
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = 4096  # a block of the disk store
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-_set_versions = torch._C._autograd._unsafe_set_version_counter
 
 
 class Parcel:
@@ -121,11 +119,11 @@ class _Counter:
     def is_of(self, x: Tensor) -> bool:
         """Does this tensor have the same counter? Seen by moving it, and putting it back."""
         before, mine = x._version, self._witness._version
-        _set_versions((self._witness,), (mine + 1,))
+        set_versions((self._witness,), (mine + 1,))
         try:
             return x._version != before
         finally:
-            _set_versions((self._witness,), (mine,))
+            set_versions((self._witness,), (mine,))
 
 
 class Tier(Apart):

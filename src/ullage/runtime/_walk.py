@@ -34,6 +34,7 @@ import torch
 import torch.utils.data
 from torch import Tensor, nn
 
+from ullage._torch import FunctionSchema, LoaderIterator, OperatorBase, OpOverloadPacket
 from ullage.runtime._content import PLAIN, Cells, Globals, Slots, base_of
 from ullage.runtime._local import Apart
 
@@ -57,13 +58,13 @@ OPAQUE = (
     io.IOBase,
     ReferenceType,
     Apart,
-    torch._ops.OperatorBase,  # tables of ops lead to all of torch's decompositions
-    torch._ops.OpOverloadPacket,
-    torch._C.FunctionSchema,
+    OperatorBase,  # tables of ops lead to all of torch's decompositions
+    OpOverloadPacket,
+    FunctionSchema,
     # what other threads and processes have a part in
     *(type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore),
     *(threading.Thread, queue.Queue, queue.SimpleQueue, subprocess.Popen, BaseProcess, Executor, Future),
-    torch.utils.data.dataloader._BaseDataLoaderIter,
+    LoaderIterator,
 )
 _BOUND = (types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType)
 _GLOBAL_RNG = {id(getattr(random, "_inst", None)), id(getattr(np.random.mtrand, "_rand", None))}  # `_ambient` has these

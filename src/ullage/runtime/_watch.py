@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from ullage._source import source_line
+from ullage._torch import TorchDispatchMode, tree_flatten
 from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._log import is_query

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
+from ullage._torch import tree_flatten, tree_map
 from ullage.measure._state import preserved
 from ullage.mechanisms import Sites, UnitSettings, run_unit
 from ullage.planner import Plan

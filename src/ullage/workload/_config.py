@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ullage._errors import WorkloadError
+from ullage._torch import FakeTensor
 from ullage.workload._workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,10 +127,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @contextlib.contextmanager
 def _weights_only_if_real() -> Iterator[None]:
     """Fake parameters need no random values, and drawing them can ask for values (trunc_normal_ does)."""
-    from torch._guards import detect_fake_mode
     from transformers.initialization import no_init_weights
 
-    with no_init_weights() if detect_fake_mode() is not None else contextlib.nullcontext():
+    with no_init_weights() if isinstance(torch.empty(0), FakeTensor) else contextlib.nullcontext():
         yield
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ullage._errors import UllageError, WorkloadError
+from ullage._torch import FakeCopyMode, FakeTensorMode
 from ullage.workload._batch import check_batch, tensors_of
 from ullage.workload._copy import Copier
 
