@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,42 @@ def test_a_failed_check_and_a_failing_step(plan_file: str, monkeypatch: Any, cap
     assert "bad.py:4: the step itself raises KeyError: 'mine'" in capsys.readouterr().err
 
 
+class Timer:
+    """A `threading.Timer` whose time is over when the test says so."""
+
+    made: list[Timer]
+
+    def __init__(self, seconds: float, call: Callable[..., None], args: tuple[Any, ...] = ()) -> None:
+        self.seconds, self.call, self.args, self.cancelled, self.daemon = seconds, call, args, False, False
+        Timer.made.append(self)
+
+    def start(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def time_is_over(self) -> None:
+        if not self.cancelled:
+            self.call(*self.args)
+
+
 def test_stages_are_said_when_they_take_long(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_progress, "PATIENCE_SECONDS", 0.05)
+    Timer.made = []
+    monkeypatch.setattr(_progress.threading, "Timer", Timer)
+    monkeypatch.setattr(_progress, "PATIENCE_SECONDS", 2.0)
     with _progress.progress() as report:
         report("quick")
         report("slow")
-        time.sleep(0.3)
+        quick, slow = Timer.made[1:]
+        quick.time_is_over()
+        slow.time_is_over()
         report("slow", 1, 2)
-    time.sleep(0.1)
+        report("last")
+    Timer.made[-1].time_is_over()
     said = capsys.readouterr()
-    assert said.err.count("ullage: slow ...") == 1 and "quick" not in said.err and not said.out
+    assert [line.split(" (")[0] for line in said.err.splitlines()] == ["ullage: slow ..."] and not said.out
+    assert len(Timer.made) == 4 and slow.seconds == 2.0 and all(t.cancelled for t in Timer.made[1:])
 
 
 def test_a_bar_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +171,6 @@ def test_a_bar_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("FORCE_COLOR", "1")
     with _progress.progress() as report:
         report("training", 1, 2)
-        time.sleep(0.2)
     assert "training" in capsys.readouterr().err
 
 

@@ -84,9 +84,10 @@ def test_put_that_waits_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_part_of_a_tensor_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One part of many; meanwhile the original is handed back, later `get` tells."""
     monkeypatch.setattr(_record, "PART_BYTES", 4096)
-    real, entered, go_on = os.pwritev, threading.Semaphore(0), threading.Event()
+    real, entered, go_on, both = os.pwritev, threading.Semaphore(0), threading.Event(), threading.Event()
 
     def transfer(fd: int, buffers: Any, offset: int) -> int:
+        assert both.wait(20)  # the store takes nothing more once a write has failed
         if offset == 8192:
             raise OSError(errno.EIO, "Input/output error")
         if offset > 8192:
@@ -97,6 +98,7 @@ def test_part_of_a_tensor_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with ul.DiskStore(tmp_path, "1MiB", threads=1) as store:
         monkeypatch.setattr(os, "pwritev", transfer)
         ticket, other = store.put(data(20_000)), store.put(data(4096, 1))
+        both.set()
         assert entered.acquire(timeout=20)  # at work on the other: what was left of the first is not tried
         go_on.set()
         with pytest.raises(ul.OffloadError, match="could not write a tensor of 20000 bytes: Input/output error"):

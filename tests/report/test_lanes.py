@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 
 import ullage as ul
-from tests.report import test_page
-from tests.report.test_page import Opened, browser  # noqa: F401 (a fixture)
+from tests.report.browser import Opened, needs_browser
 from tests.small import tiny
 from ullage.report import Overview, Transfer
-
-
-def in_a_browser(test: Any) -> Any:
-    for mark in test_page.pytestmark:
-        test = mark(test)
-    return test
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +60,8 @@ def test_lanes_of_the_trace(shown: Overview, tmp_path: Path) -> None:
         assert [e["dur"] for e in slices] == pytest.approx([1e6 * x.seconds for x in wanted], abs=2e-3)
 
 
-@in_a_browser
-def test_lanes_of_the_page(shown: Overview, browser: Any, tmp_path: Path) -> None:  # noqa: F811
+@needs_browser
+def test_lanes_of_the_page(shown: Overview, browser: Any, tmp_path: Path) -> None:
     shown.export(tmp_path / "report.html")
     opened = Opened(browser, tmp_path / "report.html")
     bars = opened.js("() => document.getElementById('lanes').data.map((t) => [t.y[0], t.x.length])")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +10,13 @@ import pytest
 
 import ullage as ul
 from tests.report import pages
+from tests.report.browser import NEEDS_BROWSER, Opened
 from tests.small import tiny
 from ullage.report import Overview
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("plotly") is None, reason="a page needs plotly, of the extra `report`"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium or Chrome here"),
-]
+pytestmark = NEEDS_BROWSER
 LIVE = """() => document.getElementById("timeline").data.filter((t) => t.stackgroup).map((t) => t.y)"""
 PICTURE = """() => [...document.querySelectorAll("#timeline .scatterlayer path, #tree path")].map((p) => p.getAttribute("d")).join()"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-class Opened:
-    """A page of a browser that has what it complained of, and what it asked for."""
-
-    def __init__(self, browser: Any, path: Path) -> None:
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
-        self.page.on("console", lambda m: self.said.append(f"{m.type}: {m.text}"))
-        self.page.on("pageerror", lambda e: self.said.append(str(e)))
-        self.page.on("request", lambda r: self.asked.append(r.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector(".plot .main-svg")
-
-    def js(self, code: str) -> Any:
-        return self.page.evaluate(code)
-
-    def check(self) -> None:
-        assert not self.said
-        assert self.asked and all(u.startswith(("file:", "data:", "blob:")) for u in self.asked)
 
 
 @pytest.fixture(scope="module")

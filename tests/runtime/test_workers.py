@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import selectors
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ for seed in range(first, first + count):
         sys.stderr.flush()
         os.abort()
     if seed == 7:
-        time.sleep(60)
+        open(f"stuck {os.getpid()}", "x").close()
+        time.sleep(600)
     kind = "mismatch" if seed == 5 else "equal"
     said = {"seed": seed, "kind": kind, "torch": "equal", "what": "", "defect": seed == 5, "selective": 1, "skipped": 1}
     print(json.dumps(said), flush=True)
@@ -38,12 +40,28 @@ for seed in range(first, first + count):
 
 
 def _judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, processes: int = 1) -> list[dict[str, Any]]:
+    """Patience is over as soon as a worker says, in a file, that it answers no more: no machine is too slow for it."""
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER))
+    found: list[dict[str, Any]] = []
+    workers = _workers.Workers(script, 2, "large", found.append)
+
+    class Selector(selectors.DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[Any]:
+            assert timeout == 1.0
+            (key,) = self.get_map().values()
+            (process,) = [p for p in list(workers._running) if p.stdout is key.fileobj]
+            while True:
+                stuck = (tmp_path / f"stuck {process.pid}").exists()
+                ready = super().select(0.02)
+                if ready or stuck:
+                    return ready
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_workers.selectors, "DefaultSelector", Selector)
     monkeypatch.setattr(_workers, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setattr(_workers, "BATCH", 4)
-    found: list[dict[str, Any]] = []
-    assert _workers.Workers(script, 2, "large", found.append).run(0, count, processes, None)
+    assert workers.run(0, count, processes, None)
     return sorted(found, key=lambda f: f["seed"])
 
 
@@ -96,13 +114,19 @@ def _more() -> list[str]:
     return MORE_NAMES
 
 
+def _children(pid: int) -> str:
+    """Processes that any thread of this one has started."""
+    return "".join(p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/children"))
+
+
 def test_a_signal_in_the_middle_ends_it_with_what_there_is(tmp_path: Path) -> None:
     script = Path(benchmark.__file__)
     asked = ["--programs", "100000", "--processes", "2", "--output", str(tmp_path)]
     with subprocess.Popen(
         [sys.executable, str(script), *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        time.sleep(0.5)
+        while process.poll() is None and not _children(process.pid):
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 1

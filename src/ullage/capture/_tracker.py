@@ -28,7 +28,6 @@ from ullage._torch import (
     is_dense,
     sequence_number,
     storage_users,
-    tree_flatten,
 )
 from ullage.capture._explain import FailedOp
 from ullage.capture._fake_mode import StepMode
@@ -36,6 +35,7 @@ from ullage.capture._kernels import FakeKernels
 from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
+from ullage.capture._op_values import tensors
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
@@ -284,9 +284,8 @@ class Tracker(TorchDispatchMode):
         trace = self.trace
         before = len(trace.storages)
         if fresh:
-            for tensor in (out,) if isinstance(out, Tensor) else tree_flatten(out)[0]:
-                if isinstance(tensor, Tensor):  # an empty one too: its real twin may not be (oneDNN's LSTM workspace)
-                    self.adopt(tensor, empty=True)
+            for tensor in tensors(out):  # an empty one too: its real twin may not be (oneDNN's LSTM workspace)
+                self.adopt(tensor, empty=True)
             for position, storage in enumerate(trace.storages[before:]):
                 storage.position = position
                 if func is _ZEROS:
@@ -298,7 +297,7 @@ class Tracker(TorchDispatchMode):
         index = self._signature_ids.get(key)
         if index is None:
             index = self._signature_ids[key] = len(self.signatures)
-            specs = tuple(spec_of(o) for o in tree_flatten(out)[0] if isinstance(o, Tensor))
+            specs = tuple(spec_of(o) for o in tensors(out))
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
             allocated = sum(s.nbytes for s in trace.storages[before:] if s.booked is None)
             self.signatures.append(Signature(func, spec_of(args), fixed, specs, allocated))
@@ -358,9 +357,7 @@ class Tracker(TorchDispatchMode):
         written = written_arguments(func, args, kwargs)
         if func in _BATCH_NORMS and len(args) > 5 and args[5]:
             written += [args[3], args[4]]
-        for tensor in tree_flatten(written)[0]:
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in tensors(written):
             key = tensor.untyped_storage()._cdata
             name = self.resident_names.get(key)
             if name is not None and self.module_stack:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ullage._torch import FakeTensor, disable_modes, tree_flatten, tree_map
+from ullage._torch import FakeTensor, disable_modes, tree_flatten
 from ullage.capture._assumed import Assumed
+from ullage.capture._op_values import leaves, tensors, with_tensors
 from ullage.capture._trace import written_arguments
 
 aten = torch.ops.aten
@@ -105,14 +106,14 @@ class Values:
 
     def reals(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The arguments with real twins in place of fakes; None if one is unknown."""
-        flat, _ = tree_flatten((args, kwargs))
-        if any(isinstance(a, Tensor) and self.get(a) is None for a in flat):
+        if any(isinstance(a, Tensor) and self.get(a) is None for a in leaves((args, tuple(kwargs.values())))):
             return None
-        return tree_map(lambda a: self.get(a) if isinstance(a, Tensor) else a, (args, kwargs))  # type: ignore[no-any-return]
+        given: tuple[Any, ...] = with_tensors(self.get, args)
+        return given, {k: with_tensors(self.get, v) for k, v in kwargs.items()}
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry values through one op that already ran on fakes."""
-        outs = [out] if isinstance(out, Tensor) else [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        outs = tensors(out)
         mutates = func._schema.is_mutable
         if not outs and not mutates:
             return
@@ -120,7 +121,7 @@ class Values:
             self.assumptions["all gradients are finite"] = None
             return
         # an op on a list in place (`_foreach_add_` on an optimizer's step counters) returns nothing
-        written = outs or [t for t in tree_flatten(args[0])[0] if isinstance(t, Tensor)]
+        written = outs or tensors(args[0])
         given = self.reals(args, kwargs) if all(_limit(o) for o in written) else None
         if given is None:
             if mutates:
@@ -132,7 +133,7 @@ class Values:
             given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
             real = self._run(func, given[0], given_kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags or self.are_drawn(given)
-        for f, r in zip(outs, [o for o in tree_flatten(real)[0] if isinstance(o, Tensor)], strict=True):
+        for f, r in zip(outs, tensors(real), strict=True):
             self.attach(f, r)
             if drawn:
                 self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
@@ -161,14 +162,14 @@ class Values:
         finally:
             torch.default_generator.set_state(before)
 
-    def are_drawn(self, reals: Any) -> bool:
-        """Does one of these values come from a random draw?"""
-        storages = [t.untyped_storage() for t in tree_flatten(reals)[0] if isinstance(t, Tensor)]
+    def are_drawn(self, reals: tuple[Any, Any]) -> bool:
+        """Does one of these values, of an op's arguments, come from a random draw?"""
+        storages = [t.untyped_storage() for t in tensors((reals[0], tuple(reals[1].values())))]
         return any((known := self._drawn.get(s._cdata)) is not None and known() is s for s in storages)
 
     def _poison(self, func: Any, args: Any, kwargs: Any) -> None:
-        for tensor in tree_flatten(written_arguments(func, args, kwargs))[0]:
-            real = _twin_of(tensor) if isinstance(tensor, Tensor) else None
+        for tensor in tensors(written_arguments(func, args, kwargs)):
+            real = _twin_of(tensor)
             if real is not None:
                 self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
 
