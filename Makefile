@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check docs bench clean
 
 help:
 	@echo "make demo    train a small GPT: plain, every block checkpointed, and with a plan"
 	@echo "make test    the tests, but for the slow ones"
 	@echo "make check   format, lint, types, tests and the snippets of the docs"
+	@echo "make docs    the site, in build/site: open build/site/index.html"
 	@echo "make bench   every benchmark"
 	@echo "make clean   remove $(VENV) and all caches"
 
@@ -33,6 +34,14 @@ test: $(STAMP)
 
 check: $(STAMP)
 	scripts/check
+
+# The site needs MkDocs, which nothing else does.
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	scripts/check docs
 
 # A file that starts with an underscore is a helper of the others.
 bench: $(STAMP)

@@ -25,7 +25,8 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
 
     Raises:
         ApplyError: the decisions name a tier that the plan does not have.
-        OffloadError: its file can't be made, or memory not pinned. DeviceError: not for this device.
+        OffloadError: its file can't be made, or memory not pinned.
+        DeviceError: not for this device.
     """
     have = plan.tier.name if plan.tier is not None else ""
     for missing in sorted(set(tiers) - {have}):

@@ -41,9 +41,13 @@ def measure_bandwidth(
     else runs or with what will run.
 
     Args:
-        directory: where.
-        nbytes: how much, a number or a text such as "512MiB"; this much is written twice, and timed once. Then come some 50 blocks of 4 KiB.
-        threads, buffer_bytes, device, link: as for the store. From a CUDA device, what comes out is the whole way to the disk and back.
+        directory: where the file is made; it must be there.
+        nbytes: bytes, a number or a text such as "512MiB". They are written twice, and timed the second time; then come some
+            50 blocks of 4 KiB.
+        threads: how many transfer, as for the store.
+        buffer_bytes: bytes of each thread's staging buffer, as for the store.
+        device: where the tensors are. From a CUDA device the speeds are those of the whole way to the disk and back.
+        link: what copies to and from a device, as for the store.
 
     Raises:
         ArgumentError: `nbytes` is no size, or less than 4 KiB.

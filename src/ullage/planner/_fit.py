@@ -221,12 +221,15 @@ def fit(
         step: only multiples of it are tried; default: 1, along seq 128.
         at_least: the smallest value to try; default: `step`.
         at_most: the largest; default: 65,536 for batch, 1,048,576 for seq, else 1,024 steps.
-        disk_directory, disk_budget, host_budget: where saved tensors may go, see `plan`.
+        disk_directory: where saved tensors may go, see `plan`.
+        disk_budget: bytes or a string: of the file that is made there.
+        host_budget: bytes or a string: of pinned host memory, instead of a disk.
         progress: called with a line at each stage.
 
     Raises:
         ArgumentError: no such axis, a number that is not a whole one above zero, or a tier that is only half named.
-        BudgetError: the budget can't be read. BudgetInfeasible: the smallest value does not fit.
+        BudgetError: the budget can't be read.
+        BudgetInfeasible: the smallest value does not fit.
         CaptureError, WorkloadError, DeviceError, OffloadError: as `plan`, at the smallest value.
     """
     check_axis(make_work, axis)

@@ -63,7 +63,8 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The fastest point that stays within a budget.
 
         Raises:
-            BudgetError: the budget can't be read. BudgetInfeasible: every point is above it.
+            BudgetError: the budget can't be read.
+            BudgetInfeasible: every point is above it.
         """
         least = self.points[0]
         plain = least.plan.baseline.peak_bytes
@@ -155,7 +156,9 @@ def frontier(
         costs: "auto" or "roofline".
         profile: take op costs from this profile.
         units: FQN globs of the modules to plan over.
-        disk_directory, disk_budget, host_budget: where saved tensors may go, see `plan`; policy `offload` is shown too then.
+        disk_directory: where saved tensors may go, see `plan`; with a tier the policy `offload` is shown too.
+        disk_budget: bytes or a string: of the file that is made there.
+        host_budget: bytes or a string: of pinned host memory, instead of a disk.
         progress: called with a line at each stage.
 
     Raises:

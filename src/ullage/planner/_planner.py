@@ -76,7 +76,8 @@ def plan(
         progress: called with a line at each stage.
 
     Raises:
-        BudgetError: the budget or the headroom can't be read. BudgetInfeasible: no plan fits it.
+        BudgetError: the budget or the headroom can't be read.
+        BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
     overrides, tier = (

@@ -158,8 +158,10 @@ def choose_tier(
     """The tier that a request names, its speed measured; None if it names none.
 
     Raises:
-        ArgumentError: one of a disk's arguments without the other, both tiers, or feedback of another one. BudgetError: not a size.
-        DeviceError: not for this device. OffloadError: the directory is no place for a file of that size, or the memory
+        ArgumentError: one of a disk's arguments without the other, both tiers, or feedback of another one.
+        BudgetError: not a size.
+        DeviceError: not for this device.
+        OffloadError: the directory is no place for a file of that size, or the memory
             can't be pinned.
     """
     if request.feedback is not None and not isinstance(request.feedback, Report):

@@ -134,11 +134,15 @@ def check(
         allow_growth: bytes or a size: by more than this.
         plan: judge the step under this plan.
         budget: judge the step under the plan that `ullage.plan` makes for this.
-        device, costs, profile, progress: as in `ullage.plan`; a plan has its own device and costs.
+        device: None (where the model is) or a name of the device table; a plan has its own.
+        costs: "auto" or "roofline", as in `ullage.plan`; a plan has its own.
+        profile: take op costs from this profile instead of measuring again.
+        progress: called with a line at each stage.
 
     Raises:
         ArgumentError: both `plan` and `budget`, nothing to judge by, or a limit that means nothing.
-        BudgetError: a size can't be read. PlanError: the baseline can't be read, or is of another device, of other costs, or
+        BudgetError: a size can't be read.
+        PlanError: the baseline can't be read, or is of another device, of other costs, or
             of a plain step where this is of a plan. PlanMismatch: the plan is for another model.
     """
     before = Baseline.load(against) if isinstance(against, str | Path) else against

@@ -49,12 +49,17 @@ def report(
         points: of the frontier, which takes most of the time; None leaves it out.
         measured: what `ullage.measure` found, or the file of it (what `ullage measure --json` prints), or several.
         title: what is trained; default: the class of the model.
-        device, costs, profile, progress: as in `ullage.plan`; a plan has its own device and costs.
+        device: None (where the model is) or a name of the device table; a plan has its own.
+        costs: "auto" or "roofline", as in `ullage.plan`; a plan has its own.
+        profile: take op costs from this profile instead of measuring again.
+        progress: called with a line at each stage.
 
     Raises:
         ArgumentError: both a plan and a budget, a number of points that means nothing, or a measurement that is none or is
             of a plan where there is no plan here.
-        BudgetError: the budget can't be read. BudgetInfeasible: no plan fits it. PlanMismatch: the plan is for another model.
+        BudgetError: the budget can't be read.
+        BudgetInfeasible: no plan fits it.
+        PlanMismatch: the plan is for another model.
         PlanError: the measurement can't be read.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """

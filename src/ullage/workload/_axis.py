@@ -42,7 +42,8 @@ def target_along(target: str, axis: str, **options: Any) -> Callable[..., Worklo
         options: what else `load_target` takes.
 
     Raises:
-        ArgumentError: the target has no such axis, or the options set it. WorkloadError: see `load_target`.
+        ArgumentError: the target has no such axis, or the options set it.
+        WorkloadError: see `load_target`.
     """
     if target.endswith(".json"):
         if axis not in ("batch", "seq"):

@@ -1,0 +1,92 @@
+"""What the docs owe their reader, apart from running (scripts/check_snippets.py) and linking (`mkdocs build --strict`).
+
+    python scripts/check_docs.py
+
+- Every name in `ullage.__all__` and each of its public methods has a docstring, and the name stands in the reference.
+- Pages, docstrings and comments use the words of docs/glossary.md, and none of those that it replaces.
+- Links of README.md lead somewhere.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = re.compile(r"^::: ullage\.(\w+)$", re.M)
+LINK = re.compile(r"(?:\]\(|src=\")([^)\"#]+)")
+
+
+def _package() -> ModuleType:
+    import ullage
+
+    return ullage
+
+
+def defined_in(name: str) -> str:
+    """Return the full name, with its module, of what a public name stands for."""
+    thing = inspect.unwrap(getattr(_package(), name))
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _members(thing: Any) -> dict[str, Any]:
+    """Return the public methods and properties of a class that its own package defines, with those that it inherits."""
+    found: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(thing)):
+        if base.__module__.partition(".")[0] == thing.__module__.partition(".")[0]:
+            found.update({k: v for k, v in vars(base).items() if not k.startswith("_")})
+    kinds = (property, staticmethod, classmethod)
+    return {k: v for k, v in found.items() if isinstance(v, kinds) or inspect.isfunction(v)}
+
+
+def _documented(thing: Any) -> bool:
+    inner = getattr(thing, "__func__", thing)
+    text = (inner.fget if isinstance(inner, property) else inner).__doc__
+    # dataclasses and structs without a docstring get their signature as one
+    return bool(text and text.strip() and not text.startswith(f"{getattr(thing, '__name__', '')}("))
+
+
+def undocumented(package: ModuleType | None = None, pages: list[Path] | None = None) -> list[str]:
+    """Return a sentence for each public name that lacks a docstring or a place in the reference."""
+    package = package or _package()
+    pages = sorted((ROOT / "docs").glob("**/*.md")) if pages is None else pages
+    listed = [name for page in pages for name in REFERENCE.findall(page.read_text(encoding="utf-8"))]
+    problems = [
+        f"docs: `::: ullage.{name}` stands in the reference twice" for name in {*listed} if listed.count(name) > 1
+    ]
+    problems += [f"docs: `::: ullage.{name}` is no public name" for name in listed if name not in package.__all__]
+    shown = {id(getattr(package, name)) for name in listed if hasattr(package, name)}  # an alias needs no second entry
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if id(thing) not in shown:
+            problems.append(f"ullage.{name} is public, but no page of docs/ has `::: ullage.{name}`")
+        if not _documented(thing):
+            problems.append(f"ullage.{name} has no docstring")
+        if inspect.isclass(thing):
+            problems += [
+                f"ullage.{name}.{k} has no docstring" for k, v in _members(thing).items() if not _documented(v)
+            ]
+    return problems
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return a sentence for each relative link of a page outside docs/ that leads nowhere."""
+    links = [found for found in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in found]
+    return [f"{page.name}: no {link}" for link in links if not (page.parent / link).exists()]
+
+
+def main() -> int:
+    problems = undocumented()
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        problems += broken_links(ROOT / page)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
