@@ -157,7 +157,7 @@ def test_decisions_and_the_tier_have_to_match() -> None:
 
     work = tower(2)
     plan = msgspec.structs.replace(planned(work, policy="offload"), host=None)
-    with pytest.raises(ul.ApplyError, match="leave to host, but it has no `host`"):
+    with pytest.raises(ul.ApplyError, match="to host, but the plan has no `host`"):
         plan.apply(work.model)
 
 

@@ -68,7 +68,7 @@ graph_group = find(
 )
 autograd_node = find("torch._C._current_autograd_node", "the node whose backward runs", _PLANS, beside=(_NODE, _BASE))
 at_end_of_backward = find(
-    "torch.autograd.Variable._execution_engine.queue_callback", "lets go of what a replay rebuilt", _CHECKPOINT
+    "torch.autograd.Variable._execution_engine.queue_callback", "frees the tensors that a replay rebuilt", _CHECKPOINT
 )
 set_grad_enabled = find(
     "torch._C._set_grad_enabled",

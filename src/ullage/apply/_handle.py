@@ -31,7 +31,7 @@ class UnitReport:
     """One unit: its action, how often its planned forward ran and was replayed, bytes the plan frees there.
 
     `skipped_ops`: ops that its selective replays did not run; `stale_logs`: how often one had to be rebuilt in full
-    because the op log was of another call. `sent_bytes` left memory, in all; for `late_prefetches` of what came back,
+    because the op log was of another call. `sent_bytes` were offloaded, in all; for `late_prefetches` of the tensors brought back,
     backward had to wait although it was asked for ahead. `note` says what else happened, e.g. why nothing is skipped.
     """
 
@@ -49,9 +49,9 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Planned beside observed.
+    """Observed numbers of an applied plan, beside the predicted ones.
 
-    `store`: what the store did so far, None if the plan has nothing leave memory. `tier`: "host" or "disk".
+    `store`: what the store did so far, None if the plan offloads nothing. `tier`: "host" or "disk".
     `endurance`: what the plan writes to a disk per step and per day. `transfers_slower`: how many times as long as was
     simulated transfers took, by what steps have waited for them, at least 1; `plan(feedback=)` takes that into account.
 
@@ -220,9 +220,9 @@ def apply_plan(plan: Plan, model: nn.Module) -> Handle:
         PlanMismatch: the model is not the one that was planned.
         ApplyError: a plan is applied already.
         AlreadyCheckpointed: the model recomputes by itself.
-        OffloadError: the plan has tensors leave to a directory in which its file can't be made, or to memory that can't be
+        OffloadError: the plan offloads to a directory in which its file can't be made, or to memory that can't be
             pinned.
-        DeviceError: the plan has them leave to host memory, and the model is on a CPU; or to disk from another device.
+        DeviceError: the plan offloads to host memory, and the model is on a CPU; or to disk from another device.
     """
     if not isinstance(model, nn.Module):
         raise ApplyError(f"model: expected the torch.nn.Module that was planned, got {type(model).__name__}")

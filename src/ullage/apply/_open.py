@@ -1,4 +1,4 @@
-"""The store of a plan that has saved tensors leave memory."""
+"""Open the store of a plan that offloads saved tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
     have = plan.tier.name if plan.tier is not None else ""
     for missing in sorted(set(tiers) - {have}):
         raise ApplyError(
-            f"the plan's decisions have saved tensors leave to {missing}, but it has no `{missing}`, which says where; plan again"
+            f"the plan's decisions offload saved tensors to {missing}, but the plan has no `{missing}`, which says where; plan again"
         )
     poison = os.environ.get("ULLAGE_POISON", "") not in ("", "0")
     if plan.host is not None:
@@ -46,7 +46,7 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
     disk = plan.disk
     assert disk is not None
     if disk.device_type != device.type:
-        planned = f"the plan has saved tensors leave to disk from {disk.device_type}, and the model is on {device.type}"
+        planned = f"the plan offloads saved tensors of {disk.device_type} to disk, and the model is on {device.type}"
         raise DeviceError(f"{planned}; move the model there, or plan again where it is")
     return DiskStore(
         disk.directory,

@@ -1,4 +1,4 @@
-"""Outputs of an op on fake tensors, made again from its signature without asking the fake kernel.
+"""Makes the outputs of an op on fake tensors from a call with the same signature, without asking the fake kernel.
 
 A fake kernel is a function of its arguments' metadata, so its answer for a signature that was seen is known: fresh
 tensors of these shapes, a view of its first argument, or its first argument itself. Two thirds of a capture's time goes
@@ -133,7 +133,7 @@ class KnownOutputs:
         return made
 
     def learn(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note what the fake kernel answered, if it can be made again."""
+        """Note what the fake kernel returned, if the same can be made from it."""
         if key in self._entries:
             return
         self._entries[key] = self._entry(func, args, kwargs, out)

@@ -1,7 +1,7 @@
-"""The store of a captured step: what leaves is gone at once and comes back when it is asked for.
+"""The store of a captured step: an offloaded tensor is gone at once, and brought back when it is asked for.
 
 What a real store holds beside that, while tensors are on their way, is bounded by its backlog and read-ahead; the planner adds
-those bounds. When what leaves and comes back is recorded, so that the time it takes can be simulated.
+those bounds. The moment of each transfer is recorded, so that its time can be simulated.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CapturedStore:
 
     Args:
         now: gives the index of the op that comes next, and the modules that run.
-        device: type of the device that tensors leave.
+        device: type of the device that tensors are offloaded from.
     """
 
     get_blocks, resident_bytes, staging_bytes = False, 0, 0
@@ -93,7 +93,7 @@ class CapturedStore:
         return device.type == self._device
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
-        """Let go of a tensor."""
+        """Drop a tensor."""
         assert isinstance(source, Tensor)
         self._tickets += 1
         ticket = _CapturedTicket(self, self._tickets, source)

@@ -88,7 +88,7 @@ _TIER = (
 
 
 def tier_options(command: Command) -> Command:
-    """Where saved tensors may leave to; `taken_tier` reads what was given."""
+    """Options that name a tier for saved tensors; `taken_tier` reads them."""
     for option in reversed(_TIER):
         command = option(command)
     return command

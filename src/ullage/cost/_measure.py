@@ -28,7 +28,8 @@ from ullage.runtime import draws
 from ullage.runtime._settings import Settings, read_settings
 
 aten = torch.ops.aten
-# What an op of backward reads has left the caches that are a core's own: between its calls this much else is written.
+# An op of backward reads tensors that were written long before and are no longer in a core's own caches: between its calls this
+# much else is written.
 EVICTED_BYTES = 4 * 2**20
 MEASURED_KEPT = 10_000  # costs, of about a kilobyte each with their names
 _MEASURED: dict[tuple[str, Settings], OpCost] = {}

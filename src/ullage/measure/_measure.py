@@ -37,8 +37,8 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     On CUDA `peak_bytes` is what torch allocated; `reserved_bytes` is what its allocator held and `other_bytes` what the
     driver counts beyond that. Both are 0 on a CPU.
 
-    `step_times` are those of the timed steps, in order; empty in files of before. `plan_digest` is of the plan, "" of the
-    plain step; None in files of before.
+    `step_times` are those of the timed steps, in order; empty in files of older versions. `plan_digest` is of the plan, "" of the
+    plain step; None in files of older versions.
     """
 
     peak_bytes: int

@@ -100,7 +100,7 @@ class NvmlGpu:
         return float(spent) / 1e3
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Shut NVML down."""
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
 
@@ -178,7 +178,7 @@ class Energy:
         return (sum(gpu) if gpu else None), (sum(cpu) if cpu else None)
 
     def close(self) -> None:
-        """Let go of the counters."""
+        """Close the counters' files."""
         meters: list[Any] = [*self._gpu, *self._cpu]
         for meter in meters:
             meter.close()

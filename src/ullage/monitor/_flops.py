@@ -48,7 +48,7 @@ _PLAIN = Tensor.__torch_dispatch__
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts the FLOPs of what runs under it, apart what is done again.
+    """Counts the FLOPs of ops that run under it; those of replays separately.
 
     Attributes:
         flops: of the model, by the name of the rate of a device ("bfloat16", "tfloat32", ...) that they run at.

@@ -69,7 +69,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         recomputed_units: units re-run; `skipped_ops`: ops that those replays left out; `stale_logs`: replays redone in full.
         recomputed_ops: ops that replays ran; `recomputed_bytes`: bytes of what they made.
         replay_mismatches: replays that gave other values than their forward, as far as they are compared.
-        offloaded_bytes: of saved tensors that left memory; `late_prefetches`: of these, how many were waited for though asked for ahead.
+        offloaded_bytes: of saved tensors; `late_prefetches`: how many of these backward waited for though they were asked for ahead.
         loss: mean of what was given; `nonfinite_loss`: one of it was NaN or infinite.
         gpu_joules, cpu_joules: spent since the last record that has this, over `energy_steps` steps and `energy_samples` samples.
         warmup: it counts for no statistic. `counted`: its ops were counted, so its peak is not the program's.

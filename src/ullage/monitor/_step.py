@@ -49,7 +49,7 @@ class Running:
 
     @property
     def counters(self) -> Counters:
-        """What was done again in it."""
+        """Units and ops that its replays ran."""
         return self.counts[0], self.counts[1], self.counts[2]
 
     def ready(self, probe: Probe) -> bool:

@@ -86,7 +86,7 @@ class Utilization:
             self.not_available["MFU"] = peak.why or why
 
     def take(self, counter: OpCounter, step: int, key: Any, counters: Counters) -> None:
-        """A step of this number went well and was counted; `key`: what its FLOPs depend on, `counters`: what was done again."""
+        """A step of this number went well and was counted; `key`: what its FLOPs depend on, `counters`: what its replays ran."""
         self.wanted = False
         self._step, self._key, self._counters = step, key, counters
         self._replays = counter.replay_ops, counter.replay_bytes

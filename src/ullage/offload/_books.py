@@ -25,7 +25,7 @@ class Books(Ledger[FileRecord]):
         self.failure: Failure | None = None  # the first failed write
         self.outgoing = 0  # records in phase OUT
         self.dying = 0  # dropped while a thread is at work on them
-        self._written: list[FileRecord] = []  # their sources wait for a caller to let go of them
+        self._written: list[FileRecord] = []  # their sources wait for a caller to release them
 
     def place(self, record: FileRecord) -> bool:
         """Give a tensor its place in the file and queue its write; False if there is no place."""
@@ -137,7 +137,7 @@ class Books(Ledger[FileRecord]):
         self._release(record)
 
     def reap(self, spared: FileRecord | None = None) -> None:
-        """Drop orphans, and let go of what has been written, but for what `spared` holds: it is about to be asked for."""
+        """Drop orphans, and release written sources, except `spared`, which is about to be read."""
         super().reap(spared)
         if self._written:
             written, self._written = self._written, []
@@ -148,7 +148,7 @@ class Books(Ledger[FileRecord]):
                     self._release(record)
 
     def clear(self) -> None:
-        """Let go of everything."""
+        """Drop all tensors."""
         self.queues.clear()
         for record in (*self.live, *self._written):
             self._release(record)

@@ -1,7 +1,7 @@
 """Checksums of what is written: xxHash (XXH3, 64 bits) where the package `xxhash` is there, else zlib's CRC-32.
 
 They find what a drive, a cable or memory changed; they are no protection against a person. XXH3 is several times as
-fast, which matters as one core's CRC-32 is no faster than a good drive. Both let go of the GIL.
+fast, which matters as one core's CRC-32 is no faster than a good drive. Both release the GIL.
 """
 
 from __future__ import annotations

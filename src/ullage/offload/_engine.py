@@ -1,7 +1,7 @@
 """The threads of a store, and its one lock.
 
 The lock guards the books; transfers run outside of it. Threads decide over no tensor's life: targets are allocated by the
-caller, in `prefetch` and `get`, and sources are let go of by the caller too (with `release_in_caller`), so that a record
+caller, in `prefetch` and `get`, and sources are released by the caller too (with `release_in_caller`), so that a record
 of the allocations of the caller's thread is whole.
 """
 
@@ -46,7 +46,7 @@ class Engine(Guard[FileRecord]):
         try:
             for thread in self._threads:
                 thread.start()
-        except BaseException:  # no more threads to be had
+        except BaseException:  # the system starts no more threads
             self.closing = True
             raise
 
@@ -143,7 +143,7 @@ class Engine(Guard[FileRecord]):
                 self._changed.notify_all()
 
     def poll(self) -> None:
-        """Let go of what can be let go of."""
+        """Release each source that is written."""
         with self._entered():
             self._check_open()
 
@@ -240,7 +240,7 @@ class Engine(Guard[FileRecord]):
                 self._let_go()
 
     def close(self) -> None:
-        """Stop the threads, let go of everything, close the file."""
+        """Stop the threads, drop all tensors, close the file."""
         if self._forked:
             return
         self.closing = True

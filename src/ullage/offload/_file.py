@@ -3,7 +3,7 @@
 The file never has a name (O_TMPFILE); where a filesystem can't do that it is made with mode 0600 and unlinked at once,
 while it is still empty. Either way the system frees it when the process ends, however it ends, and after a power cut.
 
-Why threads with preadv and pwritev, and not io_uring, libaio or GPUDirect: the two calls let go of the GIL, and with
+Why threads with preadv and pwritev, and not io_uring, libaio or GPUDirect: the two calls release the GIL, and with
 transfers of 2 MiB two threads keep a drive busy. `liburing` (PyPI) has no build for arm64, and io_uring is denied by the
 default seccomp profile of common container runtimes; `libaio` comes as C source that needs a compiler and headers;
 `kvikio` is for CUDA. Each would need this path beside it.

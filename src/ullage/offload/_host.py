@@ -45,14 +45,14 @@ class HostStore(OpenedStore):
     ```
 
     A tensor is read in the order of the stream that is current when it is put, as by a kernel there. What other streams write to it
-    in place, before the ticket is dropped, is not seen if they do not wait for that stream once it has left.
+    in place, before the ticket is dropped, is not seen if they do not wait for that stream once the tensor is copied.
 
     Args:
         capacity: bytes of host memory, a number or a text such as "64GiB". Each tensor takes whole blocks of 4 KiB; it fits if
             their sum does.
         device: the CUDA device whose tensors are put.
-        backlog_bytes: bytes of tensors that are held because they have not left yet. While there is no room for another, `put`
-            has the current stream wait for the oldest. For a larger one it waits until that has left; with 0, for every one.
+        backlog_bytes: bytes of tensors that are held because they are not copied yet. While there is no room for another, `put`
+            has the current stream wait for the oldest. For a larger one it waits until that is copied; with 0, for every one.
         ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
         poison: for tests: places that are free, and new tensors before they are filled, hold 0xA5, so that a race shows.
         link: what copies; None for CUDA's streams.
@@ -101,7 +101,7 @@ class HostStore(OpenedStore):
 
         Args:
             source: flat contiguous uint8 tensor on the store's device, or a storage there. The whole storage counts as held
-                until it has left. It must not be written to before the ticket is dropped.
+                until it is copied. It must not be written to before the ticket is dropped.
 
         Raises:
             ArgumentError: not such a tensor.
@@ -133,7 +133,7 @@ class HostStore(OpenedStore):
         return self._engine.stats
 
     def close(self) -> None:
-        """Wait for the copies under way, let go of everything, free the memory. Tickets can't be used after it."""
+        """Wait for the copies under way, drop all tensors, free the memory. Tickets can't be used after it."""
         self._finalizer()
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """What a store in host memory holds and where, and in which order streams copy and wait.
 
 A source may be freed, and its memory written to again, in the order of the stream that was current when it was put: that is
-torch's rule for every kernel that reads it there. So before the books let go of it, either that stream has been told to wait for
-the copy, or the copy is seen to be done. Which source is let go of then follows the order of calls, not how fast copies are.
+torch's rule for every kernel that reads it there. So before the books release it, either that stream has been told to wait for
+the copy, or the copy is seen to be done. Which source is released then follows the order of calls, not how fast copies are.
 Writes to it in place are looked for at that moment: one that was queued before may have met the copy, one after can't.
 
 A target is allocated in the stream that is current when its copy is queued, and the copy waits for what is queued there: the
@@ -94,7 +94,7 @@ class HostBooks(Ledger[HostRecord]):
         return [event for place, event in self._readers if any(_overlap(place, e) for e in extents)]
 
     def let_oldest_go(self) -> bool:
-        """Have the stream of the source that is held for longest wait for its copy, and let go of it; False if there is none."""
+        """Have the stream of the source that is held for longest wait for its copy, and release it; False if there is none."""
         if not self.leaving:
             return False
         oldest = self.leaving[0]
@@ -110,13 +110,13 @@ class HostBooks(Ledger[HostRecord]):
             self._settle(self.leaving.popleft())
 
     def synchronize_writes(self) -> None:
-        """Wait for all copies out, and let go of their sources."""
+        """Wait for all copies out, and release their sources."""
         while self.leaving:
             self.link.synchronize(self.leaving[0].written)
             self._settle(self.leaving.popleft())
 
     def _settle(self, record: HostRecord) -> None:
-        """A copy out is done, or waited for: what is written to its source from now on is after it."""
+        """Mark a copy out as done; later writes to its source no longer affect the copy."""
         record.modified |= record.was_written_to
         if record.dropped or not record.keep or record.modified:
             record.phase, record.keep = Phase.AWAY, False
@@ -171,7 +171,7 @@ class HostBooks(Ledger[HostRecord]):
     # done
 
     def drop(self, record: HostRecord) -> None:
-        """Free what a tensor has, but for a source that is on its way: it is held until it has left."""
+        """Free a tensor's memory; a source that is still being copied is held until the copy is done."""
         record.dropped, record.wanted, record.keep = True, False, False
         self.live.discard(record)
         if self.poison and record.parts:
@@ -193,7 +193,7 @@ class HostBooks(Ledger[HostRecord]):
             self.link.fill(target, POISON, record.stream)
 
     def reap(self, spared: HostRecord | None = None) -> None:
-        """Drop orphans, and let go of what is seen to have left, but for what `spared` holds: it is about to be asked for."""
+        """Drop orphans, and release sources whose copies are done, except `spared`, which is about to be read."""
         super().reap(spared)
         while self.leaving and self.leaving[0] is not spared and self.link.done(self.leaving[0].written):
             self._settle(self.leaving.popleft())
@@ -210,7 +210,7 @@ class HostBooks(Ledger[HostRecord]):
                 self.count(stalled_write_seconds=seconds)
 
     def clear(self) -> None:
-        """Let go of everything; copies must be over."""
+        """Drop all tensors; copies must be over."""
         for record in (*self.live, *self.leaving):
             self._release(record)
         self.live.clear()
@@ -221,7 +221,7 @@ class HostBooks(Ledger[HostRecord]):
 
     @contextlib.contextmanager
     def _drained_on_error(self) -> Iterator[None]:
-        """What was queued in part must be over before its memory is let go of."""
+        """A copy that was queued in part must be over before its memory is released."""
         try:
             yield
         except BaseException:

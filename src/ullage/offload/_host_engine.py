@@ -76,7 +76,7 @@ class HostEngine(Guard[HostRecord]):
                 self.books.start_wanted()
 
     def poll(self) -> None:
-        """Let go of what can be let go of."""
+        """Release each source whose copy is done."""
         with self._entered():
             self._check_open()
 
@@ -137,7 +137,7 @@ class HostEngine(Guard[HostRecord]):
                 self.books.told.popleft()()
 
     def close(self) -> None:
-        """Wait for the copies under way, let go of everything, unpin the memory."""
+        """Wait for the copies under way, drop all tensors, unpin the memory."""
         if self._forked or self._closed:
             return
         self.closing = True

@@ -24,7 +24,7 @@ class Limits:
         capacity: bytes of the store, in whole blocks.
         backlog_bytes: bytes of tensors held because they are not written yet.
         ahead_bytes: bytes of tensors that were prefetched and not taken yet.
-        release_in_caller: whether written tensors are let go of in a caller's thread.
+        release_in_caller: whether written tensors are released in a caller's thread.
         round_bytes: what the memory's allocator rounds a tensor up to.
         threads: that move its parts.
     """
@@ -140,7 +140,7 @@ class Ledger(ABC, Generic[R]):
         """Free what a tensor has."""
 
     def reap(self, spared: R | None = None) -> None:
-        """Drop orphans. A store lets go of what has been written too, but for what `spared` holds."""
+        """Drop orphans. A store also releases written sources, except `spared`, which is about to be read."""
         while self.orphans:
             record = self.orphans.popleft()
             if not record.dropped:

@@ -115,7 +115,7 @@ class CudaLink:
     def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
         """See `Link.pin`. Not `pin_memory`: torch's allocator rounds up to powers of two, and keeps memory for itself.
 
-        Pages are shared with child processes, which let go of them: private ones would be copied on the first write after
+        Pages are shared with child processes, which unmap them: private ones would be copied on the first write after
         a fork, and the device would go on with the old ones.
         """
         try:

@@ -2,7 +2,7 @@
 
 On a device, copies run in the two streams of a link, which all threads of the store share. Each copy waits for what its tensor
 waits for, and a thread waits for the event after its own copy, without the GIL: what other threads queue in between makes it
-later, never earlier. As a thread has waited before it goes on, a source has left and a target is whole for every stream once
+later, never earlier. As a thread has waited before it goes on, a source is copied and a target is whole for every stream once
 its parts are booked; that a tensor's memory may be reused is then for the stream to order that it was allocated in.
 """
 
@@ -128,7 +128,7 @@ class HeldOnDevice:
             raise self._given_up(error) from error
 
     def _given_up(self, error: BaseException) -> TransferError:
-        """The error of a copy, which is over: the staging buffer has other uses, and the tensor is about to be let go of."""
+        """The error of a copy, which is over: the staging buffer has other uses, and the tensor is about to be released."""
         with contextlib.suppress(Exception):  # it is what the error says already
             self._link.drain()
         lines = str(error).splitlines() or [type(error).__name__]

@@ -63,17 +63,17 @@ class OpenedStore(ABC):
     _engine: Any
 
     def poll(self) -> None:
-        """See `Store.poll`. Call it at the end of a step: what the graph has dropped by then is let go of."""
+        """See `Store.poll`. Call it at the end of a step: tensors that the graph has dropped by then are released."""
         self._engine.poll()
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the memory of the store's device that are there because of it: not yet let go of, brought back ahead, and on the CPU staging."""
+        """Bytes of the memory of the store's device that are there because of it: not yet released, brought back ahead, and on the CPU staging."""
         return self._engine.resident_bytes  # type: ignore[no-any-return]
 
     @property
     def backlog_bytes(self) -> int:
-        """The part of `resident_bytes` that is there because it has not left, or has and was not let go of yet."""
+        """The part of `resident_bytes` of tensors that are not written or copied yet, or are and were not released yet."""
         return self._engine.books.held[Charge.BACKLOG]  # type: ignore[no-any-return]
 
     @property

@@ -28,7 +28,7 @@ class Ticket(Protocol):
     def get(self, late: Callable[[], None] | None = None) -> Tensor:
         """Return the bytes, flat uint8; waits until they are there.
 
-        While the original has not left memory it is handed back itself, else a new tensor that is the caller's. May
+        While the original is still in memory it is handed back itself, else a new tensor that is the caller's. May
         be called again until `drop`; each call without a prefetch reads anew.
 
         Args:
@@ -59,10 +59,10 @@ class Store(Protocol):
         """Take a tensor: flat contiguous uint8 on the store's device, or a storage; it must not be written to until `drop`."""
 
     def poll(self) -> None:
-        """Let go of tensors that have been written. Cheap."""
+        """Release tensors that have been written. Cheap."""
 
     def flush(self) -> None:
-        """Wait until all that was put is written, and let go of it."""
+        """Wait until every tensor that was put is written, and release it."""
 
     def wait_until_resident_at_most(self, nbytes: int) -> bool:
         """Wait for writes until `resident_bytes` is at most `nbytes`; False if no write that is left can do it."""
@@ -73,7 +73,7 @@ class Store(Protocol):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of memory that are there because of the store."""
+        """Bytes of memory that the store holds."""
 
     @property
     def staging_bytes(self) -> int:

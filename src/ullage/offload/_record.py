@@ -26,7 +26,7 @@ class Phase(Enum):
     """Where a tensor is."""
 
     OUT = "on its way out"  # its source is held
-    AWAY = "in the store"  # nothing is held, but for a source that the caller has yet to let go of
+    AWAY = "in the store"  # nothing is held, but for a source that the caller has yet to release
     IN = "on its way in"  # its target is held
     READY = "in memory"  # held and whole, and in the store too
     FAILED = "not written"  # its source is held

@@ -62,7 +62,7 @@ class DiskStore(OpenedStore):
         backlog_bytes: bytes of tensors that are held because they are not written yet; `put` waits while there is no
             room. A larger tensor is written before `put` returns; with 0, every one.
         ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
-        release_in_caller: let go of a written tensor at the next call by the caller (`put`, `get`, `poll`, ...), in its
+        release_in_caller: release a written tensor at the next call by the caller (`put`, `get`, `poll`, ...), in its
             thread, so that allocation records of that thread are whole; else at once, in a thread of the store.
         buffer_bytes: bytes of the staging buffer of each thread, and so of the largest transfer. Of the host's memory; pinned
             for a CUDA device.
@@ -174,7 +174,7 @@ class DiskStore(OpenedStore):
         return self._engine.books.stats
 
     def close(self) -> None:
-        """Wait for the transfers under way, let go of everything, free the file. Tickets can't be used after it."""
+        """Wait for the transfers under way, drop all tensors, free the file. Tickets can't be used after it."""
         self._finalizer()
         failure = self._engine.books.failure
         if failure and not self._engine.failure_said:

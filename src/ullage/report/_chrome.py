@@ -1,6 +1,6 @@
 """The timeline in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing read.
 
-Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of what leaves memory and comes back, a counter track per category of live
+Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of tensors that are offloaded and brought back, a counter track per category of live
 bytes, one for their sum, one for the budget, and a mark at the peak. Times are in µs, with three decimals; slices of a lane nest, as the
 format asks for.
 """

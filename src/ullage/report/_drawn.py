@@ -100,7 +100,7 @@ def _step(t: Timeline, name: str, at: Array, modules: Array, ops: Array, sources
 
 
 def _lanes(t: Timeline, name: str) -> list[dict[str, Any]]:
-    """What leaves memory and what comes back in a step, each as columns; seconds from the step's begin."""
+    """Transfers of offloaded tensors in a step, out and back, each as columns; seconds from the step's begin."""
     begin = float(t.start_seconds[t.steps[name].start])
     lanes = []
     for out in (True, False):

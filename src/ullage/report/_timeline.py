@@ -48,7 +48,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         step_seconds: of the later step; its events' seconds add up to it.
         first_events: how many events the first step has.
         workspace_bytes: what a library holds all the time.
-        transfers: what leaves memory and comes back; empty if nothing does.
+        transfers: of offloaded tensors, out and back, in order; empty without offloading.
         modules, stacks, ops, sources, categories, names: what the columns index; a stack lists modules, the outermost first.
     """
 
