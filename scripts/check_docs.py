@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = re.compile(r"^::: ullage\.(\w+)$", re.M)
+ENTRY = re.compile(r"^ {4}([\w, ]+?):", re.M)  # of a docstring's "Args:" or "Attributes:"
 LINK = re.compile(r"(?:\]\(|src=\")([^)\"#]+)")
 
 
@@ -50,6 +52,22 @@ def _documented(thing: Any) -> bool:
     return bool(text and text.strip() and not text.startswith(f"{getattr(thing, '__name__', '')}("))
 
 
+def _fields(thing: Any) -> list[str]:
+    """Return what a docstring must name: a class's public fields, a function's parameters."""
+    if not inspect.isclass(thing):
+        return [name for name in inspect.signature(thing).parameters if not name.startswith("_")]
+    fields = getattr(thing, "__struct_fields__", None)
+    if fields is None:
+        fields = [field.name for field in dataclasses.fields(thing)] if dataclasses.is_dataclass(thing) else []
+    return [name for name in fields if not name.startswith("_")]
+
+
+def _unnamed(thing: Any) -> list[str]:
+    """Return the fields or parameters that have no entry under "Args:" or "Attributes:"."""
+    named = {name for entry in ENTRY.findall(inspect.getdoc(thing) or "") for name in re.split(r",\s*", entry)}
+    return [name for name in _fields(thing) if name not in named]
+
+
 def undocumented(package: ModuleType | None = None, pages: list[Path] | None = None) -> list[str]:
     """Return a sentence for each public name that lacks a docstring or a place in the reference."""
     package = package or _package()
@@ -66,6 +84,8 @@ def undocumented(package: ModuleType | None = None, pages: list[Path] | None = N
             problems.append(f"ullage.{name} is public, but no page of docs/ has `::: ullage.{name}`")
         if not _documented(thing):
             problems.append(f"ullage.{name} has no docstring")
+        else:
+            problems += [f"ullage.{name}: its docstring has no entry for {field!r}" for field in _unnamed(thing)]
         if inspect.isclass(thing):
             problems += [
                 f"ullage.{name}.{k} has no docstring" for k, v in _members(thing).items() if not _documented(v)

@@ -35,21 +35,31 @@ def _package() -> ModuleType:
 
     def silent() -> None: ...
 
+    def short(told: int, untold: int) -> None:
+        """Have arguments.
+
+        Args:
+            told: it is.
+        """
+
     package = ModuleType("toy")
-    Told.__module__ = silent.__module__ = "toy._inner"
-    package.__dict__.update(Told=Told, Alias=Told, silent=silent, __all__=["Told", "Alias", "silent"])
+    Told.__module__ = silent.__module__ = short.__module__ = "toy._inner"
+    package.__dict__.update(
+        Told=Told, Alias=Told, silent=silent, short=short, __all__=["Told", "Alias", "silent", "short"]
+    )
     return package
 
 
 def test_a_name_that_is_not_documented_is_named(tmp_path: Path) -> None:
     page = tmp_path / "reference.md"
-    page.write_text("# Names\n\n::: ullage.Told\n::: ullage.gone\n")
+    page.write_text("# Names\n\n::: ullage.Told\n::: ullage.short\n::: ullage.gone\n")
     assert check_docs.undocumented(_package(), [page]) == [
         "docs: `::: ullage.gone` is no public name",
         "ullage.Told.bare has no docstring",
         "ullage.Alias.bare has no docstring",
         "ullage.silent is public, but no page of docs/ has `::: ullage.silent`",
         "ullage.silent has no docstring",
+        "ullage.short: its docstring has no entry for 'untold'",
     ]
 
 

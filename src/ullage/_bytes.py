@@ -35,7 +35,11 @@ class Budget:
 
 
 def parse_budget(budget: int | str, name: str = "budget") -> Budget:
-    """Read a budget, or another size that is written the same way; `name` is what messages call it.
+    """Read a budget, or another size that is written the same way.
+
+    Args:
+        budget: bytes, or a text: "6GiB" (2**30), "6 GB" (10**9), "60% of plain" or "90% of device".
+        name: of the argument, for messages.
 
     Raises:
         BudgetError: not a positive size, no unit, an unknown unit, or a bare fraction.

@@ -51,12 +51,18 @@ class UnitReport:
 class Report:
     """Observed numbers of an applied plan, beside the predicted ones.
 
-    `store`: what the store did so far, None if the plan offloads nothing. `tier`: "host" or "disk".
-    `endurance`: what the plan writes to a disk per step and per day. `transfers_slower`: how many times as long as was
-    simulated transfers took, by what steps have waited for them, at least 1; `plan(feedback=)` takes that into account.
-
-    `observed_peak_bytes` is the largest number of bytes torch has allocated on the model's CUDA device since its
-    statistics were last reset; None on a CPU, which keeps no such record (`ullage.measure` makes one).
+    Attributes:
+        units: a `UnitReport` per unit: its action, how often its forward ran and was replayed, and bytes freed.
+        planned_peak_bytes: bytes of the plan's predicted peak.
+        observed_peak_bytes: most bytes that torch has allocated on the model's CUDA device since its statistics were last reset; None
+            on a CPU, which keeps no such record (`ullage.measure` makes one).
+        budget_bytes: bytes of the plan's budget, or None.
+        larger_batches: batches with more elements than planned, as the unit that met most of them counts.
+        store: counts of the store of offloaded tensors; None if the plan offloads nothing.
+        tier: "host", "disk" or "".
+        endurance: bytes that the plan writes to a disk per step and per day, in a sentence; "" without one.
+        transfers_slower: how many times as long as simulated transfers took, by the seconds that steps have waited for them; at
+            least 1. `plan(feedback=)` takes it into account.
     """
 
     units: tuple[UnitReport, ...]
@@ -139,7 +145,7 @@ class Handle:
         self.remove()
 
     def report(self) -> Report:
-        """What the plan said and what was seen so far."""
+        """Return predicted and observed numbers so far."""
         by_fqn = {u.fqn: u for u in self._units}
         rows = []
         for d in self.plan.decisions:
@@ -175,7 +181,7 @@ class Handle:
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def observe(self, unit: Unit, args: Any, kwargs: Any) -> None:
-        """Called at each planned forward: what is larger than planned, or in another mode, and puts the budget at risk is said once."""
+        """Warn, once, of a batch or a module's mode that puts the budget at risk; called at each planned forward."""
         self.modes.look(unit.fqn)
         planned = self._planned[unit.fqn]
         elements = sum(t.numel() for t in tree_flatten(args)[0] if isinstance(t, Tensor))  # as the plan counts them

@@ -34,7 +34,10 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @functools.cache
 def devices() -> dict[str, Device]:
-    """Every device by name."""
+    """Return every device of the table, by name.
+
+    Memory is in bytes, rates in FLOP/s by dtype, bandwidths in bytes/s, times in seconds. The table is read once.
+    """
     text = importlib.resources.files("ullage.cost").joinpath("devices.json").read_bytes()
     return msgspec.json.decode(text, type=_Table).devices
 

@@ -32,13 +32,21 @@ MAX_WARMUP = 8
 
 
 class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What was measured. `peak_bytes` is the largest of `step_peaks` (steps 1, 2 and 3); times in seconds.
+    """Peaks and times of real steps.
 
-    On CUDA `peak_bytes` is what torch allocated; `reserved_bytes` is what its allocator held and `other_bytes` what the
-    driver counts beyond that. Both are 0 on a CPU.
-
-    `step_times` are those of the timed steps, in order; empty in files of older versions. `plan_digest` is of the plan, "" of the
-    plain step; None in files of older versions.
+    Attributes:
+        peak_bytes: bytes; the largest of `step_peaks`. On CUDA, bytes that torch allocated.
+        start_bytes: bytes alive before the first step.
+        step_peaks: bytes of the peaks of steps 1, 2 and 3.
+        step_seconds: median seconds of the timed steps.
+        p90: seconds that nine of ten steps do not exceed; a time that occurred.
+        p99: seconds that 99 of 100 do not exceed.
+        samples_per_second: at the median.
+        steps: how many were timed.
+        reserved_bytes: bytes that torch's CUDA allocator held; 0 on a CPU.
+        other_bytes: bytes that the CUDA driver counts beyond these; 0 on a CPU.
+        step_times: seconds of the timed steps, in order; empty in files of older versions.
+        plan_digest: of the plan, "" of the plain step; None in files of older versions.
     """
 
     peak_bytes: int
@@ -92,7 +100,7 @@ def measure(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Measurement:
-    """Run real steps; model, optimizer, gradients, buffers and RNG are left as found.
+    """Run real steps and record their peaks and times; model, optimizer, gradients, buffers and generators are left as found.
 
     Args:
         work: what is trained.

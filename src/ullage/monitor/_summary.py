@@ -19,14 +19,17 @@ class MonitorSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         device, device_name: where the model is.
-        steps: that went well, warm-up included; `warmup_steps`, `failed_steps`: how many were that.
+        steps: steps that went well, warm-up included.
+        warmup_steps: steps of the warm-up.
+        failed_steps: steps that raised.
         window_steps: steps that the statistics are over: the latest ones that went well, without warm-up.
         step_seconds, p90, p99: median and percentiles of the step time; a percentile is the value at that share of the sorted times.
         jitter_seconds: mean absolute difference between one step's time and the next's.
         wait_seconds: median of the host's time between steps.
         samples_per_second, tokens_per_second: over the time in steps.
         mfu, hfu: mean over the steps that have one.
-        flops_per_step: FLOPs of the model in a step; `recomputed_flops`: those that replays add. Of the counted step, or as given.
+        flops_per_step: FLOPs of the model in a step: of the counted step, or as given.
+        recomputed_flops: FLOPs that replays add to it.
         peak_allocated_bytes, peak_reserved_bytes: largest of all steps but the counted one.
         max_rss_bytes: the most resident memory the process ever had; not a peak of the allocator.
         recomputed_units, recomputed_ops, recomputed_bytes, skipped_ops: per step, medians of the window.

@@ -27,7 +27,16 @@ MOST_STEPS = 1024  # of an axis that is not known
 
 
 class Tried(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One value: what its best plan predicts or, if none fits, the smallest peak; None where it can't be run at all."""
+    """One value that `fit` planned for.
+
+    Attributes:
+        value: of the axis.
+        fits: whether a plan fits the budget.
+        peak_bytes: bytes of the best plan or, if none fits, the smallest that any plan reaches; None if the step can't be run.
+        step_seconds: seconds of the best plan; None if none fits.
+        throughput: samples or tokens per second; None if none fits.
+        reason: why none fits, or "".
+    """
 
     value: int
     fits: bool
@@ -41,10 +50,21 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     """The largest value that fits, and the tried one with the highest throughput; each with its plan.
 
     Attributes:
+        axis: the keyword whose value was sought.
         step: values are multiples of it; `value + step` was tried and does not fit, unless `bound_by` says otherwise.
         unit: of throughputs: "tokens/s" along seq (samples times the value), else "samples/s".
+        budget_bytes: bytes.
+        device: name of the device.
+        estimate: whether that device is not here.
+        costs: "measured" or "roofline".
+        value: the largest that fits.
+        throughput: its throughput.
+        plan: its plan.
+        fastest: the tried value with the highest throughput.
+        fastest_throughput: its throughput.
+        fastest_plan: its plan.
         bound_by: what keeps the value from being larger: "the budget", "at_most=N", or why a larger one can't be run.
-        tried: every value looked at, in order.
+        tried: every value that was planned for, in order.
     """
 
     axis: str

@@ -25,7 +25,14 @@ POLICIES = ("none", "every_block", "every_n:2", "sqrt", "selective")
 
 
 class FrontierPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The fastest plan found whose step stays within `budget_bytes`; its predicted peak and step time."""
+    """The fastest plan found whose step stays within a budget.
+
+    Attributes:
+        budget_bytes: bytes of the budget.
+        peak_bytes: bytes of the predicted peak.
+        step_seconds: seconds of the predicted step.
+        plan: the plan.
+    """
 
     budget_bytes: int
     peak_bytes: int
@@ -34,7 +41,14 @@ class FrontierPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class PolicyPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A named policy's predicted peak and step time, or None for both if it can't be run; `reason` says what ails it."""
+    """A named policy's predicted peak and step time.
+
+    Attributes:
+        policy: its name.
+        peak_bytes: bytes; None if the policy can't be run.
+        step_seconds: seconds; None if the policy can't be run.
+        reason: why it can't be run, or "".
+    """
 
     policy: str
     peak_bytes: int | None
@@ -46,6 +60,10 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Step time against peak. From each point to the next the peak grows and the step gets faster, strictly.
 
     Attributes:
+        version: of the file's format.
+        device: name of the device.
+        estimate: whether that device is not here.
+        costs: "measured" or "roofline".
         memory_bytes: of the device, or None if that is not known.
         points: the smallest peak first; the last is the plain step unless something smaller is as fast.
         policies: the named policies, as `plan(policy=...)` has them.

@@ -26,7 +26,14 @@ _ROWS = 12
 
 
 class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is alive at the peak, of one category and one unit (or module outside units)."""
+    """Tensors of one category and one unit (or module outside units) that are alive at the peak.
+
+    Attributes:
+        category: "parameter", "gradient", "optimizer state", "activation", "recomputed", "temporary", ...
+        module: fully qualified name of the unit or module; "" for none.
+        nbytes: bytes of them all.
+        tensors: how many.
+    """
 
     category: str
     module: str

@@ -30,9 +30,17 @@ VERSION = 1
 
 
 class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A step's peak in bytes and time in seconds; peaks of the first step and of a later one apart.
+    """A step's predicted peak and time.
 
-    `traffic`: what leaves memory and comes back, None if nothing does.
+    Attributes:
+        peak_bytes: bytes; the larger of the two below.
+        step_seconds: seconds of a later step.
+        first_step_peak_bytes: bytes; in the first step optimizer state is still to be made.
+        later_step_peak_bytes: bytes.
+        phase: "forward", "backward" or "optimizer": where the peak is.
+        module: fully qualified name of the innermost module there; "" for the root.
+        op: the op that runs there.
+        traffic: bytes offloaded and brought back, and the seconds waited for them; None without offloading.
     """
 
     peak_bytes: int
@@ -46,9 +54,19 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is done with one unit, what that frees and costs per step, and why.
+    """A unit's option, the bytes it frees, the seconds it costs per step, and the reason.
 
-    `place`: where it is among units that are rebuilt together.
+    Attributes:
+        unit: fully qualified name of the module.
+        action: the option: "keep", "recompute", "select:LEVEL" or "offload:TIER".
+        bytes_freed: bytes between forward and backward of one micro-batch, less than with "keep".
+        seconds_added: seconds per step.
+        recomputed_ops: ops that one replay runs.
+        reason: why this option, in words.
+        buffers: buffers that the unit's forward changes; a replay puts them back.
+        keeps_routing: whether the unit makes indices (topk, sort, ...); these are always kept, so that a replay takes the same way.
+        input_elements: elements of the tensors that go in, by which a larger batch is noticed.
+        place: where the unit is among units that are recomputed as a group; None if it is alone.
     """
 
     unit: str
@@ -109,10 +127,33 @@ def environment() -> dict[str, str]:
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """A plan: predictions, decisions per unit, and the model they are for. See `str(plan)`.
+    """A plan: an option per unit, predictions, and the model they are for. `str(plan)` is a table.
 
-    `headroom_bytes` of the budget are left free. What has a default is left out of the file where it has that value, so
-    that plans of before are read as they were.
+    A field that has its default is left out of the file, so files of older versions are read as they were written.
+
+    Attributes:
+        version: of the file's format.
+        budget_bytes: bytes; None for a named policy without a budget.
+        policy: "optimal" or a named policy.
+        device: name of the device that was planned for.
+        costs: "measured" or "roofline".
+        estimate: whether that device is not here.
+        predicted: the step under this plan.
+        baseline: the plain step.
+        lower_bound_seconds: no plan within the budget is predicted to take less; 0 for a named policy.
+        gap: how much this plan is above that, as a share of the bound.
+        decisions: one per unit, in the order of the forward.
+        shapes: shape of each unit's first input, by the unit's name.
+        model: the model's class, and name, shape, dtype and requires_grad of its parameters and buffers.
+        notes: what a person should know, in sentences.
+        environment: versions of ullage, torch and Python; not part of the digest.
+        headroom_bytes: bytes of the budget that the plan leaves free.
+        forbidden: actions that no unit may have, but by a pin.
+        pins: what each pin costs.
+        bounds: what holds the predicted peak, and what would lower it.
+        disk: the file for offloaded tensors; None if the plan uses none.
+        host: the pinned memory for offloaded tensors; None if the plan uses none.
+        evaluation: modules in evaluation mode in the planned step, of those whose code reads the mode.
     """
 
     version: int

@@ -50,7 +50,7 @@ def plan(
     feedback: Report | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Decide per unit what to keep, recompute or select so that the step's peak stays within `budget`.
+    """Decide per unit what to keep, recompute, select or offload so that the step's peak stays within `budget`.
 
     Args:
         work: what is trained; left as found.

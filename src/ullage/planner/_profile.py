@@ -46,9 +46,29 @@ class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The plain step: peak, what holds it, live bytes over time, units. `str(profile)` is a table.
+    """The plain step: its peak, what holds it, live bytes over time, and units. `str(profile)` is a table.
 
-    `timeline` holds (phase, module FQN, op, live bytes at the op's peak) for every op of the later step.
+    Attributes:
+        device: name of the device.
+        estimate: whether that device is not here.
+        costs: "measured" or "roofline".
+        peak_bytes: bytes; the larger of the two below.
+        first_step_peak_bytes: bytes; in the first step optimizer state is still to be made.
+        later_step_peak_bytes: bytes.
+        start_bytes: bytes alive before the later step.
+        step_seconds: seconds of a later step.
+        phase: "forward", "backward" or "optimizer": where the peak is.
+        module: fully qualified name of the innermost module there; "" for the root.
+        op: the op that runs there.
+        source: `file.py:line` of the code that calls it, or "".
+        by_category: bytes alive at the peak, by category.
+        by_module: bytes alive at the peak, by the module that made them; "(root)" or "(no module)" outside of all.
+        largest: the largest tensors alive at the peak.
+        units: modules that a plan can decide about, with their options.
+        timeline: (phase, module, op, live bytes at the op's own peak) of every op of the later step.
+        notes: what a person should know, in sentences.
+        op_cost_table: per op signature: seconds, bytes allocated inside the kernel, bytes of the outputs; see `op_costs`.
+        bounded: ops of that table whose bytes depend on values, so that theirs is an upper bound.
     """
 
     device: str

@@ -56,9 +56,13 @@ class Baseline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Facts that a later check is compared with.
 
     Attributes:
+        version: of the file's format.
+        device: name of the device.
         costs: "measured" or "roofline".
         plain: the plain step.
         planned: the step under the plan or within the budget; None if there is neither, or if no plan fits.
+        units: class, saved bytes and action of each unit, by its name.
+        environment: versions of ullage, torch and Python.
     """
 
     version: int

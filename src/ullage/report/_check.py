@@ -28,16 +28,19 @@ _ROWS = 8
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `check` found. `str(gate)` says it.
+    """Result of `check`; `str(gate)` says it in words.
 
     Attributes:
         ok: nothing failed.
         failures: a sentence for each thing that did.
+        max_peak_bytes: the limit of the peak in bytes, or None.
+        max_slowdown: the limit of the step's time over the plain step's, or None.
         now: the facts; `now.save(path)` writes them as a baseline.
-        baseline: what they were compared with, or None.
-        by_category, by_module: what is alive at the peak, in the baseline and now. Their changes add up to that of the peak.
+        baseline: the facts they were compared with, or None.
+        by_category: bytes alive at the peak, in the baseline and now. The changes add up to that of the peak.
+        by_module: the same by module.
         by_holding: the same by unit and category.
-        units: what changed in each unit, in words.
+        units: how each unit changed, in words.
         notes: what was not judged, and why.
     """
 
@@ -121,7 +124,7 @@ def check(
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Gate:
-    """Judge a step by what it is predicted to take: the plain one, that of a plan, or the best within a budget.
+    """Judge a step by its predicted peak and time: the plain step, the step under a plan, or the best within a budget.
 
     It does not raise where a limit is exceeded or no plan fits the budget: see `Gate.ok`.
 

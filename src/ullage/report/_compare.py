@@ -126,7 +126,7 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def compare(*given: Compared | str | Path) -> Comparison:
-    """Put two or more side by side: peaks, times, what is alive at the peaks, and what is done with units.
+    """Put two or more side by side: peaks, times, bytes alive at the peaks, and units' options.
 
     Args:
         given: each a `Plan`, `Profile`, `Timeline`, `Measurement`, `Baseline` or `MonitorSummary`, or the file of one (of a

@@ -38,7 +38,8 @@ def record_snapshot(work: Workload, plan: Plan | None = None, path: str | Path |
         path: write it there too, as a pickle.
 
     Raises:
-        ArgumentError: not a workload, or not a plan. ApplyError, PlanMismatch: the plan can't be applied.
+        ArgumentError: not a workload, or not a plan.
+        ApplyError, PlanMismatch: the plan can't be applied.
     """
     check_arguments(work, plan, STEPS)
     inst = work.instance()

@@ -37,7 +37,7 @@ def report(
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Overview:
-    """All that is known of a step, for a page: `report(work, budget="6GiB").export("report.html")`.
+    """Gather timeline, plan, frontier and measurements of a step for a page: `report(work, budget="6GiB").export("report.html")`.
 
     Everything comes from one study, so that the plan, its timeline and the frontier share their times.
 

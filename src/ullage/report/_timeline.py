@@ -38,18 +38,35 @@ _ROWS = 12
 class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """A first and a later step, plain or under a plan. `str(timeline)` is a table.
 
-    What is alive during event i are the storages with `birth <= i <= death`, the library's workspace, and the event's
+    During event i the storages with `birth <= i <= death` are alive, with the library's workspace and the event's
     `inside_bytes`. The maximum of `live_bytes` is `peak_bytes`, and it is at `peak_event`.
 
     Attributes:
+        version: of the file's format.
+        device: name of the device.
+        estimate: whether that device is not here.
         costs: "measured" or "roofline", as a plan has it.
-        plan_digest, policy, budget_bytes: of the plan; "", "" and None for the plain step.
-        actions: per unit, what is done with it.
+        plan_digest: of the plan; "" for the plain step.
+        policy: of the plan; "" for the plain step.
+        budget_bytes: of the plan; None for the plain step.
+        actions: each unit's option, by its name.
+        peak_bytes: bytes; the larger of the two below.
+        first_step_peak_bytes: bytes of the first step's peak.
+        later_step_peak_bytes: bytes of the later step's peak.
+        peak_event: index of the event at the peak.
         step_seconds: of the later step; its events' seconds add up to it.
         first_events: how many events the first step has.
-        workspace_bytes: what a library holds all the time.
+        workspace_bytes: bytes that a library holds all the time.
+        modules: names that the columns index.
+        stacks: lists of modules that the columns index, the outermost first.
+        ops: names that the columns index.
+        sources: lines of code that the columns index.
+        categories: names that the columns index.
+        names: names of tensors that the columns index.
+        events: columns with an entry per op of both steps.
+        allocations: columns with an entry per storage.
+        notes: what a person should know, in sentences.
         transfers: of offloaded tensors, out and back, in order; empty without offloading.
-        modules, stacks, ops, sources, categories, names: what the columns index; a stack lists modules, the outermost first.
     """
 
     version: int

@@ -29,13 +29,13 @@ def load_target(
     autocast: str | None = None,
     accumulate: int | None = None,
 ) -> Workload:
-    """Return a factory workload for a target.
+    """Return a workload for a target: `path/file.py:factory`, `package.module:factory`, or a Hugging Face `config.json`.
 
-    While a file target or its factory runs it can import its neighbours; `sys.path` is as it was afterwards, so that a step which imports
+    It is built when it is needed, so the model may be far larger than this machine. While a file target or its factory runs it can import its neighbours; `sys.path` is as it was afterwards, so that a step which imports
     some needs their folder there.
 
     Args:
-        target: see the module's docstring.
+        target: as above.
         batch: micro-batch size; this and the rest are for configs, a factory sets its own.
         seq: sequence length; default: all positions the model has, or 512.
         dtype: of parameters: "fp32", "bf16" or "fp16".

@@ -119,6 +119,7 @@ class Workload:
         autocast: a dtype, or None.
         accumulate: micro-batches per step; each loss is divided by it.
         step: instead of `loss`: `(model, batch) -> None`, one whole step its own way; the batch may be any object.
+        factory: set by `from_factory`; a function that builds the workload when it is needed.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
