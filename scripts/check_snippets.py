@@ -63,7 +63,7 @@ def unknown_words(line: str) -> str | None:
     """Return what is wrong with a command of ours: a verb or an option that does not exist."""
     from click import Context
 
-    from ullage.cli._main import cli
+    from ullage_cli._main import cli
 
     words = shlex.split(line.replace("|", " ").replace("[", " ").replace("]", " "), comments=True)
     if len(words) < 2 or words[0] != "ullage" or words[1].startswith("-"):
@@ -128,7 +128,7 @@ def command(line: str) -> Callable[[], object]:
     def call() -> object:
         sys.argv = words
         if words[0] == "ullage":
-            from ullage.cli import main
+            from ullage_cli import main
 
             return main()
         if words[0] == "python":

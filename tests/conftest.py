@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
 import pytest
 import torch
 
-from ullage.cli import _progress
+from ullage_cli import _progress
 
 torch.set_num_threads(1)
 _progress.PATIENCE_SECONDS = 1e6  # no test reads a line that only a slow machine prints

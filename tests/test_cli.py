@@ -13,8 +13,8 @@ import pytest
 
 import ullage as ul
 from tests.broken import without_rng
-from ullage.cli import _progress
-from ullage.cli._main import cli, run
+from ullage_cli import _progress
+from ullage_cli._main import cli, run
 
 ROOT = Path(__file__).parents[1]
 FACTORY = f"{ROOT}/tests/small.py:tiny"
@@ -214,7 +214,7 @@ def test_a_short_demo(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ul.Plan.load("plan.json").decisions
 
 
-@pytest.mark.parametrize("module", ["ullage", "ullage.cli"])
+@pytest.mark.parametrize("module", ["ullage", "ullage_cli", "ullage.cli"])
 def test_the_module_runs(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "devices", "--json"], capture_output=True, text=True)
     assert done.returncode == 0 and "h200" in json.loads(done.stdout) and not done.stderr

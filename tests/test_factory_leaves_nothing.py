@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import ullage as ul
-from ullage.cli._main import run
+from ullage_cli._main import run
 
 TABLE: Any = None
 CACHE: dict[str, Any] = {"mine": torch.ones(2)}

@@ -48,3 +48,19 @@ def test_dynamo_takes_ops_of_a_rule_for_constants() -> None:
 
     torch.compiler.assume_constant_result(marked)  # type: ignore[no-untyped-call]
     assert vars(marked) == vars(_ops_of)
+
+
+HELP = """
+import json, sys
+from ullage_cli._main import cli, run
+for line in (["--help"], ["--version"], ["nonsense"], *([verb, "--help"] for verb in cli.commands), ["plan"]):
+    assert run(line) in (0, 2)
+print(json.dumps([name for name in ("torch", "numpy", "ullage", "rich", "msgspec") if name in sys.modules]))
+"""
+
+
+def test_help_and_bad_usage_import_no_torch() -> None:
+    run = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout.splitlines()[-1]) == []
+    assert run.stdout.count("Usage: ullage") == 14  # the command's and its verbs'
+    assert run.stderr.count("error: ") == 2

@@ -1,6 +1,6 @@
 """`python -m ullage` is the command `ullage`."""
 
-from ullage.cli import main
+from ullage_cli import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from ullage._errors import CaptureError, UllageError
+from ullage._errors import CaptureError, UllageError, UnsupportedTorch
 from ullage._source import files_of, line_of
 
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def planned_step(kind: type[UllageError], but: Callable[[BaseException], bool] =
     try:
         yield
     except Exception as error:
-        if but(error):
+        if but(error) or isinstance(error, UnsupportedTorch):  # no fault of the plan's
             raise
         where, said = line_of(error), str(error) if isinstance(error, UllageError) else said_by(error)
         raise kind(

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 import ullage as ul
 from tests.monitor.running import Clock, monitor, steps
 from tests.small import tiny
-from ullage.cli._main import cli
 from ullage.monitor._jsonl import JsonlWriter
 from ullage.monitor._records import Header, StepRecord
+from ullage_cli._main import cli
 
 
 def file(path: Path, seconds: list[float], **given: Any) -> Path:

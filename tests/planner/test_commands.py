@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ullage as ul
-from ullage.cli._main import run
+from ullage_cli._main import run
 
 ROOT = Path(__file__).parents[2]
 FACTORY = f"{ROOT}/tests/small.py:blocks"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import ullage as ul
-from ullage.cli._main import run
 from ullage.report import Timeline
+from ullage_cli._main import run
 
 ROOT = Path(__file__).parents[2]
 FACTORY = f"{ROOT}/tests/small.py:blocks"

@@ -12,9 +12,9 @@ import torch.cuda._memory_viz as viz
 import ullage as ul
 from tests.report.test_exports import _of, _peak
 from tests.small import tiny
-from ullage.cli._main import run
 from ullage.measure import record_allocations
 from ullage.measure._allocator import record_steps
+from ullage_cli._main import run
 
 
 @pytest.mark.parametrize("policy", ["none", "every_block"])

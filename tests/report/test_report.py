@@ -15,10 +15,10 @@ import pytest
 import ullage as ul
 from tests.report import pages
 from tests.small import blocks, tiny
-from ullage.cli._main import run
 from ullage.report._drawn import drawn_overview, drawn_timeline
 from ullage.report._thin import kept_events
 from ullage.report._tree import tree
+from ullage_cli._main import run
 
 ROOT = Path(__file__).parents[2]
 FACTORY = f"{ROOT}/tests/small.py:blocks"

@@ -35,7 +35,6 @@ from ullage._torch._dispatch import (
     OpOverload,
     OpOverloadPacket,
     TorchDispatchMode,
-    TreeSpec,
     count_function_modes,
     count_modes,
     disable_modes,
@@ -126,7 +125,7 @@ __all__ = [
     "TensorGuards",
     "TensorWeakRef",
     "TorchDispatchMode",
-    "TreeSpec",
+
     "WeakTensorKeyDictionary",
     "all_schemas",
     "at_end_of_backward",

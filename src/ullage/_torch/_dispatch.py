@@ -22,7 +22,6 @@ OpOverloadPacket: Any = type(torch.ops.aten.mul)
 
 if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-    from torch.utils._pytree import TreeSpec as TreeSpec
     from torch.utils._pytree import tree_flatten as tree_flatten
     from torch.utils._pytree import tree_leaves as tree_leaves
     from torch.utils._pytree import tree_map as tree_map
@@ -34,19 +33,10 @@ else:
         f"{_SELECTIVE}, debug=True or a Monitor's FLOPs",
         beside=(_SCHEMA,),
     )
-    TreeSpec = find_class("torch.utils._pytree.TreeSpec", "the structure of an op's result", _SELECTIVE)
     tree_flatten = find("torch.utils._pytree.tree_flatten", "the tensors in nested values", _CHECKPOINT)
     tree_leaves = find("torch.utils._pytree.tree_leaves", "the tensors in nested values", "a Monitor's FLOPs")
     tree_map = find("torch.utils._pytree.tree_map", "the same nested values of other tensors", _SELECTIVE)
     tree_unflatten = find("torch.utils._pytree.tree_unflatten", "an op's result from its parts", _SELECTIVE)
-
-for _name, _cost in (
-    ("ignore_compile_internals", "the ops that Dynamo runs to compile a unit are taken for the unit's"),
-    ("_should_skip_dynamo", "an op under a mode of ours takes 2 us more"),
-):
-    find(
-        f"{_MODES}.TorchDispatchMode.{_name}", "a mode of ours says so of itself", _PLANS, stand_in=None, instead=_cost
-    )
 
 disable_modes = find(f"{_MODES}._disable_current_modes", "runs an op on real tensors within a capture", _PLANS)
 count_modes = find("torch._C._len_torch_dispatch_stack", "is a dispatch mode on?", _CHECKPOINT)

@@ -154,6 +154,9 @@ class Missing:
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise _error(self._entry, self._feature)
 
+    def __dir__(self) -> NoReturn:
+        raise _error(self._entry, self._feature)
+
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # Python's own questions, such as `inspect`'s
             raise AttributeError(name)

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 else:
     FakeTensor = find_class(f"{_FAKE}.FakeTensor", "a tensor of a captured step", _PLANS)
-    FakeTensorMode = find_class(f"{_FAKE}.FakeTensorMode", "runs a step on shapes alone", _PLANS)
     FakeCopyMode = find_class(f"{_FAKE}.FakeCopyMode", "copies a model onto fake tensors", _PLANS)
+    FakeTensorMode = find_class(
+        f"{_FAKE}.FakeTensorMode",
+        "runs a step on shapes alone",
+        _PLANS,
+        beside=(f"{_FAKE}.FakeTensor", f"{_FAKE}.FakeCopyMode"),
+    )
     _WORDS = "a step that needs values of tensors is told by the words of torch's own error"
     DataDependentOutputException = find_error(
         f"{_FAKE}.DataDependentOutputException", "a step reads a value", _PLANS, instead=_WORDS

@@ -1,5 +1,5 @@
-"""The `ullage` command: one file per group of verbs."""
+"""The command `ullage`, which is `ullage_cli`: that package can tell its help without importing torch, as no part of this one can."""
 
-from ullage.cli._main import main
+from ullage_cli import main
 
 __all__ = ["main"]

@@ -1,5 +1,5 @@
 """`python -m ullage.cli`."""
 
-from ullage.cli import main
+from ullage_cli import main
 
 main()

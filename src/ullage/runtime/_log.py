@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ullage._source import source_line
-from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, TreeSpec, tree_flatten
+from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, tree_flatten
 from ullage.runtime import _sparse as sparse
 from ullage.runtime._local import local
 from ullage.runtime._notes import lazy_bits, meta_of
 
 aten = torch.ops.aten
-
-_NOTHING = tree_flatten(())[1]
 
 Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype, `lazy_bits`)
 
@@ -94,7 +92,7 @@ class Op:
     func: Any
     inputs: list[Value]
     outputs: list[tuple[Value | None, Any]]
-    spec: TreeSpec
+    spec: Any
     returns: list[int]
     writes: set[int]
     must_run: bool
@@ -160,7 +158,7 @@ class Recorder(TorchDispatchMode):
         try:
             out = sparse.run(func, args, kwargs)
         except Exception:  # the unit may catch it: a replay must come to the same
-            self.log.ops.append(Op(func, inputs, [], _NOTHING, [], set(), True, source_line()))
+            self.log.ops.append(Op(func, inputs, [], tree_flatten(())[1], [], set(), True, source_line()))
             raise
         self._note(func, args, kwargs, tensors, inputs, out)
         return out

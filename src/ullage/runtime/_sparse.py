@@ -6,6 +6,7 @@ a mode handles an op autocast is off, so the product would stay in float32. Whet
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ from ullage._torch import DispatchKey, exclude, is_excluded
 from ullage.runtime._local import local
 
 _SPARSE_ADDMM = torch.ops.aten._sparse_addmm.default
-_KEYS = tuple(key for n in ("AutocastCPU", "AutocastCUDA", "AutocastXPU") if (key := getattr(DispatchKey, n, None)))
+
+
+@functools.cache
+def _keys() -> tuple[Any, ...]:
+    found = (getattr(DispatchKey, n, None) for n in ("AutocastCPU", "AutocastCUDA", "AutocastXPU"))
+    return tuple(key for key in found if key is not None)
 
 
 def call(func: Any, args: Any, kwargs: Any) -> Any:
     """Call one of torch's functions, in a function mode's handler."""
     if func is not torch.sparse.mm:
         return func(*args, **(kwargs or {}))
-    before, local.autocast = local.autocast, tuple([key for key in _KEYS if not is_excluded(key)])
+    before, local.autocast = local.autocast, tuple([key for key in _keys() if not is_excluded(key)])
     try:
         return func(*args, **(kwargs or {}))
     finally:

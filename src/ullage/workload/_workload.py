@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullage._errors import UllageError, WorkloadError
+from ullage._errors import UllageError, UnsupportedTorch, WorkloadError
 from ullage._torch import FakeCopyMode, FakeTensorMode
 from ullage.workload._batch import check_batch, tensors_of
 from ullage.workload._copy import Copier
@@ -221,6 +221,8 @@ class Workload:
                 is_instance = isinstance(self.optimizer, torch.optim.Optimizer)
                 optimizer: Any = copied(self.optimizer) if is_instance else None
                 batch = copied(self.batch)
+        except UnsupportedTorch:
+            raise
         except Exception as error:
             raise WorkloadError(
                 f"the model can't be copied onto fake tensors ({type(error).__name__}: {error}); "

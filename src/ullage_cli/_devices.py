@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import click
-from rich.console import Console
-from rich.table import Table
-
-import ullage as ul
-from ullage._bytes import format_bytes
-from ullage.cli._options import json_option, show
+from ullage_cli._options import json_option, show, verb
 
 
-@click.command()
+@verb
 @json_option
 def devices(as_json: bool) -> None:
     """List the device table; every number has its source in the package's devices.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import ullage as ul
+    from ullage._bytes import format_bytes
+
     table = ul.devices()
     if as_json:
         show(table, True)

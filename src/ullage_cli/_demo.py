@@ -5,16 +5,13 @@ from __future__ import annotations
 import sys
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from ullage._bytes import format_bytes
-from ullage.cli._errors import FAILED
-from ullage.cli._options import json_option, output_file, show
-from ullage.cli._progress import progress
+from ullage_cli._errors import FAILED
+from ullage_cli._options import json_option, output_file, show, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @click.option("--steps", type=click.IntRange(4), default=30, show_default=True, help="Training steps per contender.")
 @click.option("--budget", default="60% of plain", show_default=True, help="Budget of ullage's plan.")
 @click.option(
@@ -33,6 +30,10 @@ def demo(context: click.Context, /, steps: int, budget: str, output: str, as_jso
 
     Exit code 1: losses differ, a prediction is off by more than 1 %, or the budget was not kept.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from ullage._bytes import format_bytes
     from ullage.demo import run_demo
 
     with progress() as report:

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, output_file, show, show_plot, target_options
-from ullage.cli._progress import progress
+from ullage_cli._options import cost_options, json_option, load, output_file, show, show_plot, target_options, verb
+from ullage_cli._progress import progress
 
 
 def _exports(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -20,7 +19,7 @@ def _exports(context: click.Context, parameter: click.Parameter, values: tuple[s
     return values
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--plan", "plan_path", type=click.Path(), help="A plan file; default: the plain step.")
 @click.option(
@@ -50,6 +49,7 @@ def timeline(
 
     The plot needs the extra `plot`, Parquet the extra `parquet`.
     """
+    import ullage as ul
     from ullage.report._terminal import terminal
 
     plan = ul.Plan.load(plan_path) if plan_path is not None else None

@@ -6,14 +6,12 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage._files import check_writable
-from ullage.cli._errors import FAILED
-from ullage.cli._options import budget_value, cost_options, json_option, load, show, target_options
-from ullage.cli._progress import progress
+from ullage_cli._errors import FAILED
+from ullage_cli._options import budget_value, cost_options, json_option, load, show, target_options, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--max-peak", help="The peak may not be above it: bytes, '6GiB', '60% of plain' or '90% of device'.")
 @click.option("--max-slowdown", type=float, help="Step time over the plain step's (and, if estimated, the baseline's).")
@@ -48,6 +46,9 @@ def check(
 
     Without a plan or a budget the plain step is checked. Exit code 1: it does not; what grew, and where, is said.
     """
+    import ullage as ul
+    from ullage._files import check_writable
+
     if update and against is None:
         raise click.UsageError("--update: name the file with --against")
     if update and against is not None:

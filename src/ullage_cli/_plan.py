@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ullage.cli._options import (
+from ullage_cli._options import (
     budget_value,
     cost_options,
     json_option,
@@ -18,14 +18,12 @@ from ullage.cli._options import (
     taken_tier,
     target_options,
     tier_options,
+    verb,
 )
-from ullage.cli._progress import progress
-from ullage.planner._overrides import Overrides
-from ullage.planner._planner import study_and_plan
-from ullage.planner._tiers import TierRequest
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--budget", help="Bytes, '6GiB', '6 GB', '60% of plain' or '90% of device'.")
 @click.option(
@@ -67,6 +65,10 @@ def plan(
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
+    from ullage.planner._overrides import Overrides
+    from ullage.planner._planner import study_and_plan
+    from ullage.planner._tiers import TierRequest
+
     overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
     tier = TierRequest(**taken_tier(options))
     with progress() as report:

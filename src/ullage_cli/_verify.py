@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._errors import FAILED
-from ullage.cli._options import json_option, load, show, target_options
-from ullage.cli._progress import progress
+from ullage_cli._errors import FAILED
+from ullage_cli._options import json_option, load, show, target_options, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--plan", "plan_path", required=True, type=click.Path(), help="A plan file.")
 @click.option("--steps", type=click.IntRange(1), default=3, show_default=True, help="Steps to compare.")
@@ -30,6 +29,8 @@ def verify(context: click.Context, /, as_json: bool, plan_path: str, steps: int,
 
     Exit code 1: something differs.
     """
+    import ullage as ul
+
     plan = ul.Plan.load(plan_path)
     with progress() as report:
         report("building the model")

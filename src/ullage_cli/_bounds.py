@@ -6,18 +6,19 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import cost_options, json_option, load, show, target_options
-from ullage.cli._progress import progress
+from ullage_cli._options import cost_options, json_option, load, show, target_options, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--plan", "plan_path", type=click.Path(), help="A plan file; default: the plain step.")
 @cost_options
 @json_option
 def bounds(as_json: bool, plan_path: str | None, device: str | None, costs: str, **options: Any) -> None:
     """Say what holds the peak: the moment, the tensors alive then, and what would lower it, with numbers."""
+    import ullage as ul
+
     plan = ul.Plan.load(plan_path) if plan_path is not None else None
     with progress() as report:
         result = ul.bounds(load(options), plan, device, costs, progress=report)

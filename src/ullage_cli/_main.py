@@ -6,30 +6,28 @@ Exit codes: 0 done, 1 a check failed (verify, check, demo), 2 bad usage or input
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 import click
 
-import ullage as ul
-from ullage.cli._bounds import bounds
-from ullage.cli._check import check
-from ullage.cli._compare import compare
-from ullage.cli._demo import demo
-from ullage.cli._devices import devices
-from ullage.cli._errors import BAD_INPUT, finish
-from ullage.cli._fit import fit
-from ullage.cli._frontier import frontier
-from ullage.cli._measure import measure
-from ullage.cli._plan import plan
-from ullage.cli._profile import profile
-from ullage.cli._report import report
-from ullage.cli._timeline import timeline
-from ullage.cli._verify import verify
+from ullage_cli._bounds import bounds
+from ullage_cli._check import check
+from ullage_cli._compare import compare
+from ullage_cli._demo import demo
+from ullage_cli._devices import devices
+from ullage_cli._errors import BAD_INPUT, finish
+from ullage_cli._fit import fit
+from ullage_cli._frontier import frontier
+from ullage_cli._measure import measure
+from ullage_cli._plan import plan
+from ullage_cli._profile import profile
+from ullage_cli._report import report
+from ullage_cli._timeline import timeline
+from ullage_cli._verify import verify
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(ul.__version__)
+@click.version_option(package_name="ullage")
 def cli() -> None:
     """Keep a PyTorch training step inside a memory budget, in bytes.
 
@@ -45,9 +43,7 @@ for verb in (profile, plan, bounds, timeline, report, frontier, fit, verify, mea
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit code. Errors are said, not raised."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default", ul.UllageWarning)
-            return int(cli.main(list(arguments), prog_name="ullage", standalone_mode=False) or 0)
+        return int(cli.main(list(arguments), prog_name="ullage", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return BAD_INPUT

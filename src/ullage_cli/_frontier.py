@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import (
+from ullage_cli._options import (
     cost_options,
     json_option,
     load,
@@ -17,8 +16,9 @@ from ullage.cli._options import (
     taken_tier,
     target_options,
     tier_options,
+    verb,
 )
-from ullage.cli._progress import progress
+from ullage_cli._progress import progress
 
 
 def _picture(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -30,7 +30,7 @@ def _picture(context: click.Context, parameter: click.Parameter, value: str | No
     return value
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--points", type=click.IntRange(2), default=12, show_default=True, help="Budgets to plan for.")
 @tier_options
@@ -49,6 +49,7 @@ def frontier(
 
     The plot, and --picture, need the extra `plot`.
     """
+    import ullage as ul
     from ullage.planner._draw import terminal
 
     tier = taken_tier(options)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
-from rich.console import Console
 
-from ullage._files import check_writable
-from ullage._plot import HOW_TO_GET_IT, can_plot
-from ullage.planner import Plan
-from ullage.planner._study import Study
-from ullage.workload import Workload, beside_target, load_target
+if TYPE_CHECKING:
+    from ullage.planner import Plan
+    from ullage.planner._study import Study
+    from ullage.workload import Workload
 
 Command = Callable[..., Any]
 SMALL_ROWS = 12
@@ -53,6 +51,20 @@ _COSTS = click.option(
 )
 _DEVICE = click.option("--device", help="A name of `ullage devices`; default: where the model is.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")
+
+
+class _Verb(click.Command):
+    """One that shows ullage's warnings."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        import ullage as ul
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", ul.UllageWarning)
+            return super().invoke(ctx)
+
+
+verb = click.command(cls=_Verb)
 
 
 def target_options(command: Command) -> Command:
@@ -106,6 +118,8 @@ def _value(text: str | None) -> int | str | None:
 
 def load(options: dict[str, Any]) -> Workload:
     """The workload that the options of `target_options` name; until the command ends its steps can import what lies beside it."""
+    from ullage.workload import beside_target, load_target
+
     click.get_current_context().with_resource(beside_target(options["target"]))
     return load_target(**options)
 
@@ -118,6 +132,8 @@ def budget_value(text: str) -> int | str:
 def output_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback of an option that names a file to write: refused now, not after the work."""
     if value is not None:
+        from ullage._files import check_writable
+
         check_writable(value)
     return value
 
@@ -140,11 +156,14 @@ def page_option(command: Command) -> Command:
 
 def show(value: Any, as_json: bool) -> None:
     """Print a result on stdout."""
+    import msgspec
+
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))
 
 
 def small_plot(s: Study, plan: Plan | None, say: Callable[[str], None]) -> Callable[[int, bool], str | None]:
     """A small plot of a step's live bytes, for `show_plot`. Where nothing can be drawn, nothing is laid out."""
+    from ullage._plot import can_plot
     from ullage.report._make import plain_timeline_of, planned_timeline_of
     from ullage.report._terminal import terminal
 
@@ -157,6 +176,10 @@ def small_plot(s: Study, plan: Plan | None, say: Callable[[str], None]) -> Calla
 
 def show_plot(draw: Callable[[int, bool], str | None]) -> None:
     """Print a plot: as wide as the terminal (100 at most) and in colour, or 80 columns and without where it is piped."""
+    from rich.console import Console
+
+    from ullage._plot import HOW_TO_GET_IT
+
     color = sys.stdout.isatty()
     text = draw(min(Console().width, 100) if color else 80, color)
     click.echo(f"\n{text}" if text is not None else f"a plot of it in the terminal needs plotext; {HOW_TO_GET_IT}")

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import (
+from ullage_cli._options import (
     budget_value,
     cost_options,
     json_option,
@@ -16,12 +15,12 @@ from ullage.cli._options import (
     taken_tier,
     target_options,
     tier_options,
+    verb,
 )
-from ullage.cli._progress import progress
-from ullage.workload import beside_target, target_along
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--budget", required=True, help="Bytes, '6GiB', '6 GB' or '90% of device'.")
 @click.option(
@@ -64,6 +63,9 @@ def fit(
 
     Exit code 3: not even the smallest value fits; the smallest budget that would do is said.
     """
+    import ullage as ul
+    from ullage.workload import beside_target, target_along
+
     tier = taken_tier(options)
     with progress() as report, beside_target(target):
         result = ul.fit(

@@ -7,12 +7,11 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import budget_value, cost_options, json_option, load, page_option, show, target_options
-from ullage.cli._progress import progress
+from ullage_cli._options import budget_value, cost_options, json_option, load, page_option, show, target_options, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--plan", "plan_path", type=click.Path(), help="A plan file.")
 @click.option("--budget", help="Plan for this, instead: bytes, '6GiB', '6 GB', '60% of plain' or '90% of device'.")
@@ -41,6 +40,8 @@ def report(
     Without --plan and --budget it is about the plain step. The page is one HTML file that needs no network. It needs the
     extra `report`. Exit code 3: no plan fits the budget.
     """
+    import ullage as ul
+
     if output is None and not as_json:
         raise click.UsageError("name the file with -o, such as -o report.html")
     plan = ul.Plan.load(plan_path) if plan_path is not None else None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import click
 
-import ullage as ul
-from ullage.cli._options import json_option, page_option, show
+from ullage_cli._options import json_option, page_option, show, verb
 
 
-@click.command()
+@verb
 @click.argument("files", nargs=-1, required=True, metavar="A B [C ...]", type=click.Path())
 @page_option
 @json_option
@@ -18,6 +17,8 @@ def compare(as_json: bool, output: str | None, files: tuple[str, ...]) -> None:
     Each is a file: what `-o` of a verb wrote, what `--json` of it printed, or what a `Monitor` wrote. A page (-o) needs the
     extra `report`.
     """
+    import ullage as ul
+
     result = ul.compare(*files)
     if output is not None:
         result.export(output)

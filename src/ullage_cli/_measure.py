@@ -6,12 +6,11 @@ from typing import Any
 
 import click
 
-import ullage as ul
-from ullage.cli._options import json_option, load, output_file, show, target_options
-from ullage.cli._progress import progress
+from ullage_cli._options import json_option, load, output_file, show, target_options, verb
+from ullage_cli._progress import progress
 
 
-@click.command()
+@verb
 @target_options
 @click.option("--plan", "plan_path", type=click.Path(), help="A plan file; default: the plain step.")
 @click.option("--steps", type=click.IntRange(1), default=7, show_default=True, help="Timed steps.")
@@ -24,6 +23,8 @@ from ullage.cli._progress import progress
 @json_option
 def measure(as_json: bool, plan_path: str | None, steps: int, snapshot: str | None, **options: Any) -> None:
     """Run real steps: peak bytes and step times."""
+    import ullage as ul
+
     plan = ul.Plan.load(plan_path) if plan_path is not None else None
     with progress() as report:
         report("building the model")

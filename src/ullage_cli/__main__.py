@@ -1,0 +1,5 @@
+"""`python -m ullage_cli`."""
+
+from ullage_cli import main
+
+main()
