@@ -23,6 +23,7 @@ import ullage as ul
 from ullage.measure._allocator import record_steps
 from ullage.measure._measure import keep_pages, resident_bytes
 from ullage.planner import _planner as planner
+from ullage.planner._budget import Budget
 from ullage.workload import Instance, run_step
 from ullage.workload._step import compute_loss
 
@@ -136,7 +137,7 @@ def make_plans(model: str, budgets: list[int], folder: str) -> dict[str, Any]:
     for budget in sorted({*budgets, smallest}):
         start = time.perf_counter()
         try:
-            plan = planner.decide(study, budget)
+            plan = planner.decide(study, Budget(budget))
         except ul.BudgetInfeasible as error:
             found["plans"][str(budget)] = {
                 "error": f"infeasible: ullage's smallest is {error.smallest_bytes / 2**20:.1f} MiB"

@@ -18,7 +18,6 @@ from ullage.capture._trace import spec_of
 from ullage.cost._made import make_tensor
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
-from ullage.planner._options import find_options
 from ullage.planner._prepare import study
 from ullage.planner._study import Study
 
@@ -81,9 +80,7 @@ def test_argument_keys_tell_numbers_apart() -> None:
 
 
 def _studied(name: str) -> Study:
-    s = study(workload(name), None, "roofline")
-    find_options(s)
-    return s
+    return study(workload(name), None, "roofline")
 
 
 @pytest.mark.parametrize("name", ["gpt", "resnet", "moe", "unet"])
@@ -95,13 +92,13 @@ def test_the_composed_model_is_the_executed_step(name: str) -> None:
     for _ in range(8):
         choice = [draw.randrange(len(o)) for o in model.options]
         assignment = {f: model.options[u][c].option for u, (f, c) in enumerate(zip(model.units, choice, strict=True))}
-        executed = s.peak_with_update(s.execute(assignment))
+        executed = s.execute(assignment).peak_with_update
         assert abs(model.peak(choice) - executed) <= 64 + RNG_STATE_BYTES * len(model.units)
 
 
 def test_replays_are_counted_to_their_unit() -> None:
     s = _studied("gpt")
-    first, later = s.execute_fresh({u.fqn: RECOMPUTE if u.block else KEEP for u in s.units})
+    first, later = s.capture_fresh({u.fqn: RECOMPUTE if u.block else KEEP for u in s.units})
     for capture in (first, later):
         trace, stacks = capture.session.trace, capture.session.tracker.stacks
         again = [i for i in range(capture.ops.start, capture.ops.stop) if trace.recomputed[i]]

@@ -15,15 +15,15 @@ _HINT = "give bytes (an int), a size with its unit such as '6GiB' or '6 GB', '60
 
 
 @dataclass(frozen=True)
-class Budget:
-    """A budget as written: either `bytes`, or `fraction` of the plain peak or of the device's memory."""
+class Size:
+    """A budget or another size as written: either `bytes`, or `fraction` of the plain peak or of the device's memory."""
 
     bytes: int | None = None
     fraction: float | None = None
     of: str | None = None
 
     def resolve(self, plain_bytes: int, device_bytes: int | None) -> int:
-        """Return the budget in bytes."""
+        """Return it in bytes."""
         if self.bytes is not None:
             return self.bytes
         assert self.fraction is not None
@@ -34,7 +34,7 @@ class Budget:
         return int(device_bytes * self.fraction)
 
 
-def parse_budget(budget: int | str, name: str = "budget") -> Budget:
+def parse_budget(budget: int | str, name: str = "budget") -> Size:
     """Read a budget, or another size that is written the same way.
 
     Args:
@@ -53,7 +53,7 @@ def parse_budget(budget: int | str, name: str = "budget") -> Budget:
         fraction = float(match[1]) / 100
         if not 0 < fraction < math.inf:
             raise BudgetError(f"{name}={budget!r}: must be above zero; {_HINT}")
-        return Budget(fraction=fraction, of=match[2])
+        return Size(fraction=fraction, of=match[2])
     if text.endswith("%"):
         raise BudgetError(f"{name}={budget!r}: percent of what? write '{text} of plain' or '{text} of device'")
     match = re.fullmatch(rf"({_NUMBER})\s*([a-zA-Z]+)", text)
@@ -77,10 +77,10 @@ def _why_not_text(text: str, match: re.Match[str] | None) -> str:
     return "a number without its unit" if re.fullmatch(_NUMBER, text) else "not a size"
 
 
-def _positive(value: int, budget: int | str, name: str) -> Budget:
+def _positive(value: int, budget: int | str, name: str) -> Size:
     if value <= 0:
         raise BudgetError(f"{name}={budget!r}: must be above zero; {_HINT}")
-    return Budget(bytes=value)
+    return Size(bytes=value)
 
 
 def format_bytes(value: float) -> str:

@@ -13,8 +13,9 @@ from tests.offload.planned import Block, squares, tower
 from ullage.cost import find_device
 from ullage.mechanisms._options import Option, option_from_name
 from ullage.offload import whole_blocks
+from ullage.planner._budget import Budget
+from ullage.planner._levels import find_levels
 from ullage.planner._model import model_of
-from ullage.planner._options import find_options
 from ullage.planner._planner import decide
 from ullage.planner._prepare import prepare
 from ullage.planner._tiers import Host, TierRequest, choose_tier
@@ -107,11 +108,12 @@ def test_parts_of_levels_that_hide_behind_a_forward() -> None:
     room = s.forward_seconds["3"] * tier.write_bytes_per_second
     parts = [r for o in s.options["3"] if (r := _rule(o)) is not None and 0 < len(r.leaving) < len(r.calls)]
     assert parts
+    sizes = find_levels(s, ["3"])["3"].call_bytes
     for rule in parts:
-        sent = sum(s.call_bytes["3"][c] for c in rule.leaving)
+        sent = sum(sizes[c] for c in rule.leaving)
         assert 0 < sent <= room
         staying = rule.calls - rule.leaving
-        assert all(s.call_bytes["3"][c] > room - sent for c in staying if s.call_bytes["3"][c] >= 4096)
+        assert all(sizes[c] > room - sent for c in staying if sizes[c] >= 4096)
 
 
 def _rule(option: Option) -> OpsRule | None:
@@ -162,10 +164,9 @@ def test_decisions_and_the_tier_have_to_match() -> None:
 
 
 def test_levels_are_found_once() -> None:
-    """`find_options` is what a plan that is read is checked by: it offers the tier's own action only."""
+    """A plan that is read is checked by the options before any are captured: these have the tier's own action only."""
     work = tower(2)
     s = prepare(work, "h200", tier=choose_tier(TierRequest(host_budget="1MiB"), work, "h200"))
-    find_options(s)
     assert [o.name for o in s.options["0"] if o.offloads] == ["offload:host"]
 
 
@@ -208,5 +209,5 @@ def test_a_window_of_another_limit_is_forgotten() -> None:
     wide = decide(s, None, "offload")
     assert wide.host is not None and wide.host.window_bytes > 0
     least = wide.predicted.peak_bytes - wide.host.reserved_bytes
-    narrow = decide(s, least, "offload")
+    narrow = decide(s, Budget(least), "offload")
     assert narrow.host is not None and (narrow.host.window_bytes, narrow.predicted.peak_bytes) == (0, least)

@@ -18,9 +18,8 @@ from tests.planner.models import LOGITS, ROWS, VOCABULARY, WIDTH, ChunkedHead, H
 from tests.small import tiny
 from tests.zoo import FAMILIES, workload
 from ullage.mechanisms import RECOMPUTE
-from ullage.planner._live import Ledger, categories
+from ullage.planner._live import categories
 from ullage.planner._names import glob_of, matching
-from ullage.planner._options import find_options
 from ullage.planner._prepare import study
 
 ROOFLINE: Any = {"costs": "roofline"}
@@ -56,8 +55,7 @@ def test_the_plain_step_is_the_profile() -> None:
 
 def test_bytes_taken_out_are_those_of_a_sum_over_storages() -> None:
     s = study(tiny(), None, "roofline")
-    find_options(s)
-    ledger, trace = Ledger(s, s.plain_session), s.plain_session.trace
+    ledger, trace = s.ledger(s.plain_session), s.plain_session.trace
     some = np.arange(len(trace.storages)) % 3 == 0
     for op in range(0, ledger.size, 7):
         alive = [t for t, taken in zip(trace.storages, some, strict=True) if taken and t.birth <= op <= t.death]
@@ -276,8 +274,7 @@ def test_the_capture_knows_what_goes_in_and_out_of_a_call() -> None:
 
 def test_early_stop_leaves_no_module_behind() -> None:
     s = study(models.wide(), None, "roofline")  # the last tensor a block saves is that of a module below it
-    find_options(s)
-    first, later = s.execute_fresh(dict.fromkeys(s.options, RECOMPUTE))
+    first, later = s.capture_fresh(dict.fromkeys(s.options, RECOMPUTE))
     trace, stacks = first.session.trace, first.session.tracker.stacks
     assert any(trace.recomputed)
     ops = range(first.ops.start, later.ops.stop)

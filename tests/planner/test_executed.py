@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ullage as ul
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._budget import Budget
 from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
 from ullage.planner._planner import decide
@@ -103,8 +104,8 @@ def executed(s: Study) -> dict[Schedule, tuple[int, float]]:
     found = {}
     for schedule in schedules(3, options, list(model.linked)):
         if _distinct(schedule):
-            capture = s.execute(assignment_of(model, schedule))
-            found[schedule] = s.peak_with_update(capture), s.seconds(capture)
+            step = s.execute(assignment_of(model, schedule))
+            found[schedule] = step.peak_with_update, step.seconds
     return found
 
 
@@ -113,12 +114,12 @@ def check(seed: int) -> None:
     model, found = model_of(s), executed(s)
     peaks = sorted({peak for peak, _ in found.values()})
     for budget in peaks[:: max(len(peaks) // 6, 1)]:
-        plan = decide(s, budget)
+        plan = decide(s, Budget(budget))
         assert plan.predicted.peak_bytes <= budget
-        chosen = s.seconds(s.execute({d.unit: d.settings().option for d in plan.decisions}))
+        chosen = s.execute({d.unit: d.settings().option for d in plan.decisions}).seconds
         cheaper = [x for x, (peak, seconds) in found.items() if peak <= budget and seconds < chosen * (1 - 1e-9)]
         # what fits in a later step may not in the first
-        assert all(s.fresh_peak(assignment_of(model, x)) > budget for x in cheaper), (seed, budget)
+        assert all(s.execute_fresh(assignment_of(model, x)).peak_bytes > budget for x in cheaper), (seed, budget)
 
 
 @pytest.mark.parametrize("seed", [0])

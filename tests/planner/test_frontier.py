@@ -19,6 +19,7 @@ from tests.small import blocks, tiny
 from tests.zoo import workload
 from ullage.measure._measure import record_peak
 from ullage.planner import _frontier, _prepare, _study
+from ullage.planner._budget import Budget
 from ullage.planner._draw import terminal
 from ullage.planner._frontier import POLICIES, curve, spread
 from ullage.planner._study import Study
@@ -90,13 +91,13 @@ def test_one_study_and_no_assignment_twice(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(_prepare, "study", counted(studies, _prepare.study))
     for module in (_prepare, _study):
         monkeypatch.setattr(module, "Session", counted(sessions, module.Session))
-    before = Study.execute_fresh
+    before = Study.capture_fresh
 
     def fresh(s: Study, assignment: Any) -> Any:
         executed.append(frozenset((f, o) for f, o in assignment.items() if o.name != "keep"))
         return before(s, assignment)
 
-    monkeypatch.setattr(Study, "execute_fresh", fresh)
+    monkeypatch.setattr(Study, "capture_fresh", fresh)
     result = ul.frontier(tiny(), 4, costs="roofline")
     assert len(studies) == 1 and len(result.points) == 4
     assert len(sessions) == 1 + len(set(executed) - {frozenset()}) < len(executed)
@@ -152,13 +153,12 @@ def test_a_plan_within_a_smaller_budget_serves_a_larger_one(found: ul.Frontier) 
         return msgspec.structs.replace(p, predicted=at, policy=policy)
 
     plans = [made(10, 5.0), made(20, 6.0), made(28, 4.0), made(30, 4.0, "sqrt"), made(40, 3.0), made(38, 2.0, "sqrt")]
-    points = curve([10, 20, 30, 40], plans, 0)
+    points = curve([10, 20, 30, 40], plans)
     assert [(p.budget_bytes, p.peak_bytes, p.step_seconds) for p in points] == [
         (10, 10, 5.0),
         (30, 28, 4.0),
         (40, 38, 2.0),
     ]
-    assert [p.budget_bytes for p in curve([10, 20, 30, 40], plans, 2)] == [20, 30, 40]
 
 
 def test_policies_that_can_do_nothing_or_need_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +175,10 @@ def test_policies_that_can_do_nothing_or_need_too_much(monkeypatch: pytest.Monke
 def test_a_policy_that_can_not_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     decide = _frontier.decide
 
-    def failing(s: Study, limit: int | None, policy: str = "optimal") -> ul.Plan:
+    def failing(s: Study, budget: Budget | None, policy: str = "optimal") -> ul.Plan:
         if policy == "sqrt":
             raise ul.CaptureError("blocks.0: it is Monday")
-        return decide(s, limit, policy)
+        return decide(s, budget, policy)
 
     monkeypatch.setattr(_frontier, "decide", failing)
     result = ul.frontier(blocks(), 2, costs="roofline")

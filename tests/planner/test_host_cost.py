@@ -14,7 +14,6 @@ from ullage.cost import HostCost, find_device, host_cost_in, measure_host
 from ullage.cost._host import _line
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner._model import model_of
-from ullage.planner._options import find_options
 from ullage.planner._prepare import study
 from ullage.planner._study import Study
 
@@ -22,9 +21,7 @@ GIVEN = HostCost(full=2e-3, full_op=3e-5, selective=1e-3, selective_op=1e-5)
 
 
 def _studied(cost: HostCost | None) -> Study:
-    s = study(tiny(), None, "roofline", known_costs=cost.as_costs() if cost is not None else None)
-    find_options(s)
-    return s
+    return study(tiny(), None, "roofline", known_costs=cost.as_costs() if cost is not None else None)
 
 
 def test_options_cost_what_their_replays_do() -> None:
@@ -41,23 +38,25 @@ def test_options_cost_what_their_replays_do() -> None:
 def test_an_executed_step_has_them_too() -> None:
     bare, s = _studied(None), _studied(GIVEN)
     assignment = {u.fqn: RECOMPUTE if u.block else KEEP for u in s.units}
-    executed = s.execute(assignment)
-    added = s.seconds(executed) - bare.seconds(bare.execute(assignment))
+    executed = s.capture(assignment)
+    added = s.execute(assignment).seconds - bare.execute(assignment).seconds
     blocks = sum(u.block for u in s.units)
     again = sum(executed.session.trace.recomputed[i] for i in range(executed.ops.start, executed.ops.stop))
     assert again > 0 and added == pytest.approx(blocks * 2e-3 + again * 3e-5, abs=1e-12)
-    assert s.seconds(s.plain_capture[1]) == bare.seconds(bare.plain_capture[1])
+    assert s.plain_steps.seconds == bare.plain_steps.seconds
 
 
 def test_ops_of_forward_backward_and_replays() -> None:
     """What modules and autograd take: per op, not in the optimizer."""
     bare, s = _studied(None), _studied(HostCost(forward_op=1e-5, backward_op=3e-5))
-    planned, plain_planned = (x.execute({u.fqn: RECOMPUTE if u.block else KEEP for u in x.units}) for x in (s, bare))
-    for capture, plain in ((s.plain_capture[1], bare.plain_capture[1]), (planned, plain_planned)):
+    for option in (KEEP, RECOMPUTE):
+        assignment = {u.fqn: option if u.block else KEEP for u in s.units}
+        capture = s.capture(assignment)
         trace, ops = capture.session.trace, range(capture.ops.start, capture.ops.stop)
         forward = sum(trace.phase[i] == "forward" or trace.recomputed[i] for i in ops)
         backward = sum(trace.phase[i] == "backward" and not trace.recomputed[i] for i in ops)
-        assert s.seconds(capture) - bare.seconds(plain) == pytest.approx(forward * 1e-5 + backward * 3e-5, abs=1e-12)
+        added = s.execute(assignment).seconds - bare.execute(assignment).seconds
+        assert added == pytest.approx(forward * 1e-5 + backward * 3e-5, abs=1e-12)
 
 
 def test_measured_ones_are_part_of_a_profile() -> None:

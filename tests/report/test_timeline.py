@@ -19,7 +19,7 @@ from tests.planner.models import Mlp, Tower
 from tests.small import blocks, next_byte, tiny
 from tests.zoo import adamw, workload
 from ullage.planner._live import by_category, live_tensors, peak_op
-from ullage.planner._planned import study_plan
+from ullage.planner._planned import execute_plan, study_plan
 from ullage.planner._planner import smallest_bytes
 from ullage.report import Timeline
 from ullage.report._make import timeline_of
@@ -29,9 +29,10 @@ ROOFLINE: Any = {"costs": "roofline"}
 
 def _against_the_study(work: ul.Workload, plan: ul.Plan | None, device: str | None = None) -> Timeline:
     """The timeline, after comparing every event with what the planner itself computes."""
-    s, assignment = study_plan(work, plan, device, "roofline", None, None)
-    first, later = s.execute_fresh(assignment)
-    found = timeline_of(s, assignment, (first, later), plan)
+    s = study_plan(work, plan, device, "roofline", None, None)
+    steps = execute_plan(s, plan)
+    first, later = s.capture_fresh(steps.assignment)
+    found = timeline_of(s, steps, plan)
     session, workspace = first.session, s.device.facts.blas_workspace_bytes
     window = slice(first.ops.start, later.ops.stop)
     wanted = s.timeline(session).peak[window] + workspace
@@ -47,11 +48,11 @@ def _against_the_study(work: ul.Workload, plan: ul.Plan | None, device: str | No
         key = [(x.nbytes, x.category, x.op, x.source) for x in alive]
         assert sorted(key) == sorted((t.nbytes, t.category, t.op, t.source) for t in live if t.nbytes)
         assert sum(h.nbytes for h in found.holdings(at)) == e.live_bytes
-    for capture, name in ((first, "first"), (later, "later")):
+    for capture, step, name in ((first, steps.first, "first"), (later, steps.later, "later")):
         some = found.steps[name]
-        assert getattr(found, f"{name}_step_peak_bytes") == found.live_bytes[some].max() == s.peak(capture)
-        assert found.events.seconds.values[some].sum() == pytest.approx(s.seconds(capture), rel=1e-12)
-        assert found.live_bytes[peak_op(s, capture) - window.start] == s.peak(capture)
+        assert getattr(found, f"{name}_step_peak_bytes") == found.live_bytes[some].max() == step.peak_bytes
+        assert found.events.seconds.values[some].sum() == pytest.approx(step.seconds, rel=1e-12)
+        assert found.live_bytes[peak_op(s.timeline(session), capture.ops) - window.start] == step.peak_bytes
     return found
 
 
@@ -86,7 +87,7 @@ def test_under_a_policy(policy: str) -> None:
 
 def test_units_rebuilt_together() -> None:
     work = models.tower()
-    s, _ = study_plan(work, None, None, "roofline", None, None)
+    s = study_plan(work, None, None, "roofline", None, None)
     plan = ul.plan(work, smallest_bytes(s), **ROOFLINE)
     assert any(d.place is not None and d.place.depth for d in plan.decisions)
     found = _against_the_study(work, plan)

@@ -1,4 +1,4 @@
-"""From what the solver chooses to what is executed within the limit: tighten until it fits, and say so where nothing does."""
+"""From what the solver chooses to what is executed within the budget: tighten until it fits, and say so where nothing does."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from functools import lru_cache
 from ullage._bytes import format_bytes
 from ullage._errors import BudgetInfeasible
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._budget import Budget
+from ullage.planner._choices import ALL, Choices
+from ullage.planner._executed import Executed, Steps
 from ullage.planner._finish import too_much_offloaded
 from ullage.planner._links import assignment_of
-from ullage.planner._live import peak_moment
-from ullage.planner._model import model_of
-from ullage.planner._moved import fits_tier, offloaded_bytes
+from ullage.planner._model import composed, model_of
 from ullage.planner._peak import bounds_of
 from ullage.planner._policies import policy_assignment
 from ullage.planner._relax import relax
 from ullage.planner._solve import Solution, smallest
 from ullage.planner._solve import solve as solve_anew
-from ullage.planner._study import StepCapture, Study, key_of
+from ullage.planner._study import Study
 from ullage.planner._window import choose_window
 from ullage.planner._with_tier import solve_with_tier, without_tier
 
@@ -30,99 +31,95 @@ solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask fo
 with_tier = lru_cache(maxsize=4)(solve_with_tier)
 
 
-def solution_of(s: Study, target: int, offload: bool = True) -> Solution | None:
-    """What the solver finds within `target` bytes; where tensors may leave, the window that goes with it is noted."""
-    model = model_of(s)
-    if s.tier is None or s.pace is None:
-        return solve(model, target)
-    if not offload:
-        return solve(without_tier(model), target)
-    found = with_tier(model, s.pace, target, s.tier)
-    if found is None:
-        return None
-    s.windows[key_of(assignment_of(model, found[0].schedule))] = found[1].window_bytes
-    return found[0]
+def solution_of(s: Study, choices: Choices, target: int, offload: bool = True) -> tuple[Solution, int] | None:
+    """What the solver finds within `target` bytes, and the window that goes with it; None if it finds nothing."""
+    seen, window = composed(s, choices), 0
+    if s.tier is None or not offload:
+        found = solve(seen.model if s.tier is None else without_tier(seen.model), target)
+    else:
+        sent = with_tier(seen.model, seen.pace, target, s.tier)
+        found, window = (sent[0], sent[1].window_bytes) if sent is not None else (None, 0)
+    return (found, window) if found is not None else None
 
 
-def optimal(s: Study, limit: int) -> tuple[dict[str, Option], float]:
-    """The assignment that is executed within `limit`, and a lower bound on the seconds any such one adds.
+def optimal(s: Study, choices: Choices, budget: Budget, explain: bool = False) -> tuple[Steps, float]:
+    """The steps that are executed within the budget, and a lower bound on the seconds any such ones add.
 
     What is simulated while choosing is coarser than what is then executed. So that offload never makes a step slower, a
     choice that sends something is compared with the best one that sends nothing.
     """
-    confirmed, bound = _confirmed(s, limit, offload=True)
+    confirmed, bound = _confirmed(s, choices, budget, offload=True)
     found = [confirmed]
     if s.tier is not None and (confirmed is None or any(o.offloads for o in confirmed.assignment.values())):
-        found.append(_confirmed(s, limit, offload=False)[0])
+        found.append(_confirmed(s, choices, budget, offload=False)[0])
     chosen = [c for c in found if c is not None]
     if not chosen:
-        chosen = [smallest_step(s)]
-        if s.fresh_peak(chosen[0].assignment) > limit:
-            raise infeasible(s, limit + s.headroom_bytes, chosen[0])
-    whole = [relax(s, c, limit) for c in chosen]
-    for assignment in whole:
-        choose_window(s, assignment, limit)
-    if len(whole) > 1:
-        whole.sort(key=lambda a: s.seconds(s.execute_fresh(a)[1]))
-    return whole[0], bound
+        chosen = [smallest_step(s, choices)]
+        if s.execute_fresh(chosen[0].assignment).peak_bytes > budget.room:
+            raise infeasible(s, choices, budget, chosen[0], explain=explain)
+    whole = [choose_window(s.execute_fresh(relax(s, choices, c, budget)), budget) for c in chosen]
+    return min(whole, key=lambda steps: steps.seconds), bound
 
 
-def _confirmed(s: Study, limit: int, offload: bool) -> tuple[StepCapture | None, float]:
+def _confirmed(s: Study, choices: Choices, budget: Budget, offload: bool) -> tuple[Executed | None, float]:
     """What the solver chooses and execution shows to fit, None if there is none; and its lower bound."""
-    model, target, bound = model_of(s), limit, None
+    model, target, bound = model_of(s, choices), budget.room, None
     for _ in range(MAX_TIGHTENINGS):
-        solution = solution_of(s, target, offload)
-        if solution is None:
+        solved = solution_of(s, choices, target, offload)
+        if solved is None:
             break
+        solution, window = solved
         bound = solution.lower_bound if bound is None else bound
-        trial = s.execute(assignment_of(model, solution.schedule))
+        trial = s.execute(assignment_of(model, solution.schedule), window)
         s.progress("confirming the plan")
-        over = s.peak_with_update(trial) - limit
-        if not fits_tier(s, trial):  # the model says less than what is sent
+        over = trial.peak_with_update - budget.room
+        if not trial.fits_tier:  # the model says less than what is sent
             break
-        if over <= 0 and (over := s.fresh_peak(trial.assignment) - limit) <= 0:
-            if not all(fits_tier(s, c) for c in s.execute_fresh(trial.assignment)):
-                break
-            return trial, bound
+        if over <= 0:
+            steps = s.execute_fresh(trial.assignment, window)
+            over = steps.peak_bytes - budget.room
+            if over <= 0:
+                return (trial, bound) if steps.fits_tier else (None, bound)
         target = min(target - over, solution.peak_bytes - 1)  # not the same again
     return None, bound or 0.0
 
 
-def smallest_step(s: Study) -> StepCapture:
+def smallest_step(s: Study, choices: Choices = ALL) -> Executed:
     """The executed step with the smallest peak, among the solver's choice, the homogeneous ones and the plain one; without windows."""
-    s.windows.clear()
-    model = model_of(s)
-    candidates = [c for c in s.captures.values() if _allowed(s, c.assignment)]
-    candidates.append(s.execute(assignment_of(model, smallest(model).schedule)))
+    model, options = model_of(s, choices), choices.of(s)
+    candidates = [c.assignment for c in s.captures.values() if _allowed(options, c.assignment)]
+    candidates.append(assignment_of(model, smallest(model).schedule))
     if s.tier is not None:
-        candidates.append(s.execute(assignment_of(model, smallest(without_tier(model)).schedule)))
-    candidates.append(s.execute(policy_assignment("every_block", s.units, s.options)))
-    fitting = [c for c in candidates if fits_tier(s, c)]
+        candidates.append(assignment_of(model, smallest(without_tier(model)).schedule))
+    candidates.append(policy_assignment("every_block", s.units, options))
+    executed = [s.execute(a) for a in candidates]
+    fitting = [e for e in executed if e.fits_tier]
     if not fitting:
-        least = min(candidates, key=lambda c: offloaded_bytes(s, c))
-        raise too_much_offloaded(s, least, "with these pins")
-    return min(fitting, key=s.peak_with_update)
+        raise too_much_offloaded(min(executed, key=lambda e: e.offloaded_bytes), "with these pins")
+    return min(fitting, key=lambda e: e.peak_with_update)
 
 
-def _allowed(s: Study, assignment: Mapping[str, Option]) -> bool:
-    return all(replace(assignment.get(f, KEEP), place=None) in options for f, options in s.options.items())
+def _allowed(options: Mapping[str, list[Option]], assignment: Mapping[str, Option]) -> bool:
+    return all(replace(assignment.get(f, KEEP), place=None) in of_unit for f, of_unit in options.items())
 
 
-def infeasible(s: Study, limit: int, best: StepCapture, why: str = "") -> BudgetInfeasible:
+def infeasible(
+    s: Study, choices: Choices, budget: Budget, best: Executed, why: str = "", explain: bool = False
+) -> BudgetInfeasible:
     """The error that says how far down plans reach, and what holds them up there."""
     steps = s.execute_fresh(best.assignment)
-    size = max(map(s.peak, steps)) + s.headroom_bytes
-    phase, module, op = peak_moment(s, max(steps, key=s.peak))
+    size = steps.peak_bytes + budget.reserve
+    phase, module, op = max(steps.both, key=lambda e: e.peak_bytes).moment
     reasons_to_keep = (u.keep_reason or s.reasons.get((u.fqn, RECOMPUTE.name), "") for u in s.units)
     kept = Counter(filter(None, reasons_to_keep))
     reasons = "".join(f"; {n} units can only be kept: {reason}" for reason, n in kept.most_common(3))
-    reasons += f"; {format_bytes(s.headroom_bytes)} of it are headroom" if s.headroom_bytes else ""
-    reasons += f"; with {', '.join(s.restrictions)}" if s.restrictions else ""
-    bounds = bounds_of(s, best.assignment, steps) if s.explains else None
+    reasons += f"; {format_bytes(budget.reserve)} of it are headroom" if budget.reserve else ""
+    reasons += f"; with {', '.join(choices.restrictions)}" if choices.restrictions else ""
+    bounds = bounds_of(s, choices, steps) if explain else None
     return BudgetInfeasible(
-        f"budget {format_bytes(limit)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
+        f"budget {format_bytes(budget.total)}: {why}the smallest peak any plan reaches is {format_bytes(size)} ({size} bytes), "
         f"bound by {phase} in {module or '(root)'} at {op}{reasons}{bounds.hint if bounds is not None else ''}",
-        limit,
+        budget.total,
         size,
         (phase, module, op),
         bounds,

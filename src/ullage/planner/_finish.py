@@ -11,26 +11,25 @@ from ullage._bytes import format_bytes
 from ullage._errors import BudgetError
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
-from ullage.planner._live import peak_moment
+from ullage.planner._budget import Budget
+from ullage.planner._choices import Choices
+from ullage.planner._executed import Executed, StepCapture, Steps
 from ullage.planner._model import model_of
-from ullage.planner._moved import fits_tier, offloaded_bytes, overlap_of
 from ullage.planner._peak import bounds_of
 from ullage.planner._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
-from ullage.planner._study import StepCapture, Study, recomputed_in
+from ullage.planner._study import Study
 from ullage.planner._tiers import Disk, Host, OffloadTier, Traffic
 from ullage.workload import note_of
 
 
-def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
-    """What is predicted of a captured first and later step."""
-    peaks = s.peak(first), s.peak(later)
-    phase, module, op = peak_moment(s, first if peaks[0] > peaks[1] else later)
-    moved = overlap_of(s, later)
+def forecast(steps: Steps) -> Forecast:
+    """What is predicted of an executed first and later step."""
+    moved, (phase, module, op) = steps.later.overlap, steps.worst.moment
     return Forecast(
-        peak_bytes=max(peaks),
-        step_seconds=s.seconds(later),
-        first_step_peak_bytes=peaks[0],
-        later_step_peak_bytes=peaks[1],
+        peak_bytes=steps.peak_bytes,
+        step_seconds=steps.seconds,
+        first_step_peak_bytes=steps.first.peak_bytes,
+        later_step_peak_bytes=steps.later.peak_bytes,
         phase=phase,
         module=module,
         op=op,
@@ -40,18 +39,30 @@ def forecast(s: Study, first: StepCapture, later: StepCapture) -> Forecast:
 
 def finish(
     s: Study,
-    assignment: dict[str, Option],
-    limit: int | None,
+    choices: Choices,
+    steps: Steps,
+    budget: Budget | None,
     policy: str,
-    baseline: Forecast,
     bound: float,
     pinned: Mapping[str, str],
+    explain: bool = False,
 ) -> Plan:
-    """The plan of an assignment; `pinned`: reasons that are known already, by unit."""
-    first, later = s.execute_fresh(assignment)
-    if s.tier is not None and not fits_tier(s, larger := max(first, later, key=lambda c: offloaded_bytes(s, c))):
-        raise too_much_offloaded(s, larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
-    predicted, tier = forecast(s, first, later), _tier(s, assignment, first, later)
+    """The plan of executed steps.
+
+    Args:
+        s: the study.
+        choices: what there was to choose from.
+        steps: what was decided on.
+        budget: it fits, if there is one.
+        policy: "optimal", or the one that was named.
+        bound: seconds that no step within the budget can do without.
+        pinned: reasons that are known already, by unit.
+        explain: say what holds the peak and what would lower it, which takes a step or two more.
+    """
+    if not steps.fits_tier:
+        larger = max(steps.both, key=lambda e: e.offloaded_bytes)
+        raise too_much_offloaded(larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
+    predicted, tier, first = forecast(steps), _tier(steps), s.capture_fresh(steps.assignment)[0]
     notes = list(s.plain_session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
     if s.device.estimate:
@@ -62,56 +73,50 @@ def finish(
     model = first.session.inst.model if s.work.factory is not None else s.work.model
     return Plan(
         version=VERSION,
-        budget_bytes=limit,
+        budget_bytes=budget.total if budget is not None else None,
         policy=policy,
         device=s.device.name,
         costs=s.costs_mode,
         estimate=s.device.estimate,
         predicted=predicted,
-        baseline=baseline,
+        baseline=forecast(s.plain_steps),
         lower_bound_seconds=min(bound, predicted.step_seconds),
         gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
-        decisions=_decisions(s, assignment, first, later, policy, pinned),
+        decisions=_decisions(s, choices, steps, first, policy, pinned),
         shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
         model=fingerprint(model),
         notes=notes,
         environment=environment(),
-        headroom_bytes=s.headroom_bytes,
-        bounds=bounds_of(s, assignment, (first, later)) if s.explains else None,
+        headroom_bytes=budget.reserve if budget is not None else 0,
+        bounds=bounds_of(s, choices, steps) if explain else None,
         disk=tier if isinstance(tier, Disk) else None,
         host=tier if isinstance(tier, Host) else None,
-        evaluation=s.evaluation,
+        evaluation=list(s.evaluation),
     )
 
 
-def _tier(s: Study, assignment: Mapping[str, Option], *steps: StepCapture) -> OffloadTier | None:
+def _tier(steps: Steps) -> OffloadTier | None:
     """The tier as a handle makes it: a file as large as was said, of pinned memory what the steps need."""
-    tier = s.tier_for(assignment)
+    tier = steps.later.tier
     if not isinstance(tier, Host):
         return tier
-    return structs.replace(tier, capacity_bytes=max(BLOCK, *(offloaded_bytes(s, c) for c in steps)))
+    return structs.replace(tier, capacity_bytes=max(BLOCK, *(e.offloaded_bytes for e in steps.both)))
 
 
 def _decisions(
-    s: Study,
-    assignment: Mapping[str, Option],
-    first: StepCapture,
-    later: StepCapture,
-    policy: str,
-    pinned: Mapping[str, str],
+    s: Study, choices: Choices, steps: Steps, first: StepCapture, policy: str, pinned: Mapping[str, str]
 ) -> list[Decision]:
     """What is done with each unit, what that frees and costs, and why."""
-    recomputed = recomputed_in(s, later)
-    facts = model_of(s) if len(s.captures) > 1 else None
+    facts = model_of(s, choices) if len(s.captures) > 1 else None
     rows = []
     for index, u in enumerate(s.units):
-        option = assignment[u.fqn]
+        option = steps.assignment[u.fqn]
         known = {o.option: o for o in facts.options[index]} if facts else {}
         keep, mine = known.get(KEEP), known.get(replace(option, place=None))
         freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
         if facts is not None and option.place is not None and option.place.depth:
             freed += facts.link_bytes[index]
-        ops, seconds = recomputed.get(u.fqn, (0, 0.0))
+        ops, seconds = steps.later.recomputed.get(u.fqn, (0, 0.0))
         shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
         rows.append(
             Decision(
@@ -151,10 +156,10 @@ def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
     return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])
 
 
-def too_much_offloaded(s: Study, capture: StepCapture, why: str) -> BudgetError:
+def too_much_offloaded(step: Executed, why: str) -> BudgetError:
     """The tier is too small for what a step sends."""
-    assert s.tier is not None
-    there, needed = format_bytes(s.tier.capacity_bytes), format_bytes(offloaded_bytes(s, capture))
+    assert step.tier is not None
+    there, needed = format_bytes(step.tier.capacity_bytes), format_bytes(step.offloaded_bytes)
     return BudgetError(
-        f"{s.tier.argument}: {there}, but {needed} are offloaded at once {why}; raise it, or offload fewer units"
+        f"{step.tier.argument}: {there}, but {needed} are offloaded at once {why}; raise it, or offload fewer units"
     )

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
-from ullage._bytes import Budget, format_bytes, format_seconds, parse_budget
+from ullage._bytes import Size, format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, UllageError, WorkloadError
 from ullage._told import tells_of
 from ullage.measure._state import leaves_rng
+from ullage.planner._budget import Budget
 from ullage.planner._model import model_of
 from ullage.planner._plan import Plan
 from ullage.planner._planner import decide, execute_choice
@@ -110,7 +111,7 @@ class _Search:
     """Tries values and remembers what came of them."""
 
     def __init__(
-        self, make: Callable[..., Workload], axis: str, budget: Budget, request: TierRequest, given: dict[str, Any]
+        self, make: Callable[..., Workload], axis: str, budget: Size, request: TierRequest, given: dict[str, Any]
     ) -> None:
         self.make, self.axis, self.budget, self.request, self.given = make, axis, budget, request, given
         self.say: Callable[[str], None] = given.pop("progress") or (lambda _: None)
@@ -138,14 +139,14 @@ class _Search:
         if "tier" not in self.given:  # measured once
             self.given["tier"] = choose_tier(self.request, work, self.given["device"], self.say)
         s = prepare(work, progress=lambda text: self.say(f"{self.axis}={value}: {text}"), **self.given)
-        limit = self.budget.resolve(0, s.device.memory_bytes)
+        budget = Budget(self.budget.resolve(0, s.device.memory_bytes))
         try:
-            execute_choice(s, limit)
-            plan = decide(s, limit)
+            execute_choice(s, budget)
+            plan = decide(s, budget)
         except BudgetInfeasible as error:
             if not self.plans:
                 said = f"{self.axis}={value}, the smallest value tried, does not fit: {error}"
-                raise BudgetInfeasible(said, limit, error.smallest_bytes, error.bound_by) from error
+                raise BudgetInfeasible(said, budget.total, error.smallest_bytes, error.bound_by) from error
             self.least[value] = least = error.smallest_bytes
             return Tried(
                 value=value, fits=False, peak_bytes=least, step_seconds=None, throughput=None, reason="over the budget"
@@ -201,7 +202,7 @@ class _Search:
         """The smallest peak of the largest value that fits, as the model sees it."""
         if value not in self.least:
             assert self.study is not None
-            self.least[value] = smallest(model_of(self.study)).peak_bytes + self.study.headroom_bytes
+            self.least[value] = smallest(model_of(self.study)).peak_bytes
         return self.least[value]
 
 

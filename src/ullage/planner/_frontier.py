@@ -12,6 +12,7 @@ from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, Capture
 from ullage._files import write_whole
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
+from ullage.planner._budget import Budget
 from ullage.planner._plan import Plan, check_actions
 from ullage.planner._planner import decide, execute_choice, smallest_bytes
 from ullage.planner._prepare import prepare
@@ -196,7 +197,7 @@ def check_points(points: int) -> None:
 
 def frontier_of(s: Study, points: int) -> Frontier:
     """The frontier of a study; see `frontier`."""
-    high, low = max(s.peak(c) for c in s.plain_capture) + s.headroom_bytes, smallest_bytes(s)
+    high, low = s.plain_steps.peak_bytes, smallest_bytes(s)
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]
     policies = []
@@ -206,7 +207,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
         policies.append(point)
         if plan is not None:
             found.append(plan)
-            limit = plan.predicted.peak_bytes + s.headroom_bytes
+            limit = plan.predicted.peak_bytes
             if limit < high and limit not in limits and len(limits) < points:
                 limits.append(limit)
                 found.append(_within(s, limit))  # now, while the policy's execution is at hand
@@ -218,7 +219,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
         estimate=s.device.estimate,
         costs=s.costs_mode,
         memory_bytes=s.device.memory_bytes,
-        points=curve(sorted([*limits, *between]), [p for p in found if p is not None], s.headroom_bytes),
+        points=curve(sorted([*limits, *between]), [p for p in found if p is not None]),
         policies=policies,
     )
 
@@ -234,11 +235,11 @@ def spread(limits: Sequence[int], points: int) -> list[int]:
     return sorted(inner - set(ends))
 
 
-def curve(limits: Sequence[int], plans: Sequence[Plan], reserve: int) -> list[FrontierPoint]:
+def curve(limits: Sequence[int], plans: Sequence[Plan]) -> list[FrontierPoint]:
     """Per limit, upwards, the fastest of all plans within it: what fits a smaller budget fits a larger one too."""
     points: list[FrontierPoint] = []
     for limit in limits:
-        fits = [p for p in plans if p.predicted.peak_bytes + reserve <= limit]
+        fits = [p for p in plans if p.predicted.peak_bytes <= limit]
         if not fits:
             continue
         best = min(fits, key=lambda p: (p.predicted.step_seconds, p.predicted.peak_bytes, p.policy != "optimal"))
@@ -252,9 +253,9 @@ def curve(limits: Sequence[int], plans: Sequence[Plan], reserve: int) -> list[Fr
 def _within(s: Study, limit: int) -> Plan | None:
     """The plan for a limit; None if there is none."""
     s.progress(f"planning for {format_bytes(limit)}")
-    execute_choice(s, limit)
+    execute_choice(s, budget := Budget(limit))
     try:
-        return decide(s, limit)
+        return decide(s, budget)
     except BudgetInfeasible:
         return None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ullage.capture import Session
 from ullage.mechanisms import Option
@@ -14,18 +15,29 @@ from ullage.runtime import Learnt, level_rule
 MOST_LEVELS = 8  # each is run on fake tensors
 
 
-def find_levels(s: Study, fqns: Sequence[str]) -> dict[str, list[Option]]:
-    """Per unit its selective options, from the fewest bytes kept to the most. Twins have the same.
+@dataclass(frozen=True)
+class Levels:
+    """The selective options of a unit.
 
-    What the calls that they name hold is noted in `s.call_bytes`.
+    Attributes:
+        options: from the fewest bytes kept to the most.
+        call_bytes: what each call that they name holds.
+    """
+
+    options: tuple[Option, ...]
+    call_bytes: Mapping[tuple[str, int], int]
+
+
+def find_levels(s: Study, fqns: Sequence[str]) -> dict[str, Levels]:
+    """Per unit its levels. Twins have the same.
 
     Args:
         s: a study whose session has run these units selectively.
         fqns: the units.
     """
-    known: dict[int, tuple[list[Option], dict[tuple[str, int], int]]] = {}
+    known: dict[int, Levels] = {}
     facts = {u.fqn: u for u in s.units}
-    found: dict[str, list[Option]] = {}
+    found: dict[str, Levels] = {}
     for fqn in fqns:
         logs = list(s.session.family.logs_of(s.session.inst.model.get_submodule(fqn)).values())
         if not logs:
@@ -33,16 +45,16 @@ def find_levels(s: Study, fqns: Sequence[str]) -> dict[str, list[Option]]:
         learnt = max(logs, key=lambda entry: len(entry.log.ops))  # of several input signatures; a rule holds for all
         if id(learnt) not in known:
             known[id(learnt)] = _levels_of(s, learnt, facts[fqn].routing)
-        found[fqn], s.call_bytes[fqn] = known[id(learnt)]
+        found[fqn] = known[id(learnt)]
     return found
 
 
-def _levels_of(s: Study, learnt: Learnt, routing: bool) -> tuple[list[Option], dict[tuple[str, int], int]]:
+def _levels_of(s: Study, learnt: Learnt, routing: bool) -> Levels:
     seconds = _seconds(s, s.session, learnt)
     base = level_rule("", True) if routing else None
     graph = graph_of(learnt.log, seconds, s.device.round_bytes, base)
     texts = [rule_for(graph, level.kept, routing).text for level in levels(graph, MOST_LEVELS)]
-    return [Option("select", text) for text in texts if text], {g.call: g.nbytes for g in graph.groups}
+    return Levels(tuple(Option("select", text) for text in texts if text), {g.call: g.nbytes for g in graph.groups})
 
 
 def _seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:

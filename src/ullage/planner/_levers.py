@@ -63,7 +63,7 @@ def _heads(p: PeakFacts) -> Iterator[tuple[int, int]]:
     sequence = np.array([min(i, 2**62) for i in trace.sequence], np.int64)
     classes = [u.class_name for u in p.s.units if u.block]
     repeated = {u.fqn for u in p.s.units if u.block and classes.count(u.class_name) > 1}
-    for step in p.steps:
+    for step in p.captures:
         backward = ledger.phase[step.ops] == "backward"
         edges = np.flatnonzero(np.diff(backward.astype(np.int8), prepend=0, append=0)) + step.ops.start
         start = step.ops.start
@@ -107,7 +107,7 @@ def _gradients(p: PeakFacts) -> Iterator[Lever]:
         "update each parameter inside backward (Tensor.register_post_accumulate_grad_hook) and set its gradient to None; "
         "not with clipping or accumulation",
     )
-    over = mine & (ledger.birth < p.steps[1].ops.start) & (ledger.death >= p.steps[1].ops.start)
+    over = mine & (ledger.birth < p.captures[1].ops.start) & (ledger.death >= p.captures[1].ops.start)
     if p.matters(nbytes := p.held(over)):
         how = "zero_grad(set_to_none=True)"
         yield p.run_instead("gradients kept from the step before", nbytes, set_to_none(p), how)
@@ -121,7 +121,7 @@ def _optimizer_state(p: PeakFacts) -> Iterator[Lever]:
 def _inputs(p: PeakFacts) -> Iterator[Lever]:
     """Inputs of units that are not kept: all that recomputing leaves to hold."""
     rebuilt = {f for f, o in p.assignment.items() if o != KEEP}
-    calls = [c for c in p.session.calls if c.fqn in rebuilt and c.first_op >= p.steps[0].ops.start]
+    calls = [c for c in p.session.calls if c.fqn in rebuilt and c.first_op >= p.captures[0].ops.start]
     some = p.records(frozenset().union(*(c.records_in for c in calls)))
     how = "a smaller budget: of units that are rebuilt together only the first one's input is held"
     yield from p.taken_out(

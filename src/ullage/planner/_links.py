@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.planner._choices import ALL
 from ullage.planner._instance import StepModel
 from ullage.planner._schedule import Run, Schedule, Single
 from ullage.planner._study import Study
@@ -27,20 +28,26 @@ def linkable(s: Study) -> list[int]:
     """
     first_micro = [c for c in s.session.calls if c.first_op < s.session.trace.marks[1]]
     calls = {c.fqn: c for c in reversed(first_micro)}
-    alone = {u.fqn for u in s.units if u.calls == 1 and not u.routing and RECOMPUTE in s.options[u.fqn]}
+    options = ALL.of(s)
+    alone = {u.fqn for u in s.units if u.calls == 1 and not u.routing and RECOMPUTE in options[u.fqn]}
     found = []
     for k, (a, b) in enumerate(zip(s.units, s.units[1:], strict=False)):
-        if a.fqn in alone and b.fqn in alone and b.fqn not in s.unlinked and calls[a.fqn].outputs & calls[b.fqn].inputs:
+        if (
+            a.fqn in alone
+            and b.fqn in alone
+            and b.fqn not in s.explored.unlinked
+            and calls[a.fqn].outputs & calls[b.fqn].inputs
+        ):
             found.append(k + 1)
     return found
 
 
 def pairs(s: Study, parity: int) -> dict[str, Option]:
     """An assignment in which units of one parity are rebuilt together with the one before."""
-    seconds = {k for k in linkable(s) if k % 2 == parity}
+    seconds, options = {k for k in linkable(s) if k % 2 == parity}, ALL.of(s)
     assignment = {}
     for k, u in enumerate(s.units):
-        option = RECOMPUTE if RECOMPUTE in s.options[u.fqn] else KEEP
+        option = RECOMPUTE if RECOMPUTE in options[u.fqn] else KEEP
         assignment[u.fqn] = SECOND if k in seconds else FIRST if k + 1 in seconds else option
     return assignment
 

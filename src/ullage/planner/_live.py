@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -12,7 +12,6 @@ import numpy.typing as npt
 from ullage.capture import Session
 from ullage.capture._timeline import Array, OpCost, Timeline, effective_bytes
 from ullage.capture._trace import Storage, Trace
-from ullage.planner._study import StepCapture, Study
 
 Mask = npt.NDArray[np.bool_]
 
@@ -37,18 +36,16 @@ class Ledger:
         unit: per op, the FQN of the unit it belongs to, or "".
     """
 
-    def __init__(self, s: Study, session: Session) -> None:
+    def __init__(self, session: Session, timeline: Timeline, costs: Sequence[OpCost], units: Collection[str]) -> None:
         trace = session.trace
         self.session, self.trace = session, trace
-        self.timeline: Timeline = s.timeline(session)
+        self.timeline = timeline
         self.size = len(trace.signature)
-        costs = s.costs(session)
         self.nbytes = np.array([effective_bytes(t, trace, costs) for t in trace.storages], np.int64)
         self.birth = np.array([max(t.birth, -1) for t in trace.storages], np.int64)
         self.death = np.array([min(t.death, self.size) for t in trace.storages], np.int64)
         self.category = np.array([lasting_category(t, trace) for t in trace.storages])
         self.phase = np.array(trace.phase)
-        units = {u.fqn for u in s.units}
         of_stack = np.array([next((f for f in stack if f in units), "") for stack in session.tracker.stacks])
         self.unit = of_stack[np.array(trace.stack, np.int64)]
         self.recomputed = np.array(trace.recomputed, np.bool_)
@@ -143,17 +140,11 @@ def by_category(live: Sequence[LiveTensor], peak: int, workspace: int) -> dict[s
     return totals([r for r in (*rows, ("library workspace", workspace), ("inside the op", rest)) if r[1] > 0])
 
 
-def peak_op(s: Study, capture: StepCapture) -> int:
-    """Index of the op at which a captured step peaks."""
-    peak = s.timeline(capture.session).peak[capture.ops]
-    return int(capture.ops.start) + int(peak.argmax())
+def peak_op(timeline: Timeline, ops: slice) -> int:
+    """Index of the op at which some ops of a session peak."""
+    return int(ops.start) + int(timeline.peak[ops].argmax())
 
 
 def moment(session: Session, op: int) -> tuple[str, str, str]:
     """(phase, module FQN, op) of an op."""
     return session.trace.phase[op], innermost(session, op), str(session.signatures[session.trace.signature[op]].func)
-
-
-def peak_moment(s: Study, capture: StepCapture) -> tuple[str, str, str]:
-    """(phase, module FQN, op) of a captured step's peak."""
-    return moment(capture.session, peak_op(s, capture))

@@ -18,10 +18,12 @@ from typing import Any
 from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import whole_blocks
+from ullage.planner._choices import ALL, Choices, Options
+from ullage.planner._executed import StepCapture
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel
 from ullage.planner._moved import largest_sent, transfers_of
 from ullage.planner._options import capture_options
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._study import Study
 from ullage.planner._with_tier import Pace
 
 
@@ -49,16 +51,29 @@ def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tup
     ]
 
 
-def model_of(s: Study) -> StepModel:
-    """The study's model: captures one step per option first, unless that is done."""
-    if s.model is None:
-        capture_options(s)
-        s.model = build_model(s)
-    return s.model
+@dataclass(frozen=True)
+class Composed:
+    """What the solver sees of a step, and when the plain step computes what."""
+
+    model: StepModel
+    pace: Pace
 
 
-def build_model(s: Study) -> StepModel:
+def model_of(s: Study, choices: Choices = ALL) -> StepModel:
+    """The model of some choices: captures one step per option first, unless that is done."""
+    return composed(s, choices).model
+
+
+def composed(s: Study, choices: Choices = ALL) -> Composed:
+    """The model of some choices, and the step's pace, which is the same for all of them."""
+    capture_options(s)
+    key = choices.key(s), tuple(s.captures), s.explored.unlinked
+    return s.derived(key, lambda: _compose(s, choices))
+
+
+def _compose(s: Study, choices: Choices) -> Composed:
     """Compose the study's captures; see the module's docstring."""
+    options = choices.of(s)
     order = tuple(u.fqn for u in s.units)
     rank = {f: i for i, f in enumerate(order)}
     names = ["keep", *(n for n in s.captures if n != "keep")]
@@ -86,7 +101,7 @@ def build_model(s: Study) -> StepModel:
                 later = sum(max(held[m][w] for m in names) for w in active[i] if w > unit)
                 own_peak[unit, n] = max(own_peak.get((unit, n), 0), rest + later + workspace)
     for u, fqn in enumerate(order):
-        for option in s.options[fqn]:
+        for option in options[fqn]:
             n = next((n for n in names if _runs(s.captures[n], fqn) == option and (u, n) in own_peak), "")
             if not n:
                 continue
@@ -99,20 +114,15 @@ def build_model(s: Study) -> StepModel:
             )
     nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
-    s.pace = _pace(s, order, table["keep"])
-    return StepModel(
-        order,
-        pruned,
-        tuple(outside),
-        s.seconds(s.captures["keep"]),
-        **_run_facts(s, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")}),
-    )
+    links = _run_facts(s, options, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")})
+    model = StepModel(order, pruned, tuple(outside), s.plain_steps.seconds, **links)
+    return Composed(model if choices.together else replace(model, linked=()), _pace(s, order, table["keep"]))
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
     """Bytes that leave memory, per unit, in whole blocks of the file."""
     units, sent = frozenset(order), dict[str, int]()
-    for t in transfers_of(s, capture):
+    for t in transfers_of(capture):
         fqn = next((m for m in t.modules if m in units), "")
         if t.out:
             sent[fqn] = sent.get(fqn, 0) + whole_blocks(t.nbytes)
@@ -133,7 +143,7 @@ def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
         else:
             rest += segment.seconds
     forward, backward = (tuple(seconds[phase, f] for f in order) for phase in ("forward", "backward"))
-    largest = largest_sent(s, *s.captures.values())
+    largest = largest_sent(s.device.round_bytes, *s.captures.values())
     return Pace(forward, backward, middle, rest, s.plain_session.inst.accumulate, largest)
 
 
@@ -143,15 +153,15 @@ def _needed(table: dict[Any, _Segment], fqn: str) -> int:
 
 
 def _run_facts(
-    s: Study, order: tuple[str, ...], base: dict[Any, _Segment], held: dict[str, list[int]]
+    s: Study, options: Options, order: tuple[str, ...], base: dict[Any, _Segment], held: dict[str, list[int]]
 ) -> dict[str, Any]:
     """What runs of units need to be known: see `StepModel`."""
     freed = [0] * len(order)
     for label, of_units in held.items():
         for u, fqn in enumerate(order):
             place = s.captures[label].assignment[fqn].place
-            able = all(RECOMPUTE in s.options[f] for f in order[max(u - 1, 0) : u + 1])
-            able &= fqn not in s.unlinked
+            able = all(RECOMPUTE in options[f] for f in order[max(u - 1, 0) : u + 1])
+            able &= fqn not in s.explored.unlinked
             if able and place is not None and place.depth and s.captures[label].session.links(fqn):
                 freed[u] = max(-of_units[u], 0)
 

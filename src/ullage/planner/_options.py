@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
 from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
 from ullage.planner._failed import take_away
-from ullage.planner._levels import find_levels
+from ullage.planner._levels import Levels, find_levels
 from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
 from ullage.runtime import ATTENTION, MATMUL, ROUTING
@@ -26,13 +26,24 @@ Calls = frozenset[tuple[str, int]]
 MATMULS = Option("select", "matmul_attention")
 
 
-def find_options(s: Study) -> None:
-    """Note which units have routing outputs or must be kept, and the options of each."""
-    s.units = [_with_routing(s.session, u) for u in s.units]
-    s.options = {u.fqn: _possible(s, u) for u in s.units}
-    if s.tier is not None:  # nothing is run again, so every unit can do that
-        for options in s.options.values():
-            options.append(OFFLOAD[s.tier.name])
+@dataclass(frozen=True)
+class Found:
+    """Units, the options of each, and why it does not have others, by (unit, option)."""
+
+    units: tuple[UnitFacts, ...]
+    options: dict[str, list[Option]]
+    reasons: dict[tuple[str, str], str]
+
+
+def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier | None) -> Found:
+    """Which units have routing outputs or must be kept, and the options of each, as the plain step shows them."""
+    reasons: dict[tuple[str, str], str] = {}
+    units = tuple(_with_routing(session, u) for u in units)
+    options = {u.fqn: _possible(session, u, reasons) for u in units}
+    if tier is not None:  # nothing is run again, so every unit can do that
+        for of_unit in options.values():
+            of_unit.append(OFFLOAD[tier.name])
+    return Found(units, options, reasons)
 
 
 def _ops_of(session: Session, fqn: str) -> list[Signature]:
@@ -52,13 +63,13 @@ def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
     return replace(unit, routing=any(o.func in ROUTING for o in ops))
 
 
-def _possible(s: Study, unit: UnitFacts) -> list[Option]:
+def _possible(session: Session, unit: UnitFacts, reasons: dict[tuple[str, str], str]) -> list[Option]:
     if unit.keep_reason:
-        s.reasons[unit.fqn, "keep"] = unit.keep_reason
+        reasons[unit.fqn, "keep"] = unit.keep_reason
         return [KEEP]
-    ops = _ops_of(s.session, unit.fqn)
+    ops = _ops_of(session, unit.fqn)
     if any(isinstance(a, float) and a > 0 for o in ops if o.func in ATTENTION for a in o.args[3:5]):
-        s.reasons[unit.fqn, "select:attention"] = "attention with dropout draws, so it is always run again"
+        reasons[unit.fqn, "select:attention"] = "attention with dropout draws, so it is always run again"
     matmuls = any(o.func in MATMUL for o in ops)
     return [KEEP, RECOMPUTE, *([MATMULS] if matmuls else [])]
 
@@ -68,36 +79,35 @@ def capture_options(s: Study) -> None:
 
     An option that fails on a unit is taken from it, with the reason noted. Done once: options taken away since then stay so.
     """
-    if s.options_captured:
+    if not s.explored.begin():
         return
-    s.options_captured = True
-    _capture(s, RECOMPUTE.name, lambda fqn: _like(s.options[fqn], RECOMPUTE))
+    _capture(s, RECOMPUTE.name, lambda fqn: _like(s, fqn, RECOMPUTE))
     if s.tier is not None:
         whole = OFFLOAD[s.tier.name]
-        _capture(s, whole.name, lambda fqn: _like(s.options[fqn], whole))
-    able = [u.fqn for u in s.units if RECOMPUTE in s.options[u.fqn]]
+        _capture(s, whole.name, lambda fqn: _like(s, fqn, whole))
+    able = [u.fqn for u in s.units if _has(s, u.fqn, RECOMPUTE)]
     if not able:
         return
     # also on units without matmuls: what is learnt there is the op log
-    _capture(s, MATMULS.name, lambda fqn: MATMULS if _may(s, fqn, MATMULS) else _like(s.options[fqn], RECOMPUTE))
-    for fqn, found in find_levels(s, able).items():
-        if RECOMPUTE in s.options[fqn]:
-            s.options[fqn] += [o for o in found if o not in s.options[fqn]]
-            s.levels[fqn] = found
-    for k in range(max(map(len, s.levels.values()), default=0)):
-        _capture(s, f"level {k}", functools.partial(_level, s, k))
+    _capture(s, MATMULS.name, lambda fqn: MATMULS if _may(s, fqn, MATMULS) else _like(s, fqn, RECOMPUTE))
+    found = {f: levels for f, levels in find_levels(s, able).items() if _has(s, f, RECOMPUTE)}
+    for fqn, levels in found.items():
+        s.explored.add(fqn, levels.options)
+    of_units = {f: levels.options for f, levels in found.items()}
+    for k in range(max(map(len, of_units.values()), default=0)):
+        _capture(s, f"level {k}", functools.partial(_level_of, s, of_units, k))
     if s.tier is not None:
-        _capture_sent(s, s.tier)
+        _capture_sent(s, s.tier, found)
     for parity in {k % 2 for k in linkable(s)}:
         _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
 
 
-def _capture_sent(s: Study, tier: OffloadTier) -> None:
+def _capture_sent(s: Study, tier: OffloadTier, levels: Mapping[str, Levels]) -> None:
     """Levels of which what is kept leaves memory: all of it, or as much as leaves while the unit's forward computes."""
     for label, which in (("offloaded", _everything), ("offloaded in part", _hidden)):
-        sent = {f: _sent(found, tier, functools.partial(which, s, f, tier)) for f, found in s.levels.items()}
+        sent = {f: _sent(x.options, tier, functools.partial(which, s, f, tier, x)) for f, x in levels.items()}
         for fqn, options in sent.items():
-            s.options[fqn] += [o for o in options if o not in s.options[fqn]]
+            s.explored.add(fqn, options)
         for k in range(max(map(len, sent.values()), default=0)):
             _capture(s, f"level {k} {label}", functools.partial(_level_of, s, sent, k))
 
@@ -109,13 +119,13 @@ def _sent(levels: Sequence[Option], tier: OffloadTier, which: Callable[[Calls], 
     return [Option("select", r.text) for r in sent]
 
 
-def _everything(s: Study, fqn: str, tier: OffloadTier, calls: Calls) -> Calls:
+def _everything(s: Study, fqn: str, tier: OffloadTier, levels: Levels, calls: Calls) -> Calls:
     return calls
 
 
-def _hidden(s: Study, fqn: str, tier: OffloadTier, calls: Calls) -> Calls:
+def _hidden(s: Study, fqn: str, tier: OffloadTier, levels: Levels, calls: Calls) -> Calls:
     """The largest calls that, together, leave while the unit's forward computes."""
-    sizes, leaving = s.call_bytes[fqn], set()
+    sizes, leaving = levels.call_bytes, set()
     passes = max(s.plain_session.inst.accumulate, 1)
     room = s.forward_seconds.get(fqn, 0.0) / passes * tier.write_bytes_per_second
     for call in sorted(calls, key=lambda c: (-sizes.get(c, 0), c)):
@@ -130,7 +140,7 @@ def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
     _capture(
         s,
         option.name,
-        lambda fqn: option if fqn in fqns and option in s.options[fqn] else _like(s.options[fqn], RECOMPUTE),
+        lambda fqn: option if fqn in fqns and not s.explored.failed(fqn, option.name) else _like(s, fqn, RECOMPUTE),
     )
 
 
@@ -152,24 +162,24 @@ def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
             return
         s.progress(f"capturing option {label}")
         try:
-            s.captures[label] = s.execute(assignment)
+            s.explored.keep_capture(label, s.capture(assignment))
         except OptionFailed as failed:
             take_away(s, failed)
 
 
-def _level(s: Study, k: int, fqn: str) -> Option:
-    return _level_of(s, s.levels, k, fqn)
-
-
-def _level_of(s: Study, levels: Mapping[str, list[Option]], k: int, fqn: str) -> Option:
-    found = [o for o in levels.get(fqn, ()) if o in s.options[fqn]]
-    return found[min(k, len(found) - 1)] if found else _like(s.options[fqn], RECOMPUTE)
+def _level_of(s: Study, levels: Mapping[str, Sequence[Option]], k: int, fqn: str) -> Option:
+    found = [o for o in levels.get(fqn, ()) if _has(s, fqn, o)]
+    return found[min(k, len(found) - 1)] if found else _like(s, fqn, RECOMPUTE)
 
 
 def _may(s: Study, fqn: str, option: Option) -> bool:
     """Can a unit be run again, and has this option not been taken from it?"""
-    return RECOMPUTE in s.options[fqn] and (fqn, option.name) not in s.reasons
+    return _has(s, fqn, RECOMPUTE) and (fqn, option.name) not in s.reasons
 
 
-def _like(options: Sequence[Option], wanted: Option) -> Option:
-    return wanted if wanted in options else KEEP
+def _has(s: Study, fqn: str, option: Option) -> bool:
+    return option in s.options[fqn] and not s.explored.failed(fqn, option.name)
+
+
+def _like(s: Study, fqn: str, wanted: Option) -> Option:
+    return wanted if _has(s, fqn, wanted) else KEEP

@@ -6,21 +6,21 @@ pin costs is found by deciding once more without it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from ullage._bytes import Budget, format_bytes, parse_budget
+from ullage._bytes import Size, format_bytes, parse_budget
 from ullage._errors import ArgumentError
 from ullage.mechanisms import RECOMPUTE, Option, option_from_name
+from ullage.planner._choices import ALL, Choices
+from ullage.planner._executed import Steps
 from ullage.planner._names import matching, units_of
 from ullage.planner._options import capture_also, capture_options, finds_something
 from ullage.planner._study import Study
 
 Options = dict[str, list[Option]]
-Assignment = Mapping[str, Option]
 SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
 _KNOWN = "keep, recompute, select (any level), select:LEVEL, offload (any), offload:host, offload:disk"
 
@@ -71,7 +71,7 @@ class Overrides:
             )
         self._headroom()
 
-    def _headroom(self) -> Budget | None:
+    def _headroom(self) -> Size | None:
         given = self.headroom
         nothing = given is None or (given == 0 and not isinstance(given, bool))
         return None if given is None or nothing else parse_budget(given, "headroom")
@@ -113,7 +113,7 @@ class Overrides:
         return headroom.resolve(plain_bytes, device_bytes) if headroom is not None else 0
 
     def restrict(self, s: Study, solver: bool) -> Restriction:
-        """Take away what is not allowed; `s.options` holds what is left.
+        """What is not allowed on a study; `Restriction.choices` is what is left.
 
         Args:
             s: a study whose options are found.
@@ -125,14 +125,12 @@ class Overrides:
         pinned = self._pinned(s)
         if solver and (self.pin or self.forbid):
             capture_options(s)
-        everything = {f: list(o) for f, o in s.options.items()}
+        everything = ALL.of(s)
+        extra: dict[str, list[Option]] = {f: [] for f in everything}
         for glob, fqns in pinned.items():
-            _offer(s, self.pin[glob], fqns, solver)
-        extra = {f: [o for o in options if o not in everything[f]] for f, options in s.options.items()}
-        found = Restriction(self, everything, extra, pinned)
-        s.options = found.allowed(s)
-        s.restrictions = self._words()
-        return found
+            for fqn, option in _offer(s, self.pin[glob], fqns, solver):
+                extra[fqn] += [option] if option not in extra[fqn] else []
+        return Restriction(self, everything, extra, pinned)
 
     def _pinned(self, s: Study) -> dict[str, list[str]]:
         """Per glob, its units."""
@@ -145,7 +143,9 @@ class Overrides:
                 raise ArgumentError(f"pin {glob!r}: no unit has such a name{hint}; the units are {_some(fqns)}")
         return found
 
-    def _words(self) -> list[str]:
+    @property
+    def words(self) -> list[str]:
+        """What they take away, for messages."""
         pins = [f"{glob} pinned to {action}" for glob, action in self.pin.items()]
         return [*pins, *(f"{action} forbidden" for action in self.forbid)]
 
@@ -159,9 +159,12 @@ class Restriction:
     extra: Options
     pinned: Mapping[str, list[str]]
 
-    def allowed(self, s: Study, without: str | None = None) -> Options:
-        """The options left per unit; `without`: a pin that is left out."""
-        return {u.fqn: self._left(s, u.fqn, without) for u in s.units}
+    def choices(self, s: Study, without: str | None = None) -> Choices:
+        """What is left to choose from; `without`: a pin that is left out."""
+        if not self.overrides.pin and not self.overrides.forbid:
+            return ALL
+        left = {u.fqn: self._left(s, u.fqn, without) for u in s.units}
+        return Choices(left, restrictions=tuple(self.overrides.words))
 
     def _left(self, s: Study, fqn: str, without: str | None) -> list[Option]:
         options, pins = self.everything[fqn], self.overrides.pin
@@ -200,45 +203,36 @@ class Restriction:
         """Of pinned units, the reason that their decisions give."""
         return {f: f"pinned by {g!r}" for g, fqns in reversed(list(self.pinned.items())) for f in fqns}
 
-    def pin_costs(self, s: Study, assignment: Assignment, again: Callable[[], Assignment]) -> list[PinCost]:
-        """What each pin costs: `again` decides under the options of the moment; both assignments are executed."""
+    def pin_costs(self, s: Study, now: Steps, again: Callable[[Choices], Steps]) -> list[PinCost]:
+        """What each pin costs: `again` decides and executes under other choices."""
         rows = []
-        now = measured(s, assignment) if self.overrides.pin else (0.0, 0)
         for glob, action in self.overrides.pin.items():
             s.progress(f"finding what pin {glob} costs")
-            with only(s, self.allowed(s, glob)):
-                other = again()
-            seconds, nbytes = (a - b for a, b in zip(now, measured(s, other), strict=True))
+            other = again(self.choices(s, glob))
             rows.append(
-                PinCost(pin=glob, action=action, units=len(self.pinned[glob]), seconds=seconds, nbytes=int(nbytes))
+                PinCost(
+                    pin=glob,
+                    action=action,
+                    units=len(self.pinned[glob]),
+                    seconds=now.seconds - other.seconds,
+                    nbytes=now.peak_bytes - other.peak_bytes,
+                )
             )
         return rows
 
 
-def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> None:
+def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tuple[str, Option]]:
     """A level that is named is had where a unit can be run again, whether or not the planner would think of it."""
     if not action.startswith("select:"):
-        return
-    option = option_from_name(action)
+        return []
+    option, options = option_from_name(action), ALL.of(s)
     able = [
-        f for f in fqns if RECOMPUTE in s.options[f] and (f, action) not in s.reasons and finds_something(s, f, option)
+        f for f in fqns if RECOMPUTE in options[f] and (f, action) not in s.reasons and finds_something(s, f, option)
     ]
-    new = [f for f in able if option not in s.options[f]]
-    for f in new:
-        s.options[f] = [*s.options[f], option]
+    new = [f for f in able if option not in options[f]]
     if new and capture:
         capture_also(s, option, new)
-
-
-@contextlib.contextmanager
-def only(s: Study, options: Options) -> Iterator[None]:
-    """Decide under other options for a time."""
-    before = s.options, s.model
-    s.options, s.model = options, None
-    try:
-        yield
-    finally:
-        s.options, s.model = before
+    return [(f, option) for f in new if not s.explored.failed(f, option.name)]
 
 
 def is_of(option: Option, action: str) -> bool:
@@ -252,12 +246,6 @@ def _check_action(where: str, action: object) -> None:
             option_from_name(str(action) if isinstance(action, str) else "")
     except ValueError as error:
         raise ArgumentError(f"{where}: no such action; expected {_KNOWN}") from error
-
-
-def measured(s: Study, assignment: Assignment) -> tuple[float, int]:
-    """(seconds of a later step, peak in bytes of the first and a later one), by executing them."""
-    steps = s.execute_fresh(assignment)
-    return s.seconds(steps[1]), max(s.peak(c) for c in steps)
 
 
 def _names(options: Sequence[Option]) -> str:

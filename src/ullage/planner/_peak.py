@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage.measure._state import captures
-from ullage.mechanisms import Option
+from ullage.planner._choices import ALL, Choices
+from ullage.planner._executed import Steps
 from ullage.planner._levers import MOST_RUNS, levers
-from ullage.planner._live import Ledger, LiveTensor, by_category, live_tensors, moment, peak_op
+from ullage.planner._live import LiveTensor, by_category, live_tensors, moment, peak_op
 from ullage.planner._peak_facts import Lever, PeakFacts
-from ullage.planner._planned import study_plan
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._planned import execute_plan, study_plan
+from ullage.planner._study import Study
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -142,25 +143,24 @@ def holding_rows(holdings: list[Holding]) -> list[str]:
     return out
 
 
-def bounds_of(
-    s: Study, assignment: Mapping[str, Option], steps: tuple[StepCapture, StepCapture], runs: int = 1
-) -> Bounds:
-    """What bounds two captured steps of one session; `runs`: how many groups of kept units are tried without, see `levers`."""
-    first, later = steps
-    worst = first if s.peak(first) > s.peak(later) else later
-    at, session = peak_op(s, worst), worst.session
-    facts = PeakFacts(s, assignment, steps, Ledger(s, session), at)
+def bounds_of(s: Study, choices: Choices, steps: Steps, runs: int = 1) -> Bounds:
+    """What bounds two executed steps; `runs`: how many groups of kept units are tried without, see `levers`."""
+    captures = s.capture_fresh(steps.assignment)
+    worst = captures[not steps.first_is_worst]
+    session = worst.session
+    at = peak_op(s.timeline(session), worst.ops)
+    facts = PeakFacts(s, choices, steps, captures, s.ledger(session), at)
     live = live_tensors(session, s.costs(session), at)
     phase, module, op = moment(session, at)
     return Bounds(
         peak_bytes=facts.peak_bytes,
-        step="first" if worst is first else "later",
+        step="first" if steps.first_is_worst else "later",
         phase=phase,
         module=module,
         op=op,
         source=session.trace.source[at],
         estimate=s.device.estimate,
-        by_category=by_category(live, facts.peak_bytes, s.workspace_bytes(assignment)),
+        by_category=by_category(live, facts.peak_bytes, steps.later.workspace_bytes),
         holdings=_holdings(s, live),
         tensors=sorted(live, key=lambda t: -t.nbytes)[:MOST_TENSORS],
         levers=levers(facts, runs),
@@ -202,6 +202,6 @@ def bounds(
         PlanMismatch: the plan is for another model.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
-    s, assignment = study_plan(work, plan, device, costs, profile, progress)
+    s = study_plan(work, plan, device, costs, profile, progress)
     s.progress("running the step")
-    return bounds_of(s, assignment, s.execute_fresh(assignment), runs=MOST_RUNS)
+    return bounds_of(s, ALL, execute_plan(s, plan), runs=MOST_RUNS)

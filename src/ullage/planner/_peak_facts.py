@@ -10,8 +10,10 @@ import numpy as np
 
 from ullage.capture import Session
 from ullage.mechanisms import Option
-from ullage.planner._live import Ledger, Mask, moment, peak_op
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._choices import Choices
+from ullage.planner._executed import StepCapture, Steps
+from ullage.planner._live import Ledger, Mask, moment
+from ullage.planner._study import Study
 
 SMALL_SHARE = 0.01  # of the peak: what holds less is no lever
 
@@ -45,27 +47,33 @@ class PeakFacts:
     """A first and a later step under an assignment, and the op at which they peak."""
 
     s: Study
-    assignment: Mapping[str, Option]
-    steps: tuple[StepCapture, StepCapture]
+    choices: Choices
+    steps: Steps
+    captures: tuple[StepCapture, StepCapture]
     ledger: Ledger
     at: int
 
     @property
+    def assignment(self) -> Mapping[str, Option]:
+        """What is done with each unit."""
+        return self.steps.assignment
+
+    @property
     def session(self) -> Session:
         """The session of both steps."""
-        return self.steps[0].session
+        return self.captures[0].session
 
     @property
     def peak_bytes(self) -> int:
         """The peak, in bytes."""
-        return max(self.s.peak(c) for c in self.steps)
+        return self.steps.peak_bytes
 
     def without(self, some: Mask, share: float = 1.0) -> tuple[int, int]:
         """(peak in bytes, op) of the steps if this share of some storages were not there."""
         left = self.ledger.timeline.peak - (self.ledger.alive_bytes(some) * share).astype(np.int64)
-        ops = max((c.ops for c in self.steps), key=lambda o: int(left[o].max()))
+        ops = max((c.ops for c in self.captures), key=lambda o: int(left[o].max()))
         op = int(ops.start) + int(left[ops].argmax())
-        return int(left[op]) + self.s.workspace_bytes(self.assignment), op
+        return int(left[op]) + self.steps.later.workspace_bytes, op
 
     def held(self, some: Mask) -> int:
         """Bytes of some storages at the peak."""
@@ -85,12 +93,11 @@ class PeakFacts:
             peak, op = self.without(some, share)
             yield _lever(what, nbytes, peak, moment(self.session, op), how)
 
-    def run_instead(self, what: str, nbytes: int, steps: tuple[StepCapture, StepCapture], how: str) -> Lever:
+    def run_instead(self, what: str, nbytes: int, steps: Steps, how: str) -> Lever:
         """The lever whose steps were run."""
-        worst = max(steps, key=self.s.peak)
-        seconds = self.s.seconds(steps[1]) - self.s.seconds(self.steps[1])
-        where = moment(worst.session, peak_op(self.s, worst))
-        return _lever(what, nbytes, self.s.peak(worst), where, how, seconds, executed=True)
+        worst = max(steps.both, key=lambda e: e.peak_bytes)
+        seconds = steps.seconds - self.steps.seconds
+        return _lever(what, nbytes, worst.peak_bytes, worst.moment, how, seconds, executed=True)
 
 
 def _lever(

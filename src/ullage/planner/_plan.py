@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +257,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         shown = "; ".join(sorted(differences)[:5]) or "the order of parameters"
         raise PlanMismatch(f"{where}{shown}{' ...' if len(differences) > 5 else ''}. Plan again")
 
-    def check_modes(self, evaluation: list[str]) -> None:
+    def check_modes(self, evaluation: Sequence[str]) -> None:
         """Raise PlanMismatch unless these modules, as captured, are the ones that were in evaluation mode."""
         other = sorted(set(evaluation) ^ set(self.evaluation))
         if other:

@@ -1,4 +1,4 @@
-"""A study and the assignment of a plan that exists already: what is asked of a plan, or of the plain step, starts here."""
+"""The study of a plan that exists already: what is asked of a plan, or of the plain step, starts here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ullage._errors import ArgumentError
-from ullage.capture._units import unit_facts
-from ullage.mechanisms import KEEP, Option
-from ullage.planner._options import find_options
-from ullage.planner._prepare import saved_bytes, study
-from ullage.planner._study import Study, key_of
+from ullage.mechanisms import KEEP
+from ullage.planner._executed import Steps
+from ullage.planner._prepare import study, with_units
+from ullage.planner._study import Study
 from ullage.workload import Workload
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ def study_plan(
     costs: str,
     profile: Profile | None,
     progress: Callable[[str], None] | None,
-) -> tuple[Study, dict[str, Option]]:
-    """Capture the plain step, and say what a plan (None: the plain step) does with each unit.
+) -> Study:
+    """Capture the plain step for what is asked of a plan (None: of the plain step itself).
 
     Raises:
         ArgumentError: `plan` is not a plan, or `device` is given beside one.
@@ -35,20 +34,22 @@ def study_plan(
     """
     if plan is not None:
         device, costs = _of_plan(plan, device, costs)
-    s = study(work, device, costs, None, profile.op_costs if profile is not None else None, progress)
-    if plan is not None:
-        plan.check_model(s.session.inst.model)
-        plan.check_modes(s.evaluation)
-        names = [d.unit for d in plan.decisions]
-        if names != [u.fqn for u in s.units]:  # it was made with units= of its own
-            s.units = unit_facts(s.session, saved_bytes(s), names)
-        s.tier = plan.tier
-    find_options(s)
-    assignment = {u.fqn: KEEP for u in s.units}
-    assignment |= {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
-    if plan is not None and plan.tier is not None:
-        s.windows[key_of(assignment)] = plan.tier.window_bytes
-    return s, assignment
+    known = profile.op_costs if profile is not None else None
+    s = study(work, device, costs, None, known, progress, plan.tier if plan is not None else None)
+    if plan is None:
+        return s
+    plan.check_model(s.session.inst.model)
+    plan.check_modes(s.evaluation)
+    names = [d.unit for d in plan.decisions]
+    return s if names == [u.fqn for u in s.units] else with_units(s, names)  # it was made with units= of its own
+
+
+def execute_plan(s: Study, plan: Plan | None) -> Steps:
+    """Execute the steps of a plan, or the plain ones, on the study of their workload."""
+    if plan is None:
+        return s.plain_steps
+    assignment = {u.fqn: KEEP for u in s.units} | {d.unit: d.settings().option for d in plan.decisions}
+    return s.execute_fresh(assignment, plan.tier.window_bytes if plan.tier is not None else 0)
 
 
 def _of_plan(plan: Plan, device: str | None, costs: str) -> tuple[str | None, str]:

@@ -11,14 +11,17 @@ from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError
 from ullage.apply import Report
 from ullage.measure._state import captures
-from ullage.mechanisms import KEEP, Option
+from ullage.mechanisms import KEEP
+from ullage.planner._budget import Budget
+from ullage.planner._choices import ALL, Choices
 from ullage.planner._confirm import infeasible, optimal, smallest_step, solution_of
+from ullage.planner._executed import Steps, key_of
 from ullage.planner._failed import without_failures
-from ullage.planner._finish import finish, forecast
+from ullage.planner._finish import finish
 from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
 from ullage.planner._overrides import Overrides, Restriction
-from ullage.planner._plan import Forecast, Plan
+from ullage.planner._plan import Plan
 from ullage.planner._policies import check_policy, policy_assignment
 from ullage.planner._prepare import prepare
 from ullage.planner._profile import Profile
@@ -116,91 +119,96 @@ def study_and_plan(
     if chosen is not None:
         overrides.check_tier(chosen.name)
     s = prepare(work, device, costs, profile, units, progress, chosen)
-    s.explains = True
-    plain = s.fresh_peak({})
-    limit = wanted.resolve(plain, s.device.memory_bytes) if wanted is not None else None
-    s.headroom_bytes = overrides.headroom_bytes(plain, s.device.memory_bytes)
-    return s, decide(s, limit, policy, overrides.restrict(s, solver=limit is not None))
+    plain = s.plain_steps.peak_bytes
+    reserve = overrides.headroom_bytes(plain, s.device.memory_bytes)
+    limit = Budget(wanted.resolve(plain, s.device.memory_bytes), reserve) if wanted is not None else None
+    restriction = overrides.restrict(s, solver=limit is not None)
+    return s, decide(s, limit, policy, restriction, choices=restriction.choices(s), explain=True)
 
 
 @without_failures
-def decide(s: Study, limit: int | None, policy: str = "optimal", restriction: Restriction | None = None) -> Plan:
-    """Decide within `limit` bytes; as often as one likes on one study. A limit may be None for a named policy.
+def decide(
+    s: Study,
+    budget: Budget | None,
+    policy: str = "optimal",
+    restriction: Restriction | None = None,
+    *,
+    choices: Choices = ALL,
+    explain: bool = False,
+) -> Plan:
+    """Decide within a budget; as often as one likes on one study. It may be None for a named policy.
 
     Args:
-        s: the study; its options are what is chosen from.
-        limit: bytes.
+        s: the study.
+        budget: what the plan stays within.
         policy: "optimal" or a named one.
-        restriction: the overrides that made these options what they are.
+        restriction: the overrides that made the choices what they are.
+        choices: what is chosen from.
+        explain: the plan, or the error, says what holds the peak, which takes a step or two more.
 
     Raises:
         BudgetInfeasible: no plan fits, or the named policy does not.
     """
-    s.windows.clear()  # those of another limit
-    baseline = forecast(s, *s.plain_capture)
-    assignment, bound = _choose(s, limit, policy, baseline)
+    steps, bound = _choose(s, choices, budget, policy, explain)
     if restriction is None:
-        return finish(s, assignment, limit, policy, baseline, bound, {})
-    windows = dict(s.windows)  # a solver that is asked for something else notes others
-    pins = restriction.pin_costs(s, assignment, lambda: _unconfirmed(s, limit, policy, baseline))
-    s.windows = windows
-    notes = []
-    if restriction.overrides.tolerance and limit is not None:
-        room = limit - s.headroom_bytes
-        assignment, note = fewer_actions(
-            s, assignment, restriction.overrides.tolerance, room, lambda: optimal(s, room)[0]
-        )
+        return finish(s, choices, steps, budget, policy, bound, {}, explain)
+    pins = restriction.pin_costs(s, steps, lambda others: _unconfirmed(s, others, budget, policy, steps))
+    notes, overrides = [], restriction.overrides
+    if overrides.tolerance and budget is not None:
+        steps, note = fewer_actions(s, choices, steps, overrides.tolerance, budget)
         notes.append(note)
-    made = finish(s, assignment, limit, policy, baseline, bound, restriction.why())
-    forbidden = sorted(restriction.overrides.forbid)
+    made = finish(s, choices, steps, budget, policy, bound, restriction.why(), explain)
+    forbidden = sorted(overrides.forbid)
     return structs.replace(made, pins=pins, forbidden=forbidden, notes=[*made.notes, *filter(None, notes)])
 
 
-def _choose(s: Study, limit: int | None, policy: str, baseline: Forecast) -> tuple[dict[str, Option], float]:
-    """The assignment, and a lower bound on the seconds of a step under any that fits; 0 for a named policy."""
+def _choose(s: Study, choices: Choices, budget: Budget | None, policy: str, explain: bool) -> tuple[Steps, float]:
+    """The steps, and a lower bound on the seconds of any step that fits; 0 for a named policy."""
+    plain = s.plain_steps
     if policy != "optimal":
-        assignment = policy_assignment(policy, s.units, s.options)
-        peak = s.fresh_peak(assignment)
-        if limit is not None and peak > limit - s.headroom_bytes:
-            raise infeasible(s, limit, smallest_step(s), f"policy {policy} peaks at {format_bytes(peak)}; ")
+        steps = s.execute_fresh(policy_assignment(policy, s.units, choices.of(s)))
+        if budget is not None and steps.peak_bytes > budget.room:
+            why = f"policy {policy} peaks at {format_bytes(steps.peak_bytes)}; "
+            raise infeasible(s, choices, budget, smallest_step(s, choices), why, explain)
         # without a budget no more than the plain step takes
-        choose_window(s, assignment, (baseline.peak_bytes if limit is None else limit) - s.headroom_bytes)
-        return assignment, 0.0
-    assert limit is not None
-    if _plain_fits(s, limit, baseline):
-        return {u.fqn: KEEP for u in s.units}, baseline.step_seconds
-    assignment, added = optimal(s, limit - s.headroom_bytes)
-    return assignment, baseline.step_seconds + added
+        return choose_window(steps, budget or Budget(plain.peak_bytes)), 0.0
+    assert budget is not None
+    if _plain_fits(s, choices, budget):
+        return plain, plain.seconds
+    steps, added = optimal(s, choices, budget, explain)
+    return steps, plain.seconds + added
 
 
-def _plain_fits(s: Study, limit: int, baseline: Forecast) -> bool:
-    return baseline.peak_bytes <= limit - s.headroom_bytes and all(KEEP in o for o in s.options.values())
+def _plain_fits(s: Study, choices: Choices, budget: Budget) -> bool:
+    return s.plain_steps.peak_bytes <= budget.room and all(KEEP in o for o in choices.of(s).values())
 
 
-def _unconfirmed(s: Study, limit: int | None, policy: str, baseline: Forecast) -> dict[str, Option]:
-    """What `_choose` would choose as the solver sees it."""
+def _unconfirmed(s: Study, choices: Choices, budget: Budget | None, policy: str, chosen: Steps) -> Steps:
+    """What `_choose`, which has chosen these steps, would choose as the solver sees it, executed."""
     if policy != "optimal":
-        return policy_assignment(policy, s.units, s.options)
-    assert limit is not None
-    if _plain_fits(s, limit, baseline):
-        return {u.fqn: KEEP for u in s.units}
-    model = model_of(s)
-    return assignment_of(model, (solution_of(s, limit - s.headroom_bytes) or smallest(model)).schedule)
+        assignment = policy_assignment(policy, s.units, choices.of(s))
+        same = key_of(assignment) == key_of(chosen.assignment)
+        return s.execute_fresh(assignment, chosen.later.window_bytes if same else 0)
+    assert budget is not None
+    if _plain_fits(s, choices, budget):
+        return s.plain_steps
+    model = model_of(s, choices)
+    solution, window = solution_of(s, choices, budget.room) or (smallest(model), 0)
+    return s.execute_fresh(assignment_of(model, solution.schedule), window)
 
 
 @without_failures
 def smallest_bytes(s: Study) -> int:
-    """The smallest budget that some plan is executed within."""
-    return s.fresh_peak(smallest_step(s).assignment) + s.headroom_bytes
+    """The smallest budget, without a reserve, that some plan is executed within."""
+    return s.execute_fresh(smallest_step(s).assignment).peak_bytes
 
 
 @without_failures
-def execute_choice(s: Study, limit: int) -> None:
-    """Execute afresh what the solver chooses within `limit`.
+def execute_choice(s: Study, budget: Budget) -> None:
+    """Execute afresh what the solver chooses within a budget.
 
     `decide` would execute it twice, in passing and then afresh. It pays to do this first where the choice will most
     likely fit, and where executions made for another budget may be the same.
     """
-    target = limit - s.headroom_bytes
-    if s.fresh_peak({}) > target and (solution := solution_of(s, target)) is not None:
-        s.execute_fresh(assignment_of(model_of(s), solution.schedule))
+    if s.plain_steps.peak_bytes > budget.room and (solved := solution_of(s, ALL, budget.room)) is not None:
+        s.execute_fresh(assignment_of(model_of(s), solved[0].schedule))

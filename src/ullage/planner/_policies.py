@@ -19,7 +19,9 @@ def check_policy(policy: str) -> None:
         policy_assignment(policy, [], {})
 
 
-def policy_assignment(policy: str, units: list[UnitFacts], options: Mapping[str, list[Option]]) -> dict[str, Option]:
+def policy_assignment(
+    policy: str, units: Sequence[UnitFacts], options: Mapping[str, list[Option]]
+) -> dict[str, Option]:
     """The assignment of a named policy.
 
     - none: keep everything.

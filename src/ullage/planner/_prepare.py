@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ullage._errors import ArgumentError
@@ -10,10 +11,12 @@ from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
 from ullage.capture._assumed import check_assumed
 from ullage.capture._timeline import OpCost, effective_bytes
-from ullage.capture._units import unit_facts
+from ullage.capture._units import UnitFacts, unit_facts
+from ullage.mechanisms import KEEP
 from ullage.planner._device import choose_device
+from ullage.planner._explored import Explored
 from ullage.planner._options import find_options
-from ullage.planner._study import Progress, StepCapture, Study
+from ullage.planner._study import Progress, Study, both_steps
 from ullage.workload import Workload, in_evaluation
 
 if TYPE_CHECKING:
@@ -33,9 +36,7 @@ def prepare(
     """A study with the options of its units: plans for any number of budgets are made from one."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
-    s = study(work, device, mode, units, known, progress, tier)
-    find_options(s)
-    return s
+    return study(work, device, mode, units, known, progress, tier)
 
 
 def study(
@@ -47,7 +48,7 @@ def study(
     progress: Progress | None = None,
     tier: OffloadTier | None = None,
 ) -> Study:
-    """Capture the plain step (first and later) and find the units; `ullage.planner._options` finds their options."""
+    """Capture the plain step (first and later); find the units and their options."""
     if not isinstance(work, Workload):
         raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
     choice = choose_device(work, device)
@@ -64,14 +65,34 @@ def study(
     check_assumed(
         session, lambda trial: Session(work, choice.round_bytes, choice.as_cuda, like=session, trial=trial), 2
     )
-    result = Study(work, choice, mode, session, known_costs=dict(known_costs or {}), progress=say, tier=tier)
-    result.evaluation = in_evaluation(session.inst.model, session.training)
-    result.times_given = known_costs is not None
-    a, b = session.trace.marks
-    result.plain_steps = [slice(a, b), slice(b, session.tracker.clock)]
-    result.captures["keep"] = StepCapture(session, result.plain_steps[1], {})
-    result.units = unit_facts(session, saved_bytes(result), units)
-    return result
+    plain = both_steps(session, {})
+    result = Study(
+        work,
+        choice,
+        mode,
+        plain,
+        (),
+        Explored(session, (KEEP.name, plain[1]), {}),
+        tier,
+        tuple(in_evaluation(session.inst.model, session.training)),
+        dict(known_costs or {}),
+        known_costs is not None,
+        say,
+    )
+    return _with_units(result, unit_facts(session, saved_bytes(result), units))
+
+
+def with_units(s: Study, fqns: Sequence[str]) -> Study:
+    """The same plain step, of which exactly these modules are units; nothing is known of their options yet."""
+    return _with_units(s, unit_facts(s.plain_session, saved_bytes(s), fqns))
+
+
+def _with_units(s: Study, units: Sequence[UnitFacts]) -> Study:
+    found = find_options(s.session, units, s.tier)
+    explored = Explored(s.session, (KEEP.name, s.plain[1]), found.options)
+    for (fqn, option), why in found.reasons.items():
+        explored.explain(fqn, option, why)
+    return replace(s, units=found.units, explored=explored)
 
 
 def saved_bytes(s: Study) -> dict[str, int]:

@@ -12,12 +12,12 @@ from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import captures
+from ullage.planner._executed import StepCapture
 from ullage.planner._instance import StepModel
-from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_moment, peak_op, totals
+from ullage.planner._live import LiveTensor, by_category, innermost, live_tensors, peak_op, totals
 from ullage.planner._model import model_of
-from ullage.planner._options import find_options
 from ullage.planner._prepare import study
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._study import Study
 from ullage.workload import Workload, note_of
 
 
@@ -165,31 +165,29 @@ def study_and_profile(
 ) -> tuple[Study, Profile]:
     """`profile`, and the study it comes from: for who shows more of the step than the profile does."""
     s = study(work, device, costs, units, None, progress)
-    find_options(s)
     return s, _profile_of(s)
 
 
 def _profile_of(s: Study) -> Profile:
-    first, later = s.plain_capture
-    peaks = s.peak(first), s.peak(later)
-    worst = first if peaks[0] > peaks[1] else later
-    at = peak_op(s, worst)
+    steps, later = s.plain_steps, s.plain[1]
+    worst = s.plain[not steps.first_is_worst]
+    at = peak_op(s.timeline(s.plain_session), worst.ops)
     live = live_tensors(s.plain_session, s.costs(s.plain_session), at)
-    phase, module, op = peak_moment(s, worst)
+    phase, module, op = steps.worst.moment
     return Profile(
         device=s.device.name,
         estimate=s.device.estimate,
         costs=s.costs_mode,
-        peak_bytes=max(peaks),
-        first_step_peak_bytes=peaks[0],
-        later_step_peak_bytes=peaks[1],
+        peak_bytes=steps.peak_bytes,
+        first_step_peak_bytes=steps.first.peak_bytes,
+        later_step_peak_bytes=steps.later.peak_bytes,
         start_bytes=int(s.timeline(s.plain_session).before[later.ops.start]),
-        step_seconds=s.seconds(later),
+        step_seconds=steps.seconds,
         phase=phase,
         module=module,
         op=op,
         source=s.plain_session.trace.source[at],
-        by_category=by_category(live, max(peaks), s.device.facts.blas_workspace_bytes),
+        by_category=by_category(live, steps.peak_bytes, s.device.facts.blas_workspace_bytes),
         by_module=totals([(t.module, t.nbytes) for t in live]),
         largest=sorted(live, key=lambda t: -t.nbytes)[:50],
         units=_unit_profiles(s),
@@ -242,7 +240,7 @@ def _cost_table(s: Study) -> dict[str, tuple[float, int, list[int]]]:
 def _unit_seconds(s: Study) -> dict[str, float]:
     trace, tracker, seconds = s.plain_session.trace, s.plain_session.tracker, s.timeline(s.plain_session).seconds
     totals: dict[str, float] = {}
-    ops = s.captures["keep"].ops
+    ops = s.plain[1].ops
     for i in range(ops.start, ops.stop):
         for fqn in tracker.stacks[trace.stack[i]]:
             totals[fqn] = totals.get(fqn, 0.0) + float(seconds[i])

@@ -6,29 +6,33 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ullage.mechanisms import KEEP, Option
+from ullage.planner._budget import Budget
+from ullage.planner._choices import Choices
+from ullage.planner._executed import Executed
 from ullage.planner._instance import StepModel
 from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
 from ullage.planner._schedule import flat
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._study import Study
 
 RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
 SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
 REFUSED_IN_A_ROW = 4  # units of a plan with runs that get no cheaper option, until the rest is not tried
 
 
-def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
+def relax(s: Study, choices: Choices, chosen: Executed, budget: Budget) -> dict[str, Option]:
     """What was chosen, for all units; those whose next cheaper option still fits as execution shows get it, the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
     too much, might have refused wrongly is executed. Where tensors leave, nothing is tried.
     """
-    assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, s.peak(chosen)
+    assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, chosen.peak_bytes
     if any(o.offloads for o in assignment.values()):
         return assignment
     if any(o.place is not None for o in assignment.values()):
-        return _relax_with_runs(s, assignment, limit)
-    model, work, seen = model_of(s), RELAX_WORK, _overestimate(s)
+        return _relax_with_runs(s, model_of(s, choices), assignment, budget)
+    model, work = model_of(s, choices), RELAX_WORK
+    seen = _overestimate(s, model)
     # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
     # a trial that did not fit is not tried
     rejected: dict[tuple[str, int, float], int] = {}
@@ -43,28 +47,28 @@ def relax(s: Study, chosen: StepCapture, limit: int) -> dict[str, Option]:
             old, new = facts[at[u]], facts[cheaper[-1]]
             kind = new.option.name, new.held_bytes - old.held_bytes, new.seconds
             said = model.peak([*at[:u], cheaper[-1], *at[u + 1 :]])
-            if said <= limit + slack and said < rejected.get(kind, said + 1):
+            if said <= budget.room + slack and said < rejected.get(kind, said + 1):
                 tries.append((new.seconds - old.seconds, u, new.option, kind, said))
         if not tries:
             break
         _, u, option, kind, said = min(tries, key=lambda t: (t[0], t[1]))
         s.progress("trying to relax single units")
         trial = s.execute({**assignment, model.units[u]: option})
-        work -= trial.ops.stop - trial.ops.start
-        if _fits(s, trial, limit):
-            assignment, peak = dict(trial.assignment), s.peak(trial)
+        work -= trial.ops
+        if _fits(s, trial, budget):
+            assignment, peak = dict(trial.assignment), trial.peak_bytes
             rejected.clear()
         else:
             rejected[kind] = said
     return assignment
 
 
-def _relax_with_runs(s: Study, assignment: dict[str, Option], limit: int) -> dict[str, Option]:
+def _relax_with_runs(s: Study, model: StepModel, assignment: dict[str, Option], budget: Budget) -> dict[str, Option]:
     """`relax` where units are rebuilt together, of which the model knows no selective options: by execution alone.
 
     The last units come first: what they hold is free before the others' backward.
     """
-    model, work, refused = model_of(s), RELAX_WORK, 0
+    work, refused = RELAX_WORK, 0
     for fqn, facts in reversed(list(zip(model.units, model.options, strict=True))):
         place, options = assignment[fqn].place, [o.option for o in facts]
         now = replace(assignment[fqn], place=None)
@@ -74,16 +78,16 @@ def _relax_with_runs(s: Study, assignment: dict[str, Option], limit: int) -> dic
                 return assignment
             s.progress("trying to relax single units")
             trial = s.execute({**assignment, fqn: option if option == KEEP else replace(option, place=place)})
-            work -= trial.ops.stop - trial.ops.start
-            if not _fits(s, trial, limit):
+            work -= trial.ops
+            if not _fits(s, trial, budget):
                 refused += 1
                 break
             assignment, refused = dict(trial.assignment), 0
     return assignment
 
 
-def _fits(s: Study, trial: StepCapture, limit: int) -> bool:
-    return s.peak_with_update(trial) <= limit and s.fresh_peak(trial.assignment) <= limit
+def _fits(s: Study, trial: Executed, budget: Budget) -> bool:
+    return trial.peak_with_update <= budget.room and s.execute_fresh(trial.assignment).peak_bytes <= budget.room
 
 
 def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
@@ -94,13 +98,12 @@ def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
     return found
 
 
-def _overestimate(s: Study) -> int:
+def _overestimate(s: Study, model: StepModel) -> int:
     """By how much the model says more than the executed homogeneous steps showed."""
     seen = [0]
-    model = model_of(s)
     for capture in s.captures.values():
         wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}
         choice = _choice(model, wanted)
         if assignment_of(model, flat(choice)) == wanted:
-            seen.append(model.peak(choice) - s.peak_with_update(capture))
+            seen.append(model.peak(choice) - s.execute(capture.assignment).peak_with_update)
     return max(seen)

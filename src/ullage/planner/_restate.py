@@ -8,11 +8,13 @@ from dataclasses import replace
 from msgspec import structs
 
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._finish import finish, forecast
+from ullage.planner._budget import Budget
+from ullage.planner._choices import ALL, Choices
+from ullage.planner._finish import finish
 from ullage.planner._model import model_of
 from ullage.planner._options import capture_also, capture_options
-from ullage.planner._overrides import only
 from ullage.planner._plan import Decision, Plan
+from ullage.planner._planned import execute_plan
 from ullage.planner._study import Study
 
 
@@ -21,15 +23,14 @@ def restate(s: Study, plan: Plan) -> Plan:
 
     A file may have been edited by hand, and times that were measured are those of another day.
     """
-    assignment = {u.fqn: KEEP for u in s.units} | {d.unit: d.settings().option for d in plan.decisions}
-    alone = {f: replace(o, place=None) for f, o in assignment.items()}
-    everything = _offer(s, alone)
-    with only(s, {f: list(dict.fromkeys([KEEP, o])) for f, o in alone.items()}):
-        reasons = {d.unit: d.reason for d in plan.decisions}
-        baseline = forecast(s, *s.plain_capture)
-        made = finish(s, assignment, plan.budget_bytes, plan.policy, baseline, 0.0, reasons)
-        known = _known(s) if len(s.captures) > 1 else {}
-    s.options = everything
+    steps = execute_plan(s, plan)
+    alone = {f: replace(o, place=None) for f, o in steps.assignment.items()}
+    _capture_missing(s, alone)
+    choices = Choices({f: list(dict.fromkeys([KEEP, o])) for f, o in alone.items()})
+    reasons = {d.unit: d.reason for d in plan.decisions}
+    budget = Budget(plan.budget_bytes) if plan.budget_bytes is not None else None
+    made = finish(s, choices, steps, budget, plan.policy, 0.0, reasons)
+    known = _known(s, choices) if len(s.captures) > 1 else {}
     return structs.replace(
         made,
         decisions=[_as_found(d, alone[d.unit] in known.get(d.unit, alone.values())) for d in made.decisions],
@@ -41,24 +42,22 @@ def restate(s: Study, plan: Plan) -> Plan:
     )
 
 
-def _offer(s: Study, alone: Mapping[str, Option]) -> dict[str, list[Option]]:
-    """Capture what the plan takes, where the planner would not think of it itself; return the options there were."""
+def _capture_missing(s: Study, alone: Mapping[str, Option]) -> None:
+    """Capture what the plan takes, where the planner would not think of it itself."""
     if all(o == KEEP for o in alone.values()):
-        return s.options
+        return
     capture_options(s)
-    everything = {f: list(o) for f, o in s.options.items()}
+    options = ALL.of(s)
     more: dict[Option, list[str]] = {}
     for fqn, option in alone.items():
-        if option not in s.options[fqn]:
-            s.options[fqn] = [*s.options[fqn], option]
+        if option not in options[fqn]:
             more.setdefault(option, []).append(fqn)
     for option, fqns in more.items():
         capture_also(s, option, fqns)
-    return everything
 
 
-def _known(s: Study) -> dict[str, set[Option]]:
-    model = model_of(s)
+def _known(s: Study, choices: Choices) -> dict[str, set[Option]]:
+    model = model_of(s, choices)
     return {f: {o.option for o in options} for f, options in zip(model.units, model.options, strict=True)}
 
 

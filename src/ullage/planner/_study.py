@@ -8,10 +8,10 @@ inside either, and the time it adds; `ullage.planner._model` composes them for a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,64 +25,78 @@ from ullage.capture._units import UnitFacts
 from ullage.cost import HostCost, host_cost_in, measure_host, measure_ops, roofline_ops
 from ullage.mechanisms import KEEP, Option, UnitSettings
 from ullage.planner._device import DeviceChoice
-from ullage.planner._moved import overlap_of
+from ullage.planner._executed import Executed, Key, StepCapture, Steps, key_of
+from ullage.planner._explored import Explored
+from ullage.planner._live import Ledger, moment, peak_op
+from ullage.planner._moved import events_of, largest_sent, offloaded_bytes, senders_of, transfers_of
 from ullage.planner._nodes import book_nodes, upper_bound
+from ullage.planner._tiers import OffloadTier
 from ullage.workload import Workload
 
-if TYPE_CHECKING:
-    from ullage.planner._instance import StepModel
-    from ullage.planner._tiers import OffloadTier
-    from ullage.planner._with_tier import Pace
-
+DERIVED_KEPT = 8
 FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
 Progress = Callable[[str], None]
 
-
-@dataclass
-class StepCapture:
-    """One captured step: which trace, which ops, what was assigned."""
-
-    session: Session
-    ops: slice
-    assignment: Mapping[str, Option]
+T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Study:
-    """See the module's docstring. Built by `study`."""
+    """See the module's docstring. Built by `study`; nobody assigns to it.
+
+    Attributes:
+        work: what is trained.
+        device: where.
+        costs_mode: "measured" or "roofline".
+        plain: the plain step: the first and a later one.
+        units: modules with options, in forward order.
+        explored: their options, and what running steps with them has shown so far.
+        tier: where tensors may be offloaded to.
+        evaluation: modules in evaluation mode whose code reads the mode.
+        known_costs: of ops by their signature; it grows as steps with new ones are executed.
+        times_given: known costs came with times, so that no others are measured.
+        progress: called with a line at each stage.
+    """
 
     work: Workload
     device: DeviceChoice
     costs_mode: str
-    session: Session
-    units: list[UnitFacts] = field(default_factory=list)
-    options: dict[str, list[Option]] = field(default_factory=dict)
-    levels: dict[str, list[Option]] = field(default_factory=dict)
-    call_bytes: dict[str, dict[tuple[str, int], int]] = field(
-        default_factory=dict
-    )  # per unit, of calls that levels name
-    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
-    failed: set[tuple[str, str]] = field(default_factory=set)  # options that did not run, by unit
-    unlinked: set[str] = field(default_factory=set)  # units that can't be rebuilt together with the one before
-    captures: dict[str, StepCapture] = field(default_factory=dict)
-    plain_steps: list[slice] = field(default_factory=list)
+    plain: tuple[StepCapture, StepCapture]
+    units: Sequence[UnitFacts]
+    explored: Explored
+    tier: OffloadTier | None = None
+    evaluation: Sequence[str] = ()
     known_costs: dict[str, OpCost] = field(default_factory=dict)
-    options_captured: bool = False
-    model: StepModel | None = None
-    pace: Pace | None = None
-    tier: OffloadTier | None = None  # where tensors may go
-    windows: dict[frozenset[tuple[str, Option]], int] = field(default_factory=dict)  # bytes, per assignment
     times_given: bool = False
-    evaluation: list[str] = field(default_factory=list)  # modules in evaluation mode whose code reads the mode
-    explains: bool = False  # plans and errors say what holds the peak, which takes a step or two more
-    headroom_bytes: int = 0
-    restrictions: list[str] = field(default_factory=list)  # what a person's overrides take away, for messages
     progress: Progress = lambda _: None
     _costs: WeakKeyDictionary[Session, list[OpCost]] = field(default_factory=WeakKeyDictionary)
-    _executed: dict[frozenset[tuple[str, Option]], StepCapture] = field(default_factory=dict)
-    _fresh: dict[frozenset[tuple[str, Option]], tuple[StepCapture, StepCapture]] = field(default_factory=dict)
     _booked: WeakKeyDictionary[Session, int] = field(default_factory=WeakKeyDictionary)  # runs of nodes
     _timelines: WeakKeyDictionary[Session, tuple[int, Timeline]] = field(default_factory=WeakKeyDictionary)
+    _in_passing: dict[Key, StepCapture] = field(default_factory=dict, init=False)
+    _fresh: dict[Key, tuple[StepCapture, StepCapture]] = field(default_factory=dict, init=False)
+    _executed: dict[Key, Executed] = field(default_factory=dict, init=False)
+    _steps: dict[Key, Steps] = field(default_factory=dict, init=False)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def session(self) -> Session:
+        """The session that steps are executed on in passing."""
+        return self.explored.session
+
+    @property
+    def options(self) -> Mapping[str, Sequence[Option]]:
+        """All options of each unit, also those that have failed: `Choices.of` leaves these out."""
+        return self.explored.options
+
+    @property
+    def reasons(self) -> Mapping[tuple[str, str], str]:
+        """Why a unit does not have an option, by (unit, option)."""
+        return self.explored.reasons
+
+    @property
+    def captures(self) -> Mapping[str, StepCapture]:
+        """One captured step per option or level, by label."""
+        return self.explored.captures
 
     def costs(self, session: Session) -> list[OpCost]:
         """Costs of all of a session's signatures; each distinct signature is measured once per study."""
@@ -124,42 +138,22 @@ class Study:
         facts = {u.fqn: u for u in self.units}
         return {f: UnitSettings(o, facts[f].buffers, facts[f].routing) for f, o in assignment.items() if o != KEEP}
 
-    def peak(self, capture: StepCapture) -> int:
-        """The peak of a captured step, in bytes."""
-        peak = int(self.timeline(capture.session).peak[capture.ops].max(initial=0))
-        return peak + self.workspace_bytes(capture.assignment)
-
-    def workspace_bytes(self, assignment: Mapping[str, Option]) -> int:
-        """What is held all the time beside tensors: cuBLAS's workspace, and what a store's transfers may hold."""
-        tier = self.tier_for(assignment)
-        return self.device.facts.blas_workspace_bytes + (tier.reserved_bytes if tier is not None else 0)
-
-    def tier_for(self, assignment: Mapping[str, Option]) -> OffloadTier | None:
-        """The tier that an assignment uses, with its window; None if nothing is sent there."""
-        if self.tier is None or not any(o.offloads for o in assignment.values()):
-            return None
-        return structs.replace(self.tier, window_bytes=self.windows.get(key_of(assignment), 0))
-
-    def peak_with_update(self, capture: StepCapture) -> int:
-        """The peak in bytes of a step that was captured without its optimizer, which no assignment changes."""
-        return max(self.peak(capture), self.update_peak_bytes)
-
     @cached_property
     def update_peak_bytes(self) -> int:
         """The peak while the optimizer runs; the first step's, in which its state is made, included."""
         t, trace = self.timeline(self.plain_session), self.plain_session.trace
-        ops = [i for s in self.plain_steps for i in range(s.start, s.stop) if trace.phase[i] == "optimizer"]
+        ops = [i for c in self.plain for i in range(c.ops.start, c.ops.stop) if trace.phase[i] == "optimizer"]
         return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
 
     @property
     def plain_session(self) -> Session:
         """The session of the plain step."""
-        return self.captures["keep"].session
+        return self.plain[0].session
 
     @property
-    def plain_capture(self) -> tuple[StepCapture, StepCapture]:
-        """The plain step: the first and a later one."""
-        return StepCapture(self.plain_session, self.plain_steps[0], {}), self.captures["keep"]
+    def plain_steps(self) -> Steps:
+        """What the plain step showed."""
+        return self.execute_fresh({u.fqn: KEEP for u in self.units})
 
     def op_seconds(self, capture: StepCapture) -> npt.NDArray[np.float64]:
         """Seconds of each op of a captured step; host time of a unit's replays is spread evenly over what they run again."""
@@ -176,11 +170,6 @@ class Study:
             if trace.recomputed[i]:
                 found[i - capture.ops.start] += of_stack[trace.stack[i]]
         return found
-
-    def seconds(self, capture: StepCapture) -> float:
-        """The predicted time of a captured step, waits for transfers included."""
-        moved = overlap_of(self, capture)
-        return float(self.op_seconds(capture).sum()) + (moved.stalled_seconds if moved is not None else 0.0)
 
     @cached_property
     def host_cost(self) -> HostCost:
@@ -203,7 +192,7 @@ class Study:
     def forward_ops(self) -> dict[str, int]:
         """Per module, the ops of its forwards in the plain step."""
         trace, stacks, counts = self.plain_session.trace, self.plain_session.tracker.stacks, dict[str, int]()
-        for i in range(self.plain_steps[1].start, self.plain_steps[1].stop):
+        for i in range(self.plain[1].ops.start, self.plain[1].ops.stop):
             if trace.phase[i] == "forward":
                 for fqn in stacks[trace.stack[i]]:
                     counts[fqn] = counts.get(fqn, 0) + 1
@@ -212,7 +201,7 @@ class Study:
     @cached_property
     def forward_seconds(self) -> dict[str, float]:
         """Per module, the time of the ops of its forwards in the plain step."""
-        session, ops = self.plain_session, self.plain_steps[1]
+        session, ops = self.plain_session, self.plain[1].ops
         trace, stacks, found = session.trace, session.tracker.stacks, dict[str, float]()
         seconds = self.timeline(session).seconds
         for i in range(ops.start, ops.stop):
@@ -224,7 +213,7 @@ class Study:
     @cached_property
     def forward_calls(self) -> Counter[str]:
         """Per module, its calls in the plain step."""
-        ops = self.plain_steps[1]
+        ops = self.plain[1].ops
         return Counter(c.fqn for c in self.plain_session.calls if ops.start <= c.first_op < ops.stop)
 
     def replay_seconds(self, fqn: str, option: Option, ops: int | None = None) -> float:
@@ -244,46 +233,96 @@ class Study:
             calls, forward = max(round(ops / forward), 1) * calls, ops
         return self.host_cost.replays(False, calls, forward)
 
-    def execute(self, assignment: Mapping[str, Option]) -> StepCapture:
-        """Run forward and backward of one later step under an assignment, once; its peak is `peak_with_update`."""
-        wanted = key_of(assignment)
-        if wanted in self._fresh:
-            return replace(self._fresh[wanted][1], assignment=dict(assignment))
-        if wanted not in self._executed:
-            session = self.session
-            session.run(self.settings(assignment), update=False, settled=True)
-            ops = slice(session.trace.marks[-1], session.tracker.clock)
-            self._executed[wanted] = StepCapture(session, ops, dict(assignment))
-        return replace(self._executed[wanted], assignment=dict(assignment))
-
     def another_session(self, explores: bool = False) -> Session:
         """A session from the workload's own state."""
         return Session(self.work, self.device.round_bytes, self.device.as_cuda, explores, like=self.session)
 
-    def execute_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
-        """Run a first and a later step under an assignment, from the workload's own state. The last runs are kept."""
+    def capture(self, assignment: Mapping[str, Option]) -> StepCapture:
+        """Run forward and backward of one later step under an assignment, once; nothing is run for the plain step."""
+        wanted = key_of(assignment)
+        found = self._in_passing.get(wanted)
+        if not wanted or wanted in self._fresh:
+            found = self.capture_fresh(assignment)[1]
+        elif found is None:
+            session = self.session
+            session.run(self.settings(assignment), update=False, settled=True)
+            ops = slice(session.trace.marks[-1], session.tracker.clock)
+            found = self._in_passing[wanted] = StepCapture(session, ops, dict(assignment))
+        return replace(found, assignment=dict(assignment))
+
+    def capture_fresh(self, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
+        """Run a first and a later step under an assignment, from the workload's own state. The last traces are kept."""
         wanted = key_of(assignment)
         if not wanted:
-            return self.plain_capture
+            return self.plain
         if wanted not in self._fresh:
             session = self.another_session()
             session.run(self.settings(assignment), steps=2)
-            a, b = session.trace.marks
-            first, later = slice(a, b), slice(b, session.tracker.clock)
-            runs = StepCapture(session, first, dict(assignment)), StepCapture(session, later, dict(assignment))
-            self._fresh[wanted] = runs
+            self._fresh[wanted] = both_steps(session, assignment)
             while len(self._fresh) > FRESH_KEPT:
                 del self._fresh[next(iter(self._fresh))]
         return self._fresh[wanted]
 
-    def fresh_peak(self, assignment: Mapping[str, Option]) -> int:
-        """The larger peak of that first and that later step, in bytes."""
-        return max(self.peak(c) for c in self.execute_fresh(assignment))
+    def execute(self, assignment: Mapping[str, Option], window_bytes: int = 0) -> Executed:
+        """What a later step under an assignment shows, as `peak_with_update` tells without its optimizer."""
+        wanted = key_of(assignment)
+        if wanted in self._steps or wanted in self._fresh or not wanted:
+            return self.execute_fresh(assignment, window_bytes).later
+        if wanted not in self._executed:
+            self._executed[wanted] = self.show(self.capture(assignment))
+        return replace(self._executed[wanted], assignment=dict(assignment)).with_window(window_bytes)
+
+    def execute_fresh(self, assignment: Mapping[str, Option], window_bytes: int = 0) -> Steps:
+        """What a first and a later step under an assignment show, from the workload's own state."""
+        wanted = key_of(assignment)
+        if wanted not in self._steps:
+            first, later = self.capture_fresh(assignment)
+            self._steps[wanted] = Steps(self.show(first), self.show(later))
+        steps, given = self._steps[wanted], dict(assignment)
+        steps = Steps(replace(steps.first, assignment=given), replace(steps.later, assignment=given))
+        return steps.with_window(window_bytes)
+
+    def ledger(self, session: Session) -> Ledger:
+        """The storages and ops of a session as arrays."""
+        return Ledger(session, self.timeline(session), self.costs(session), {u.fqn for u in self.units})
+
+    def derived(self, key: Hashable, derive: Callable[[], T]) -> T:
+        """What follows from a study and a key, derived once; the last few are kept."""
+        if key not in self._derived:
+            self._derived[key] = derive()
+            while len(self._derived) > DERIVED_KEPT:
+                del self._derived[next(iter(self._derived))]
+        found: T = self._derived[key]
+        return found
+
+    def show(self, capture: StepCapture) -> Executed:
+        """What a captured step showed, without a window: a function of the capture and of this study's costs."""
+        session, sends = capture.session, any(o.offloads for o in capture.assignment.values())
+        seconds, at = self.op_seconds(capture), peak_op(self.timeline(session), capture.ops)
+        moved = transfers_of(capture) if sends and self.tier is not None else []
+        return Executed(
+            assignment=capture.assignment,
+            tensor_bytes=int(self.timeline(session).peak[capture.ops].max(initial=0)),
+            moment=moment(session, at),
+            compute_seconds=float(seconds.sum()),
+            ops=capture.ops.stop - capture.ops.start,
+            recomputed=recomputed_in(self, capture),
+            offloaded_bytes=offloaded_bytes(capture),
+            largest_sent=largest_sent(self.device.round_bytes, capture),
+            library_bytes=self.device.facts.blas_workspace_bytes,
+            update_bytes=self.update_peak_bytes,
+            tier=structs.replace(self.tier, window_bytes=0) if sends and self.tier is not None else None,
+            events=events_of(capture, seconds) if moved else (),
+            senders=senders_of(capture, {u.fqn for u in self.units}) if moved else None,
+            transfer_ops=tuple(min(t.op, capture.ops.stop - 1) for t in moved),
+        )
 
 
-def key_of(assignment: Mapping[str, Option]) -> frozenset[tuple[str, Option]]:
-    """What an assignment changes: unnamed units are kept."""
-    return frozenset((f, o) for f, o in assignment.items() if o != KEEP)
+def both_steps(session: Session, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
+    """The first two steps that a session has run, under one assignment."""
+    a, b = session.trace.marks[:2]
+    end = session.trace.marks[2] if len(session.trace.marks) > 2 else session.tracker.clock
+    return StepCapture(session, slice(a, b), dict(assignment)), StepCapture(session, slice(b, end), dict(assignment))
 
 
 def _forward_signatures(trace: Trace) -> set[int]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ullage.capture import OptionFailed
-from ullage.capture._units import unit_facts
 from ullage.measure._reach import optimizers_of
 from ullage.mechanisms import KEEP, RECOMPUTE
+from ullage.planner._choices import ALL
+from ullage.planner._executed import Steps
 from ullage.planner._names import glob_of, units_of
-from ullage.planner._options import find_options
 from ullage.planner._peak_facts import Lever, PeakFacts
-from ullage.planner._prepare import saved_bytes
-from ullage.planner._study import StepCapture
+from ullage.planner._prepare import with_units
+from ullage.planner._study import both_steps
 from ullage.workload import Instance
 
 
-def one_by_one(p: PeakFacts) -> tuple[StepCapture, StepCapture]:
+def one_by_one(p: PeakFacts) -> Steps:
     """The steps with `foreach=False`."""
 
     def change(inst: Instance) -> None:
@@ -32,7 +31,7 @@ def one_by_one(p: PeakFacts) -> tuple[StepCapture, StepCapture]:
     return _changed(p, change)
 
 
-def set_to_none(p: PeakFacts) -> tuple[StepCapture, StepCapture]:
+def set_to_none(p: PeakFacts) -> Steps:
     """The steps with gradients set to None wherever they are set to zero."""
 
     def change(inst: Instance) -> None:
@@ -44,15 +43,14 @@ def set_to_none(p: PeakFacts) -> tuple[StepCapture, StepCapture]:
     return _changed(p, change)
 
 
-def _changed(p: PeakFacts, change: Callable[[Instance], None]) -> tuple[StepCapture, StepCapture]:
+def _changed(p: PeakFacts, change: Callable[[Instance], None]) -> Steps:
     """The steps on a fresh instance that is changed before."""
     s = p.s
     session = s.another_session()
     change(session.inst)
     session.run(s.settings(p.assignment), steps=2)
-    a, b = session.trace.marks
-    steps = slice(a, b), slice(b, session.tracker.clock)
-    return StepCapture(session, steps[0], p.assignment), StepCapture(session, steps[1], p.assignment)
+    first, later = both_steps(session, p.assignment)
+    return Steps(s.show(first), s.show(later)).with_window(p.steps.later.window_bytes)
 
 
 def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
@@ -73,7 +71,7 @@ def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
     if fqn in rebuilt and alone and len(parts) > 1 and runs:
         steps = _finer(p, rebuilt, parts)
         if steps is not None:
-            glob = glob_of(alike, list(p.s.options))
+            glob = glob_of(alike, [u.fqn for u in p.s.units])
             names = [f"{glob if '*' in glob else fqn}.{n}" for n in parts]
             how = f"plan over finer units: units={names}, all of them recomputed"
             yield p.run_instead(what, p.held(within), steps, how)
@@ -92,16 +90,14 @@ def _parts(p: PeakFacts, fqn: str) -> list[str]:
     return [n.removeprefix(fqn + ".") for n in outer if n in more | own] if more else []
 
 
-def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> tuple[StepCapture, StepCapture] | None:
+def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> Steps | None:
     """The steps with the parts of these units recomputed, each for itself, instead of the units."""
     others = [u.fqn for u in p.s.units if u.fqn not in rebuilt]
     finer = [f"{f}.{n}" for f in rebuilt for n in parts]
-    units = unit_facts(p.s.plain_session, saved_bytes(p.s), [*others, *finer])
-    s = replace(p.s, units=units, options={}, reasons={}, failed=set(), unlinked=set(), _fresh={}, _executed={})
-    find_options(s)
-    wanted = {**p.assignment, **dict.fromkeys(finer, RECOMPUTE)}
+    s = with_units(p.s, [*others, *finer])
+    wanted, options = {**p.assignment, **dict.fromkeys(finer, RECOMPUTE)}, ALL.of(s)
     try:
-        return s.execute_fresh({f: o for f, o in wanted.items() if o in s.options.get(f, ())})
+        return s.execute_fresh({f: o for f, o in wanted.items() if o in options.get(f, ())})
     except OptionFailed:
         return None
 
@@ -110,9 +106,10 @@ def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
     """Activations that units keep and a plan could still drop: the step is run without them."""
     ledger = p.ledger
     groups: dict[tuple[str, str], list[str]] = {}
+    options = p.choices.of(p.s)
     for u in p.s.units:
         option = p.assignment.get(u.fqn, KEEP)
-        if option.action != RECOMPUTE.action and RECOMPUTE in p.s.options[u.fqn]:
+        if option.action != RECOMPUTE.action and RECOMPUTE in options[u.fqn]:
             groups.setdefault((u.class_name, option.name), []).append(u.fqn)
     forward = (ledger.category == "") & (ledger.birth >= 0) & (ledger.phase[ledger.birth] == "forward")
     found = []
@@ -127,5 +124,5 @@ def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
         except OptionFailed:
             continue
         what = f"activations kept by {units_of(len(fqns), kind)} ({action})"
-        how = f"a smaller budget, or pin {glob_of(fqns, list(p.s.options))} to recompute"
+        how = f"a smaller budget, or pin {glob_of(fqns, [u.fqn for u in p.s.units])} to recompute"
         yield p.run_instead(what, nbytes, steps, how)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ullage.mechanisms import Option
+from ullage.planner._budget import Budget
+from ullage.planner._executed import Steps
 from ullage.planner._instance import nanoseconds
-from ullage.planner._moved import largest_sent, overlap_of
-from ullage.planner._study import Study, key_of
 from ullage.planner._with_tier import WINDOWS
 
 
-def choose_window(s: Study, assignment: Mapping[str, Option], limit: int) -> None:
-    """Note for an assignment the smallest of the windows with which its step waits for transfers the least.
+def choose_window(steps: Steps, budget: Budget) -> Steps:
+    """The same steps with the smallest of the windows with which a later step waits for transfers the least.
 
     Args:
-        s: the study that executes it.
-        assignment: any; nothing is noted if it has nothing leave.
-        limit: bytes of the step's peak, the window included.
+        steps: any; they are returned as they are if they offload nothing.
+        budget: holds the step's peak, the window included.
     """
-    if s.tier_for(assignment) is None:
-        return
-    first, later = s.execute_fresh(assignment)
-    largest = largest_sent(s, later)
-    key = key_of(assignment)
-    s.windows[key] = 0
-    room = max((limit - max(s.peak(first), s.peak(later))) // 2, 0)
-    widths = {min(int(w * largest), room) for w in WINDOWS}
+    if steps.later.tier is None:
+        return steps
+    bare, largest = steps.with_window(0), steps.later.largest_sent
+    spare = max((budget.room - bare.peak_bytes) // 2, 0)
 
     def waits(window: int) -> tuple[int, int]:
-        s.windows[key] = window
-        moved = overlap_of(s, later)
+        moved = bare.later.with_window(window).overlap
         return nanoseconds(moved.stalled_seconds) if moved is not None else 0, window
 
-    s.windows[key] = min(widths, key=waits)
+    return bare.with_window(min({min(int(w * largest), spare) for w in WINDOWS}, key=waits))

@@ -14,6 +14,7 @@ from ullage.capture import UnitFacts
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
+from ullage.planner._budget import Budget
 from ullage.planner._plan import action_label, environment
 from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide
@@ -203,21 +204,21 @@ def _facts(
     progress: Callable[[str], None] | None,
 ) -> tuple[Study, Baseline, str]:
     """What the step takes now; and why no plan fits, or ""."""
-    planned, infeasible, assignment = None, "", dict[str, Option]()
+    planned, infeasible = None, ""
     if budget is None:
-        s, assignment = study_plan(work, plan, device, costs, profile, progress)
+        s = study_plan(work, plan, device, costs, profile, progress)
     else:
         s = prepare(work, device, costs, profile, None, progress)
     plain = plain_timeline_of(s)
     if budget is not None:
-        limit = parse_budget(budget).resolve(plain.peak_bytes, s.device.memory_bytes)
+        limit = Budget(parse_budget(budget).resolve(plain.peak_bytes, s.device.memory_bytes))
         try:
             plan = decide(s, limit)
-            assignment = {d.unit: d.settings().option for d in plan.decisions}
         except BudgetInfeasible as error:
             infeasible = str(error)
     if plan is not None:
         planned = StepFacts.of(planned_timeline_of(s, plan))
+    assignment = {d.unit: d.settings().option for d in plan.decisions} if plan is not None else {}
     now = Baseline(
         version=VERSION,
         device=s.device.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ from ullage._torch import tree_flatten
 from ullage.capture import Session
 from ullage.measure._reach import optimizers_of
 from ullage.measure._state import captures
-from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
+from ullage.planner._executed import StepCapture, Steps
 from ullage.planner._live import Ledger, categories, peak_op
-from ullage.planner._moved import overlap_of, waits
 from ullage.planner._plan import action_label
-from ullage.planner._planned import study_plan
-from ullage.planner._study import StepCapture, Study
+from ullage.planner._planned import execute_plan, study_plan
+from ullage.planner._study import Study
 from ullage.report._columns import Column
 from ullage.report._records import PHASES, Allocations, Events, Transfer
 from ullage.report._timeline import VERSION, Timeline
@@ -51,27 +50,24 @@ def timeline(
         PlanMismatch: the plan is for another model.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
-    s, assignment = study_plan(work, plan, device, costs, profile, progress)
+    s = study_plan(work, plan, device, costs, profile, progress)
     s.progress("running the step")
-    return timeline_of(s, assignment, s.execute_fresh(assignment), plan)
+    return timeline_of(s, execute_plan(s, plan), plan)
 
 
-def timeline_of(
-    s: Study, assignment: Mapping[str, Option], steps: tuple[StepCapture, StepCapture], plan: Plan | None = None
-) -> Timeline:
-    """The timeline of a captured first and later step of one session; `plan`: what they were run under."""
-    first, later = steps
+def timeline_of(s: Study, steps: Steps, plan: Plan | None = None) -> Timeline:
+    """The timeline of an executed first and later step; `plan`: what they were run under."""
+    first, later = s.capture_fresh(steps.assignment)
     session, begin, end = first.session, first.ops.start, later.ops.stop
-    peaks = s.peak(first), s.peak(later)
     stacks = _Names()
-    ledger = Ledger(s, session)
+    ledger = s.ledger(session)
     storages = _Storages(session, ledger, begin, end)
     trace, window = session.trace, slice(begin, end)
     modules = storages.modules
     paths = [tuple(modules(fqn) for fqn in stack) for stack in session.tracker.stacks]
     ops, sources = _Names(), _Names()
     names = [str(x.func) for x in session.signatures]  # of all that the session has run: only some are in these steps
-    seconds = _seconds(s, first, later)
+    seconds = _seconds(s, steps, first, later)
     return Timeline(
         version=VERSION,
         device=s.device.name,
@@ -80,14 +76,14 @@ def timeline_of(
         plan_digest=plan.digest if plan is not None else "",
         policy=plan.policy if plan is not None else "",
         budget_bytes=plan.budget_bytes if plan is not None else None,
-        actions={f: action_label(o.name, o.place) for f, o in assignment.items()},
-        peak_bytes=max(peaks),
-        first_step_peak_bytes=peaks[0],
-        later_step_peak_bytes=peaks[1],
-        peak_event=peak_op(s, first if peaks[0] > peaks[1] else later) - begin,
-        step_seconds=s.seconds(later),
+        actions={f: action_label(o.name, o.place) for f, o in steps.assignment.items()},
+        peak_bytes=steps.peak_bytes,
+        first_step_peak_bytes=steps.first.peak_bytes,
+        later_step_peak_bytes=steps.later.peak_bytes,
+        peak_event=peak_op(ledger.timeline, (first if steps.first_is_worst else later).ops) - begin,
+        step_seconds=steps.seconds,
         first_events=later.ops.start - begin,
-        workspace_bytes=s.workspace_bytes(assignment),
+        workspace_bytes=steps.later.workspace_bytes,
         events=Events(
             phase=Column.of([PHASES.index(p) for p in trace.phase[window]]),
             stack=Column.of([stacks(paths[k]) for k in trace.stack[window]]),
@@ -106,19 +102,18 @@ def timeline_of(
         categories=storages.categories.all,
         names=storages.names.all,
         notes=list(session.values.assumptions),
-        transfers=_transfers(s, first, later, seconds),
+        transfers=_transfers(steps, later.ops.start - begin, seconds),
     )
 
 
 def plain_timeline_of(s: Study) -> Timeline:
     """The timeline of a study's plain step."""
-    return timeline_of(s, {u.fqn: KEEP for u in s.units}, s.plain_capture)
+    return timeline_of(s, s.plain_steps)
 
 
 def planned_timeline_of(s: Study, plan: Plan) -> Timeline:
     """The timeline of a step under a plan that was made on this study, or for its workload."""
-    assignment = {d.unit: d.settings().option for d in plan.decisions}
-    return timeline_of(s, assignment, s.execute_fresh(assignment), plan)
+    return timeline_of(s, execute_plan(s, plan), plan)
 
 
 class _Names:
@@ -191,24 +186,24 @@ def _note(found: dict[int, str], records: frozenset[int], name: str) -> None:
         found.setdefault(record, name)
 
 
-def _seconds(s: Study, first: StepCapture, later: StepCapture) -> npt.NDArray[np.float64]:
+def _seconds(s: Study, steps: Steps, first: StepCapture, later: StepCapture) -> npt.NDArray[np.float64]:
     """Seconds per op of both steps; an op's include what it waits for transfers."""
     found = np.concatenate([s.op_seconds(first), s.op_seconds(later)])
-    for capture in (first, later):
-        for op, seconds in waits(s, capture):
+    for step in steps.both:
+        for op, seconds in step.waits:
             found[op - first.ops.start] += seconds
     return found
 
 
-def _transfers(s: Study, first: StepCapture, later: StepCapture, seconds: npt.NDArray[np.float64]) -> list[Transfer]:
+def _transfers(steps: Steps, first_ops: int, seconds: npt.NDArray[np.float64]) -> list[Transfer]:
     """What both steps send and fetch; the later one begins where the first one ends."""
     found = []
-    for capture, start in ((first, 0.0), (later, float(seconds[: later.ops.start - first.ops.start].sum()))):
-        seen = overlap_of(s, capture)
+    for name, step, start in (("first", steps.first, 0.0), ("later", steps.later, float(seconds[:first_ops].sum()))):
+        seen = step.overlap
         found += [
             Transfer(
                 out=x.out,
-                step="first" if capture is first else "later",
+                step=name,
                 start_seconds=start + x.begin,
                 seconds=x.end - x.begin,
                 nbytes=x.nbytes,

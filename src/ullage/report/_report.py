@@ -9,12 +9,11 @@ from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError
 from ullage.measure._measure import Measurement
 from ullage.measure._state import captures
-from ullage.planner import Frontier, Plan, Profile
+from ullage.planner import Plan, Profile
 from ullage.planner._frontier import check_points, frontier_of
 from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide, study_and_plan
 from ullage.planner._restate import restate
-from ullage.planner._study import Study
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._overview import Measured, Overview
 from ullage.report._sides import read
@@ -72,7 +71,7 @@ def report(
     if budget is not None:
         s, made = study_and_plan(work, budget, device, costs=costs, profile=profile, progress=progress)
     else:
-        s, _ = study_plan(work, plan, device, costs, profile, progress)
+        s = study_plan(work, plan, device, costs, profile, progress)
         made = restate(s, plan) if plan is not None else decide(s, None, "none")
     s.progress("laying out the timelines")
     plain = plain_timeline_of(s)
@@ -85,17 +84,10 @@ def report(
         plan=made,
         plain=plain,
         planned=planned,
-        frontier=_frontier(s, points),
+        frontier=frontier_of(s, points) if points is not None else None,
         measured=runs,
         notes=[*notes, *made.notes, *filter(None, [made.endurance])],
     )
-
-
-def _frontier(s: Study, points: int | None) -> Frontier | None:
-    if points is None:
-        return None
-    s.explains, s.headroom_bytes = False, 0  # no one reads what holds the peak of each point
-    return frontier_of(s, points)
 
 
 def _measured(
