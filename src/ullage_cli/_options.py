@@ -96,6 +96,7 @@ _TIER = (
         metavar="BYTES",
         help="Saved tensors of a CUDA device may go to so much pinned host memory while others are computed.",
     ),
+    click.option("--checksums", is_flag=True, help="Compare what comes back from the disk with what went there."),
 )
 
 
@@ -108,7 +109,7 @@ def tier_options(command: Command) -> Command:
 
 def taken_tier(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `tier_options` give out of a command's options: keywords of `ullage.plan`, `frontier` and `fit`."""
-    found = {"disk_directory": options.pop("disk_directory")}
+    found = {name: options.pop(name) for name in ("disk_directory", "checksums")}
     return found | {name: _value(options.pop(name)) for name in ("disk_budget", "host_budget")}
 
 

@@ -125,6 +125,8 @@ def test_a_plan_takes_no_more_than_the_file_holds(tmp_path: Path) -> None:
             "host_budget and disk_budget: .*one of them",
         ),
         ({"device": "h200", "disk_directory": "/tmp", "disk_budget": "1MiB"}, ul.DeviceError, "h200 can't go to disk"),
+        ({"checksums": True}, ul.ArgumentError, "checksums: .*give disk_directory and disk_budget too"),
+        ({"host_budget": "1GiB", "device": "h200", "checksums": True}, ul.ArgumentError, "checksums: .*disk_budget"),
         ({"policy": "offload"}, ul.ArgumentError, "policy 'offload': .*disk_directory"),
         ({"pin": {"0": "offload:disk"}}, ul.ArgumentError, "pin '0'='offload:disk': .*disk_directory"),
         ({"pin": {"0": "select:addmm[0]@disk"}}, ul.ArgumentError, "disk_directory"),

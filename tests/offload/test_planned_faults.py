@@ -66,6 +66,34 @@ def test_a_read_that_fails_in_mid_step(tmp_path: Path, monkeypatch: pytest.Monke
         assert same(backward(work.model, work.batch), wanted)
 
 
+def test_a_drive_that_returns_other_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checksums it is found; without, the gradients are wrong, which only a drive can be blamed for."""
+    work = tower()
+    wanted, real = backward(work.model, work.batch), os.preadv
+
+    def one_bit_is_other(fd: int, buffers: Any, *rest: Any) -> int:
+        n = real(fd, buffers, *rest)
+        buffers[0][0] ^= 1
+        return n
+
+    for checksums in (False, True):
+        plan = offload(work, tmp_path, checksums=checksums)
+        again = msgspec.json.decode(msgspec.json.encode(plan), type=ul.Plan)
+        assert again == plan and again.disk is not None and (again.disk.checksums is True) == checksums
+        assert (b"checksums" in msgspec.json.encode(plan)) == (", checksums" in str(plan)) == checksums
+        with again.apply(work.model) as handle:
+            assert same(backward(work.model, work.batch), wanted)
+            reads = handle.report().store.reads  # type: ignore[union-attr]
+            assert (f"checksums of all {reads} reads agree" in str(handle.report())) == checksums and reads > 0
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "preadv", one_bit_is_other)
+                if checksums:
+                    with pytest.raises(ul.OffloadError, match="checksum mismatch in .* they are not what was written"):
+                        backward(work.model, work.batch)
+                else:
+                    assert not same(backward(work.model, work.batch), wanted)
+
+
 def test_a_file_that_is_too_small(tmp_path: Path) -> None:
     work = tower()
     wanted, plan = backward(work.model, work.batch), offload(work, tmp_path)

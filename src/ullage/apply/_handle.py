@@ -63,6 +63,7 @@ class Report:
         endurance: bytes that the plan writes to a disk per step and per day, in a sentence; "" without one.
         transfers_slower: how many times as long as simulated transfers took, by the seconds that steps have waited for them; at
             least 1. `plan(feedback=)` takes it into account.
+        checksums: whether each read was compared with what was written; one that differs raises `OffloadError`.
     """
 
     units: tuple[UnitReport, ...]
@@ -74,6 +75,7 @@ class Report:
     tier: str = ""
     endurance: str = ""
     transfers_slower: float = 1.0
+    checksums: bool = False
 
     def __str__(self) -> str:
         seen = self.observed_peak_bytes
@@ -83,7 +85,9 @@ class Report:
         ]
         if self.store is not None:
             slower = f"transfers {self.transfers_slower:.2f} times as long as simulated" if self.store.writes else ""
-            lines.append("; ".join(filter(None, [f"{self.tier}: {_said(self.store)}", slower, self.endurance])))
+            compared = f"checksums of all {self.store.reads} reads agree" if self.checksums else ""
+            parts = [f"{self.tier}: {_said(self.store)}", compared, slower, self.endurance]
+            lines.append("; ".join(filter(None, parts)))
         width = max((len(u.fqn) for u in self.units), default=4)
         lines += [
             f"{u.fqn:<{width}}  {u.action:<28} fired {u.fired:>6}  recomputed {u.recomputed:>6}  skipped ops {u.skipped_ops:>7}  frees {format_bytes(u.planned_bytes_freed)}  {u.note}"
@@ -167,6 +171,7 @@ class Handle:
             self.plan.tier.name if self.plan.tier is not None else "",
             self.plan.endurance,
             _slower(self.plan, stats),
+            self.plan.disk is not None and self.plan.disk.checksums is True,
         )
 
     def _store_stats(self) -> Stats | None:

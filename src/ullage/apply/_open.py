@@ -51,6 +51,7 @@ def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> Disk
     return DiskStore(
         disk.directory,
         disk.capacity_bytes,
+        checksums=disk.checksums is True,
         threads=disk.threads,
         buffer_bytes=disk.buffer_bytes,
         backlog_bytes=disk.window_bytes,

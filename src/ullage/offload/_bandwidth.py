@@ -32,6 +32,7 @@ def measure_bandwidth(
     *,
     threads: int = 2,
     buffer_bytes: int | str = 2 * 2**20,
+    checksums: bool = False,
     device: torch.device | str = "cpu",
     link: Link | None = None,
 ) -> Bandwidth:
@@ -46,6 +47,7 @@ def measure_bandwidth(
             50 blocks of 4 KiB.
         threads: how many transfer, as for the store.
         buffer_bytes: bytes of each thread's staging buffer, as for the store.
+        checksums: whether they are made and compared, as for the store.
         device: where the tensors are. From a CUDA device the speeds are those of the whole way to the disk and back.
         link: what copies to and from a device, as for the store.
 
@@ -66,6 +68,7 @@ def measure_bandwidth(
         backlog_bytes=room,
         ahead_bytes=room,
         buffer_bytes=buffer_bytes,
+        checksums=checksums,
         device=device,
         link=link,
     ) as store:

@@ -222,6 +222,7 @@ def fit(
     disk_directory: str | Path | None = None,
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    checksums: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Fit:
     """Find the largest value of `axis` that fits the budget with its best plan, and the tried one that is fastest.
@@ -245,6 +246,7 @@ def fit(
         disk_directory: where saved tensors may go, see `plan`.
         disk_budget: bytes or a string: of the file that is made there.
         host_budget: bytes or a string: of pinned host memory, instead of a disk.
+        checksums: see `plan`.
         progress: called with a line at each stage.
 
     Raises:
@@ -268,7 +270,9 @@ def fit(
     if first > last:
         raise ArgumentError(f"{axis}: no multiple of step={step} lies from {at_least or step} to {at_most}")
     alike = {"device": device, "costs": costs, "units": units, "progress": progress}
-    search = _Search(make_work, axis, wanted, TierRequest(disk_directory, disk_budget, host_budget), alike)
+    search = _Search(
+        make_work, axis, wanted, TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums), alike
+    )
     value, bound_by = search.largest(first, last, step)
     rates = {v: t.throughput for v, t in sorted(search.tried.items()) if t.throughput is not None}
     fastest = max(rates, key=lambda v: rates[v])

@@ -160,6 +160,7 @@ def frontier(
     disk_directory: str | Path | None = None,
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    checksums: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Frontier:
     """Plan for budgets from the smallest that is possible to the plain step's peak.
@@ -178,6 +179,7 @@ def frontier(
         disk_directory: where saved tensors may go, see `plan`; with a tier the policy `offload` is shown too.
         disk_budget: bytes or a string: of the file that is made there.
         host_budget: bytes or a string: of pinned host memory, instead of a disk.
+        checksums: see `plan`.
         progress: called with a line at each stage.
 
     Raises:
@@ -185,7 +187,9 @@ def frontier(
         CaptureError, WorkloadError, DeviceError, OffloadError: see their docstrings.
     """
     check_points(points)
-    tier = choose_tier(TierRequest(disk_directory, disk_budget, host_budget), work, device, progress)
+    tier = choose_tier(
+        TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums), work, device, progress
+    )
     return frontier_of(prepare(work, device, costs, profile, units, progress, tier), points)
 
 

@@ -50,6 +50,7 @@ def plan(
     disk_directory: str | Path | None = None,
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
+    checksums: bool = False,
     feedback: Report | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
@@ -74,6 +75,7 @@ def plan(
         disk_budget: bytes or a string: of a file that is made there while the plan is applied.
         host_budget: bytes or a string: of pinned host memory that saved tensors of a CUDA device may go to; of these the
             plan takes what it needs. Either this or a disk.
+        checksums: compare what comes back from the disk with what went there; the plan is for the speeds with them.
         feedback: what `Handle.report()` of an earlier plan with this tier said: transfers are taken to be as much slower
             than measured as that plan's steps had to wait longer than was predicted.
         progress: called with a line at each stage.
@@ -85,7 +87,7 @@ def plan(
     """
     overrides, tier = (
         Overrides(pin or {}, forbid, headroom, simple),
-        TierRequest(disk_directory, disk_budget, host_budget, feedback),
+        TierRequest(disk_directory, disk_budget, host_budget, feedback, checksums),
     )
     return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, tier, progress)[1]
 

@@ -71,6 +71,7 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
         directory: an existing one; a plan's handle makes a file there that has no name.
         threads, buffer_bytes: of the store; each thread has a staging buffer, which is in the host's memory all the time.
         device: type of the device whose tensors leave; "cpu" is left out of a plan's file, whose digest is that of before.
+        checksums: whether what comes back is compared with what went out; left out of a plan's file where it is not.
     """
 
     name: ClassVar[str] = "disk"
@@ -80,6 +81,7 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
     threads: int = DISK_THREADS
     buffer_bytes: int = DISK_BUFFER_BYTES
     device: str | msgspec.UnsetType = msgspec.UNSET
+    checksums: bool | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def device_type(self) -> str:
@@ -93,7 +95,7 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return 2 * self.window_bytes + staging
 
     def __str__(self) -> str:
-        return f"{self.directory}, {format_bytes(self.capacity_bytes)}"
+        return f"{self.directory}, {format_bytes(self.capacity_bytes)}{', checksums' if self.checksums else ''}"
 
 
 class Host(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -145,6 +147,7 @@ class TierRequest:
     disk_budget: int | str | None = None
     host_budget: int | str | None = None
     feedback: Report | None = None
+    checksums: bool = False
 
     @property
     def given(self) -> bool:
@@ -167,6 +170,8 @@ def choose_tier(
     if request.feedback is not None and not isinstance(request.feedback, Report):
         kind_of = type(request.feedback).__name__
         raise ArgumentError(f"feedback: expected what `Handle.report()` gives, got {kind_of}")
+    if request.checksums and request.disk_budget is None:
+        raise ArgumentError("checksums: of what goes to a disk and comes back; give disk_directory and disk_budget too")
     if not request.given:
         if request.feedback is not None:
             raise ArgumentError(
@@ -237,6 +242,7 @@ def _disk(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) 
         min(capacity, MEASURED_BYTES),
         threads=DISK_THREADS,
         buffer_bytes=DISK_BUFFER_BYTES,
+        checksums=request.checksums,
         device=kind.tensors,
     )
     return Disk(
@@ -247,6 +253,7 @@ def _disk(request: TierRequest, kind: DeviceChoice, say: Callable[[str], None]) 
         transfer_seconds=speed.transfer_seconds,
         wait_seconds=speed.wait_seconds,
         device=msgspec.UNSET if kind.tensors == "cpu" else kind.tensors,
+        checksums=True if request.checksums else msgspec.UNSET,
     )
 
 
