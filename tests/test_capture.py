@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import ullage as ul
+from tests.small import tiny
 from tests.zoo import workload
 from ullage.capture import Session
 from ullage.capture._outputs import KnownOutputs, argument_key
@@ -79,6 +81,7 @@ def test_argument_keys_tell_numbers_apart() -> None:
     assert argument_key(torch.ones(2, 3)) != argument_key(torch.ones(3, 2).t())
 
 
+@functools.cache
 def _studied(name: str) -> Study:
     return study(workload(name), None, "roofline")
 
@@ -142,13 +145,13 @@ def test_forward_without_backward_leaves_nothing_behind() -> None:
 
     def factory() -> ul.Workload:
         made.append(1)
-        work = workload("gpt")
+        work = tiny()
         return ul.Workload(work.model, work.batch, loss=work.loss, optimizer=work.optimizer)
 
     work = ul.Workload.from_factory(factory)
     one, two = (ul.profile(work, costs="roofline") for _ in range(2))
     assert one == two and len(made) >= 2
-    assert one.peak_bytes == ul.profile(workload("gpt"), costs="roofline").peak_bytes
+    assert one.peak_bytes == ul.profile(tiny(), costs="roofline").peak_bytes
 
 
 def test_specs_keep_lazy_bits_and_plain_ones_keep_their_saved_text() -> None:

@@ -18,6 +18,7 @@ from ullage_cli._main import cli, run
 
 ROOT = Path(__file__).parents[1]
 FACTORY = f"{ROOT}/tests/small.py:tiny"
+BLOCKS = f"{ROOT}/tests/small.py:blocks"  # planned in a second
 FAST = ["--costs", "roofline"]
 
 
@@ -48,7 +49,7 @@ def test_help_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_verb(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text, key in (
         (["profile", FACTORY, *FAST], "alive at the peak", "peak_bytes"),
-        (["plan", FACTORY, "--budget", "90% of plain", *FAST], "decisions", "budget_bytes"),
+        (["plan", BLOCKS, "--budget", "90% of plain", *FAST], "decisions", "budget_bytes"),
         (["verify", FACTORY, "--plan", plan_file, "--steps", "1"], "ok: bitwise equal", "ok"),
         (["verify", FACTORY, "--plan", plan_file, "--scope", "units"], "by units", "ok"),
         (["measure", FACTORY, "--plan", plan_file, "--steps", "1"], "samples/s", "step_seconds"),
@@ -63,7 +64,7 @@ def test_every_verb(plan_file: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_plan_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["plan", FACTORY, "--budget", "90% of plain", "-o", "plan.json", *FAST]) == 0
+    assert run(["plan", BLOCKS, "--budget", "90% of plain", "-o", "plan.json", *FAST]) == 0
     assert "written to plan.json" in capsys.readouterr().out
     assert ul.Plan.load(tmp_path / "plan.json").policy == "optimal"
 
@@ -102,14 +103,14 @@ def test_errors_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_an_infeasible_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["plan", FACTORY, "--budget", "1KiB", "-o", "plan.json", *FAST]
+    arguments = ["plan", BLOCKS, "--budget", "1KiB", "-o", "plan.json", *FAST]
     assert run(arguments) == 3
     said = capsys.readouterr().err
     assert "smallest peak" in said and said.count("\nerror: ") + said.startswith("error: ") == 1
     assert run([*arguments, "--json"]) == 3
     error = json.loads(capsys.readouterr().out)
     assert error["error"] == "BudgetInfeasible" and len(error["bound_by"]) == 3
-    assert run(["plan", FACTORY, "--budget", str(error["smallest_bytes"]), *FAST]) == 0
+    assert run(["plan", BLOCKS, "--budget", str(error["smallest_bytes"]), *FAST]) == 0
     assert not Path("plan.json").exists()
 
 
@@ -222,15 +223,15 @@ def test_the_module_runs(module: str) -> None:
 
 def test_overrides_and_bounds(capsys: Any) -> None:
     pins = ["--pin", "blocks.0=recompute", "--pin", "blocks.1=keep", "--forbid", "select", "--headroom", "1000"]
-    assert run(["plan", FACTORY, "--budget", "95% of plain", *pins, "--simple", "-o", "plan.json", *FAST]) == 0
+    assert run(["plan", BLOCKS, "--budget", "95% of plain", *pins, "--simple", "-o", "plan.json", *FAST]) == 0
     said = capsys.readouterr().out
     assert "pin blocks.0=recompute (1 unit): step +" in said and "forbidden: select" in said and "headroom" in said
     plan = ul.Plan.load("plan.json")
     assert [d.action for d in plan.decisions][:2] == ["recompute", "keep"] and plan.headroom_bytes == 1000
     for arguments, text in ((["--plan", "plan.json"], "backward"), (FAST, "what would lower it")):
-        assert run(["bounds", FACTORY, *arguments]) == 0
+        assert run(["bounds", BLOCKS, *arguments]) == 0
         assert text in capsys.readouterr().out
-    assert run(["bounds", FACTORY, *FAST, "--json"]) == 0
+    assert run(["bounds", BLOCKS, *FAST, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["levers"] and found["by_category"] and found["peak_bytes"] == plan.baseline.peak_bytes
 

@@ -71,7 +71,7 @@ def check(*forms: Form, nested: bool = False, autocast: torch.dtype | None = Non
     kinds = [type(f"Unit{k}", (Unit,), {}) for k in range(len(forms))]
     model = nn.Sequential(*(kind(form, nested) for kind, form in zip(kinds, forms, strict=True)), nn.Linear(16, 4))
     work = ul.Workload(model, torch.randn(24, 16), loss=_loss, optimizer=torch.optim.SGD, autocast=autocast)
-    profile = ul.profile(work)
+    profile = ul.profile(work, costs="roofline")
     with pytest.raises(ul.BudgetInfeasible) as caught:
         ul.plan(work, 1, profile=profile)
     plans = [ul.plan(work, policy=name, profile=profile) for name in ("every_block", "selective")]

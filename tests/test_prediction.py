@@ -98,13 +98,19 @@ def check(name: str, autocast: torch.dtype | None = None, accumulate: int = 1) -
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
 def test_family(name: str) -> None:
+    """Each slow one alone shows that the prediction holds for ops and structures of a family beside the allocator's record."""
     check(name)
+
+
+# Under autocast gpt2 and lora run the casts of gpt, qwen3 those of llama, vit and clip those of bert, t5 those of whisper.
+IN_BF16 = [n for n in FAMILIES if n not in ("gpt", "gpt2", "qwen3", "vit", "clip", "t5", "lora")]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("name", "accumulate"), [("gpt", 1), ("gpt", 4), *((name, 2) for name in FAMILIES)])
+@pytest.mark.parametrize(("name", "accumulate"), [("gpt", 4), *((name, 2) for name in IN_BF16)])
 def test_family_in_bf16(name: str, accumulate: int) -> None:
+    """Alone shows that peaks and replays are exact under autocast, whose casts live and die with it, over micro-batches."""
     if name == "lstm" and not lstm_runs_in_bf16():
         pytest.skip("this CPU has no LSTM in bfloat16: torch itself can't run the step")
     check(name, torch.bfloat16, accumulate)

@@ -19,6 +19,7 @@ from tests.offload.planned import (
     offload,
     tower,
 )
+from tests.small import next_byte
 from ullage.workload import run_step
 
 
@@ -40,17 +41,19 @@ def test_what_is_kept_of_a_block_on_disk(tmp_path: Path) -> None:
     assert plan.predicted.peak_bytes <= plain.predicted.peak_bytes
 
 
-@pytest.mark.parametrize("part", [0.25, pytest.param(0.6, marks=pytest.mark.slow)])
-def test_a_budget_is_a_promise(part: float, tmp_path: Path) -> None:
-    work = zoo.workload("gpt")
-    plain, disk = ul.plan(work, policy="none").predicted.peak_bytes, {"disk_directory": tmp_path, "disk_budget": "1GiB"}
+def test_a_budget_is_a_promise(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt = zoo.GPT(layers=2, width=128, heads=4, seq=128)
+    work = ul.Workload(gpt, zoo.text_ids(4, 128), loss=next_byte, optimizer=zoo.adamw)
+    profile = ul.profile(work, costs="roofline")
+    disk: Any = {"profile": profile, "disk_directory": tmp_path, "disk_budget": "1GiB"}
     with pytest.raises(ul.BudgetInfeasible) as least:
         ul.plan(work, 1024, **disk)
     smallest = least.value.smallest_bytes
     with pytest.raises(ul.BudgetInfeasible) as without:
-        ul.plan(work, 1024)
+        ul.plan(work, 1024, profile=profile)
     assert smallest < without.value.smallest_bytes
-    plan = ul.plan(work, int(smallest + part * (plain - smallest)), **disk)
+    plan = ul.plan(work, (3 * smallest + profile.peak_bytes) // 4, **disk)
     assert plan.budget_bytes is not None and plan.predicted.peak_bytes <= plan.budget_bytes
     assert ul.measure(work, plan=plan, steps=2).peak_bytes <= plan.predicted.peak_bytes
     assert not list(tmp_path.iterdir())
@@ -58,8 +61,9 @@ def test_a_budget_is_a_promise(part: float, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_never_slower_than_without(tmp_path: Path) -> None:
+    """Alone shows it at four budgets from the least to the plain step's."""
     work = tower()
-    profile = ul.profile(work)
+    profile = ul.profile(work, costs="roofline")
     least = ul.plan(work, policy="every_block", profile=profile).predicted.peak_bytes
     plain = ul.plan(work, policy="none", profile=profile).predicted.peak_bytes + 2**20
     for budget in (least + (plain - least) * k // 4 for k in range(4)):
@@ -152,7 +156,9 @@ def test_the_command(tmp_path: Path) -> None:
         "-m",
         "ullage",
         "plan",
-        "examples/gpt.py:workload",
+        "tests/small.py:tiny",
+        "--costs",
+        "roofline",
         "--policy",
         "offload",
         *at,
@@ -180,9 +186,11 @@ def test_a_monitor_sees_what_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_shown_of_a_plan_with_a_disk(tmp_path: Path) -> None:
+    """Alone shows timeline and report of a plan within a budget whose tensors leave."""
     work = zoo.workload("gpt")
-    plain = ul.plan(work, policy="none").predicted.peak_bytes
-    plan = ul.plan(work, plain * 2 // 3, forbid=["recompute", "select"], disk_directory=tmp_path, disk_budget="256MiB")
+    profile = ul.profile(work, costs="roofline")
+    disk: Any = {"disk_directory": tmp_path, "disk_budget": "256MiB"}
+    plan = ul.plan(work, profile.peak_bytes * 2 // 3, forbid=["recompute", "select"], profile=profile, **disk)
     assert plan.disk is not None and plan.bounds is not None
     shown = ul.timeline(work, plan)
     assert shown.peak_bytes == plan.predicted.peak_bytes == plan.bounds.peak_bytes
@@ -218,8 +226,9 @@ def test_pins_that_the_file_can_not_hold(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_small_disk_makes_nothing_slower(tmp_path: Path) -> None:
+    """Alone shows disks that hold a part of what could leave."""
     work = tower(6)
-    profile = ul.profile(work)
+    profile = ul.profile(work, costs="roofline")
     plain = ul.plan(work, policy="none", profile=profile).predicted.peak_bytes
     without = ul.plan(work, plain * 3 // 4, profile=profile)
     for budget in ("64KiB", "1MiB", "4MiB"):

@@ -48,8 +48,9 @@ def test_families_are_bitwise(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.FAMILIES)
-def test_all_families_are_bitwise_over_twenty_steps(family: str, tmp_path: Path) -> None:
-    check_family(family, tmp_path, steps=20)
+def test_all_families_are_bitwise(family: str, tmp_path: Path) -> None:
+    """Alone shows what leaves in each family's ops; that buffers are used again over twenty steps is shown of a tower."""
+    check_family(family, tmp_path, steps=5)
 
 
 def test_twenty_steps_with_buffer_reuse(tmp_path: Path) -> None:

@@ -165,11 +165,11 @@ def test_a_fault_at_some_op(case: str, first: bool, error: type[BaseException]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [Fault, Interrupt])
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_fault_at_every_op(case: str, first: bool, error: type[BaseException]) -> None:
-    _faults(case, first, error, 1)
+def test_a_fault_at_every_op(case: str, first: bool) -> None:
+    """Alone shows that no op is without its cleanup: the faster test tries every 13th to 49th op, and what is no `Exception`."""
+    _faults(case, first, Fault, 1)
 
 
 @pytest.mark.parametrize(
