@@ -20,6 +20,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = re.compile(r"^::: ullage\.(\w+)$", re.M)
 ENTRY = re.compile(r"^ {4}([\w, ]+?):", re.M)  # of a docstring's "Args:" or "Attributes:"
+# words that docs/glossary.md replaces: one concept has one word
+REPLACED = {
+    r"\blet(?:s|ting)? go of\b": "free, release, drop",
+    r"\b(?:leaves?|leaving|left) memory\b|\btensors? leaves?\b": "offload",
+    r"\b(?:spill|evict)\b": "offload",
+    r"\b(?:rebuilt|built|done|made) again\b": "replay, recompute",
+    r"\bremateriali[sz]\w+": "recompute",
+    r"\bhigh.?water\b|\bmemory footprint\b": "peak",
+    r"\bof before\b": "older, earlier",
+    r"\bto be had\b|\bis had\b": "name who has what",
+}
 LINK = re.compile(r"(?:\]\(|src=\")([^)\"#]+)")
 
 
@@ -99,8 +110,22 @@ def broken_links(page: Path) -> list[str]:
     return [f"{page.name}: no {link}" for link in links if not (page.parent / link).exists()]
 
 
+def replaced_words(path: Path) -> list[str]:
+    """Return a sentence for each word in a page, comment, docstring or message that the glossary replaces."""
+    # over the ends of lines too; the words of comments and docstrings are not told apart from code
+    text = path.read_text(encoding="utf-8")
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+    return [
+        f"{where}:{text.count(chr(10), 0, found.start()) + 1}: {found[0]!r}: say {better}"
+        for word, better in REPLACED.items()
+        for found in re.finditer(word.replace(" ", r"\s+(?:# )?"), text, re.I)
+    ]
+
+
 def main() -> int:
     problems = undocumented()
+    for path in [*(ROOT / "docs").glob("**/*.md"), *(ROOT / "src").glob("**/*.py"), ROOT / "README.md"]:
+        problems += replaced_words(path)
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         problems += broken_links(ROOT / page)
     for problem in problems:

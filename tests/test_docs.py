@@ -69,6 +69,19 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     assert check_docs.broken_links(page) == ["README.md: no docs/there.md"]
 
 
+def test_words_that_the_glossary_replaces_are_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.py"
+    page.write_text(
+        'x = 1  # its tensors\n# leave and are\n"""Made again; let go of\n    afterwards, as the plans of\n    before."""\n'
+    )
+    assert check_docs.replaced_words(page) == [
+        "page.py:3: 'let go of': say free, release, drop",
+        "page.py:1: 'tensors\\n# leave': say offload",
+        "page.py:3: 'Made again': say replay, recompute",
+        "page.py:4: 'of\\n    before': say older, earlier",
+    ]
+
+
 @pytest.mark.parametrize(
     ("printed", "expected", "same"),
     [

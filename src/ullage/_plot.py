@@ -26,7 +26,7 @@ def can_plot() -> bool:
 
 
 def letter(symbol: str, color: int | None) -> Any:
-    """What marks a signal: one letter, in a colour of 256 or in the terminal's own."""
+    """A signal's letter, in a colour of 256 or in the terminal's own."""
     import plotext
 
     return symbol if color is None else plotext.marker(symbol, plotext.pixel(foreground=color))

@@ -1,4 +1,4 @@
-"""What comes out of a function of ours is an error of ours: the last guard, around each of them."""
+"""The last guard around public functions: they raise our errors, whatever a step raises."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tells_of(kind: type[UllageError], but: Callable[[BaseException], bool] = lam
 
 @contextlib.contextmanager
 def planned_step(kind: type[UllageError], but: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
-    """What a planned step raises where the plain one has run: an error of ours that says so."""
+    """Turn an error that only the planned step raises into one of ours that says so."""
     try:
         yield
     except Exception as error:
@@ -67,12 +67,12 @@ def planned_step(kind: type[UllageError], but: Callable[[BaseException], bool] =
 
 
 def said_by(error: BaseException) -> str:
-    """Its class and the first line of what it says."""
+    """An error's class and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def what_failed(error: BaseException) -> str:
-    """Of an error that is not ours: whose it is, the user's step's or a defect of ours, and where."""
+    """Say of another's error whether the user's step or a defect of ours raised it, and where."""
     files = files_of(error)
     if _A_STEP in files:
         where = line_of(error)
@@ -94,7 +94,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _noting(progress: Callable[[str], None]) -> Callable[[str], None]:
-    """What the user's own callback raises is the user's to catch."""
+    """Wrap the user's callback: the errors it raises are the user's to catch."""
 
     def say(line: str) -> None:
         try:

@@ -140,7 +140,7 @@ def output_file(context: click.Context, parameter: click.Parameter, value: str |
 
 
 def page_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """The same for a page: its ending, and what it needs, are looked at too."""
+    """The same for a page: also check its ending and the packages it needs."""
     if value is not None:
         from ullage.report._page import check_page
 

@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 2.0
 
 
 class Report(Protocol):
-    """Say what is being done now and, if that is known, how much of it is done."""
+    """Say which stage runs now and, if that is known, how much of it is done."""
 
     def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
         """Start a stage, or move on in it."""
@@ -56,7 +56,7 @@ class _Lines:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """What to call with stages while something runs."""
+    """Return the callback that is called with stages while something runs."""
     if not sys.stderr.isatty():
         lines = _Lines()
         try:

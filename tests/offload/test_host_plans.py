@@ -136,14 +136,14 @@ def test_pins_name_the_tier() -> None:
     assert t is not None and t.sent_bytes == FIRST + 4 * ROWS * 256
     assert plan.host is not None and plan.host.capacity_bytes == whole_blocks(t.sent_bytes)
     for action, right in (("offload:disk", "offload:host"), ("select:addmm[0]@disk", r"select:addmm\[0\]@host")):
-        said = f"to disk, but this plan's go to host; pin it to {right}, or give disk_directory and disk_budget instead"
+        said = f"offloads to disk, but this plan's tier is host; pin it to {right}, or give disk_directory and disk_budget instead"
         with pytest.raises(ul.ArgumentError, match=said):
             planned(work, policy="none", pin={"0": action})
 
 
 def test_one_unit_has_one_tier() -> None:
     assert option_from_name("select:gelu[0]+mm[0,2]@host").tier == "host"
-    with pytest.raises(ValueError, match="names disk and host; tensors leave to one of them"):
+    with pytest.raises(ValueError, match="names disk and host; tensors are offloaded to one of them"):
         option_from_name("select:gelu[0]@disk+mm[0,2]@host")
     with pytest.raises(ValueError, match=r"gelu\[0\] is to stay in memory and to leave it"):
         option_from_name("select:gelu[0]@host+gelu[0]")

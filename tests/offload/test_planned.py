@@ -144,7 +144,7 @@ def test_arguments_that_mean_nothing(options: dict[str, Any], kind: type[Excepti
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_only_plans_have_tensors_leave(tier: str) -> None:
-    with pytest.raises(ul.ArgumentError, match=f"only a plan has tensors leave memory .*leave `@{tier}` out"):
+    with pytest.raises(ul.ArgumentError, match=f"only a plan offloads tensors .*leave `@{tier}` out"):
         ul.checkpoint(nn.Linear(4, 4), torch.ones(4, 4), keep=f"addmm[0]@{tier}")
 
 

@@ -1,4 +1,4 @@
-"""Refuse a model that is checkpointed already by a switch of Hugging Face's or torch's own."""
+"""Refuse a model that a switch of Hugging Face's or torch's own checkpoints already."""
 
 from __future__ import annotations
 

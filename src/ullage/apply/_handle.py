@@ -103,7 +103,7 @@ def _said(s: Stats) -> str:
 
 
 def _slower(plan: Plan, seen: Stats | None) -> float:
-    """What a step has waited longer than was simulated, its transfers took longer; a first step's waits are in it too."""
+    """How many times as long as simulated transfers took, from the seconds steps waited; a first step's waits are in it too."""
     t, tier = plan.predicted.traffic, plan.tier
     if seen is None or t is None or tier is None or not t.sent_bytes or not seen.bytes_written:
         return 1.0

@@ -71,7 +71,7 @@ class Unit(Apart):
 
 
 class PlannedForward(Apart):
-    """What `module.forward` is under a plan."""
+    """Stands in for `module.forward` under a plan."""
 
     def __init__(self, unit: Unit, module: nn.Module) -> None:
         self.unit = unit
@@ -106,7 +106,7 @@ class PlannedForward(Apart):
         return unit.run(plain, module, args, kwargs)
 
     def _compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What Dynamo can trace in one graph; what was promised is not measured there."""
+        """Run the unit in a form that Dynamo traces as one graph; a plan's bytes are not promised there."""
         module, unit, plain = self._module(), self.unit, self.previous
         if plain is _MISSING:
             plain = functools.partial(type(module).forward, module)
@@ -126,7 +126,7 @@ class PlannedForward(Apart):
 
 
 class _Reduce(Apart):
-    """What `module.__reduce_ex__` is under a plan: the module's own, without our entries."""
+    """Stands in for `module.__reduce_ex__` under a plan: the module's own, without our entries."""
 
     def __init__(self, planned: PlannedForward) -> None:
         self.planned = planned

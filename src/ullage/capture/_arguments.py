@@ -1,4 +1,4 @@
-"""Does a module change what it is given: a dict it writes, a list it appends to, a key-value cache that grows?"""
+"""Find out whether a module changes its arguments: a dict it writes, a list it appends to, a key-value cache that grows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ATOMS = (int, float, complex, str, bytes, bool, type(None))
 
 
 def contents(arguments: Any) -> list[tuple[Any, str]]:
-    """Of every mutable object in a call's (args, kwargs): what it holds now, by identity, and its class.
+    """Return what each mutable object in a call's (args, kwargs) holds now, by identity, and its class.
 
     Identities, because holding the tensors themselves would keep them alive in the step that is captured.
     """

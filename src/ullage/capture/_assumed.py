@@ -26,7 +26,7 @@ REMEDY = (
 
 
 class Assumed:
-    """Makes up values. `trial` 0 is what is planned for; 1 and 2 are there to be compared with it."""
+    """Makes up values that a step reads. A plan uses those of `trial` 0; 1 and 2 are compared with it."""
 
     TRIALS = (1, 2)
 
@@ -121,7 +121,7 @@ def _steers(read: dict[str, None]) -> str:
 
 
 def _ops(session: Any) -> list[Any]:
-    """What was run, but for reads, and without the numbers among the arguments: these may be what was read."""
+    """The ops that ran, but for reads, and without the numbers among their arguments, which may be made-up values."""
     kinds = [(s.func, tensors_of((s.args, s.kwargs)), s.outputs) for s in session.signatures]
     ran = [(kinds[i], phase) for i, phase in zip(session.trace.signature, session.trace.phase, strict=True)]
     return [op for op in ran if op[0][0] is not torch.ops.aten._local_scalar_dense.default]

@@ -1,4 +1,4 @@
-"""What a condition must be so that the step goes on, where one of its two ways does nothing but raise.
+"""Choose a condition's value so that the step goes on, where one of its two branches only raises.
 
 `if not valid.all(): raise ValueError(...)`, `assert (x > 0).all()`: a check of values, which a step on fake tensors does not
 have. A step that trains passes its checks.

@@ -1,4 +1,4 @@
-"""What must be different around a step on fake tensors so that the step can't tell.
+"""Patches around a step on fake tensors, without which the step would notice that they are fake.
 
 Each entry names the code that would take another branch. Everything is put back on exit.
 """
@@ -28,7 +28,7 @@ from ullage.runtime import rng_states_from
 
 
 def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
-    """What `at::one_hot` runs on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
+    """The ops of `at::one_hot` on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
     low, high = torch.aminmax(index)
     if classes < 0 or values.get(high) is not None:  # the check needs values; where they aren't known it is passed over
         low.item()
@@ -38,7 +38,7 @@ def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
 
 
 def _here() -> Callable[[], bool]:
-    """A question: does the thread that is here now ask?"""
+    """Return a function that says whether the thread that calls it is this one."""
     owner = threading.get_ident()
     return lambda: threading.get_ident() == owner
 
@@ -74,7 +74,7 @@ def unnoticed(tracker: Any) -> Iterator[None]:
 
 
 class _Default:
-    """What `torch.get_rng_state`, `torch.manual_seed` and the like ask: in the thread that captures the tracker's generator.
+    """Stands in for torch's default generator: in the thread that captures it is the tracker's.
 
     Elsewhere it is torch's own, which a capture never moves.
     """
@@ -162,7 +162,7 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
 
 
 def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """Where C++ asks for the backend, which is Meta for a fake tensor, take the path of real tensors."""
+    """Take the path of real tensors where C++ asks for the backend, which is Meta for a fake tensor."""
     one_hot, mine = torch.nn.functional.one_hot, _here()
 
     def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
@@ -240,7 +240,7 @@ def _added(owner: type, name: str, value: Any) -> Iterator[None]:
 
 
 def _let_tensors_be_swapped(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """`Module.to` swaps a parameter with what it becomes, which torch refuses for one that a weak reference points to.
+    """Let `Module.to` swap a parameter, which torch refuses while a weak reference points to it.
 
     Fake tensors that a kernel has made are in a dictionary of the fake mode's, by such references; nothing looks there again.
     """

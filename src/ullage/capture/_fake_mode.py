@@ -46,7 +46,7 @@ class StepMode(FakeTensorMode):
 
     @property
     def enter_stack(self) -> list[Any]:
-        """How this thread entered the mode."""
+        """This thread's entries into the mode."""
         return self._of_thread.enter_stack
 
     @enter_stack.setter
@@ -68,7 +68,7 @@ class StepMode(FakeTensorMode):
         return threading.get_ident() == self.owner
 
     def enter_module(self, fqn: str) -> None:
-        """A module's forward begins in a thread that is not the owner."""
+        """Note that a module's forward begins in a thread that is not the owner."""
         self._of_thread.modules.append(fqn)
 
     def leave_module(self) -> None:

@@ -1,4 +1,4 @@
-"""How one op runs on fake tensors: from what is known of its signature, by its fake kernel, or from real values."""
+"""Run one op on fake tensors: from a remembered call, by its fake kernel, or from real values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class FakeKernels:
         return self._to_fake(real)
 
     def _without_values(self, func: Any, args: Any) -> Any:
-        """Where not all values are known: the shape may follow from those that are; a number is assumed.
+        """Run an op of which some values are unknown: its shape may follow from those that are known; a number is assumed.
 
         Raises:
             NeedsValues: neither.

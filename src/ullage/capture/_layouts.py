@@ -1,4 +1,4 @@
-"""Which tensors of a workload can't be planned with, told before a step is run."""
+"""Refuse, before a step runs, tensors of a workload that can't be planned with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {torch.jagged: "a nested (jagged) tensor", torch.sparse_coo: "a sparse 
 
 
 def check_tensors(inst: Any) -> None:
-    """Refuse what has no storage to follow.
+    """Refuse tensors that have no storage to follow.
 
     Args:
         inst: the workload on fake tensors.

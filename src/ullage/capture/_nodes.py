@@ -1,4 +1,4 @@
-"""Which ops belong to which autograd node of a step, and what the node was called on.
+"""Assign a step's ops to autograd nodes, and note each node's inputs.
 
 Some of autograd's formulas take another way where a tensor is a subclass or a dispatch mode is active, and in a capture both
 are so: out of place where a real step works in place, `masked_fill` where it would index. So a node can be measured as a

@@ -24,7 +24,7 @@ _SIZES = {bool: 1, int: 8, float: 8, complex: 16}
 
 
 class _Hidden:
-    """In the place of a number's tensor that is out of Python's reach."""
+    """Stands for a number's tensor that Python can't reach."""
 
 
 class SavedNumbers:
@@ -58,7 +58,7 @@ class SavedNumbers:
         return sum(_SIZES[type(number)] for _, number in given)
 
     def look(self) -> list[tuple[Any, int, int]]:
-        """What the op that was noted last has saved: per number what holds it alive, a key and its bytes."""
+        """Return what the last noted op has saved: per number the object that holds it alive, a key and its bytes."""
         if self._last is None:
             return []
         out, given, writes = self._last[0](), *self._last[1:]
@@ -79,7 +79,7 @@ class SavedNumbers:
 
 
 def _hidden_in(node: Any, nbytes: int) -> tuple[Any, int, int]:
-    """A view was written to: the op's node is inside that of the view's base, and goes when that has run or is gone."""
+    """Stand in for the number of an op that wrote to a view: its node lies inside that of the view's base, and goes when that has run or is gone."""
     held = [_Hidden()]
     # after a backward with `retain_graph` nodes hold what they have saved
     node.register_hook(lambda *_: None if keeps_graph() else held.clear())

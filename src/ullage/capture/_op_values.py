@@ -1,4 +1,4 @@
-"""What ops take and give: tensors, numbers and lists or tuples of these, and nothing that torch's pytrees know beyond them.
+"""Arguments and outputs of ops: tensors, numbers, and lists or tuples of these, which is less than torch's pytrees take.
 
 torch's own `tree_flatten` asks of every leaf whether it is a named tuple, a dict or one of a dozen registered types. Done
 for each op of a step it was a fifth of the time of a capture.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def leaves(values: Iterable[Any]) -> list[Any]:
-    """What is in these lists and tuples, however deep, in order."""
+    """Flatten nested lists and tuples, in order."""
     found: list[Any] = []
     for v in values:
         if isinstance(v, list | tuple):

@@ -60,7 +60,7 @@ def argument_key(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """How to make an op's outputs.
+    """A recipe for an op's outputs.
 
     Attributes:
         kind: fresh, view (of the first argument), first (itself) or nothing.

@@ -1,4 +1,4 @@
-"""What a step reaches that is not copied with its workload: globals that its code loads, attributes of classes, caches.
+"""State that a step reaches but that is not copied with its workload: globals its code loads, attributes of classes, caches.
 
 A captured step would leave fake tensors there, and numbers that were made up: `lru_cache`d tables, a dict of features, `global last`.
 So would a factory that is called while capturing: what it sets up there (a table that its model's forward reads) is there
@@ -49,13 +49,13 @@ def _function(fn: Any) -> Any:
 
 
 def _loaded_by(fn: Any) -> list[Any]:
-    """What a function loads of its module: what it closes over is copied with it."""
+    """Return the globals that a function loads; its closure is copied with it."""
     loaded = children(fn) if isinstance(fn, types.FunctionType) else ()
     return [*classes_in(fn), *(child for step, _, child in loaded if step[0] == "g")]
 
 
 class Outside:
-    """Finds these places and notes what is there.
+    """Finds these places and notes their content.
 
     What is reached through closures only may well be another thread's, which goes on meanwhile: it is put back where there are
     fake tensors.
@@ -93,14 +93,14 @@ class Outside:
                     self._places.append((place, content_of(place), sure and not isinstance(place, Cells)))
 
     def now(self) -> Outside:
-        """The same places, with what is there now."""
+        """The same places, with their present content."""
         found = Outside([], [])
         found._places = [(place, content_of(place), sure) for place, _, sure in self._places]
         found._arrays = [(array, array.copy()) for array, _ in self._arrays]
         return found
 
     def put_back(self) -> None:
-        """Have there be again what was there."""
+        """Put the noted content back."""
         for place, was, sure in self._places:
             now = content_of(place)
             if not same_content(was, now) and (sure or _any_fakes(now) or _any_fakes(was)):
@@ -112,7 +112,7 @@ class Outside:
                 cache.cache_clear()
 
     def drop_fakes(self) -> None:
-        """Take out the fake tensors that are still there."""
+        """Take fake tensors out of these places."""
         for place, _, _ in self._places:
             now = content_of(place)
             if any(map(_is_fake, now.values() if isinstance(now, dict) else now)):

@@ -1,4 +1,4 @@
-"""What recurrent layers run on a CPU, op by op.
+"""Recurrent layers as a CPU runs them, op by op.
 
 C++ asks for the backend, which is another for a fake tensor, and reads the lengths of packed sequences, which it has not.
 """
@@ -43,7 +43,7 @@ def dense_lstm(
     both: bool,
     batch_first: bool,
 ) -> Any:
-    """What `at::lstm` runs on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
+    """The ops of `at::lstm` on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
     directions = 2 if both else 1
     per = 4 if bias else 2
     h0, c0 = hx
@@ -85,7 +85,7 @@ def packed(
     train: bool,
     both: bool,
 ) -> Any:
-    """Of packed sequences: cells unrolled over time, the whole input's part of the gates first (aten/native/RNN.cpp)."""
+    """The ops on packed sequences: cells unrolled over time, the whole input's part of the gates first (aten/native/RNN.cpp)."""
     sizes, directions = batch_sizes.tolist(), 2 if both else 1
     per = len(weights) // (layers * directions)
     states = hx if isinstance(hx, tuple | list) else (hx,)
@@ -106,7 +106,7 @@ def packed(
 
 
 class Pack(torch.autograd.Function):
-    """What `at::_pack_padded_sequence` and its backward run."""
+    """The ops of `at::_pack_padded_sequence` and its backward."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ class Pack(torch.autograd.Function):
 
 
 def padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
-    """What `at::_pad_packed_sequence` runs (aten/native/PackedSequence.cpp): the padded tensor, and the lengths."""
+    """The ops of `at::_pad_packed_sequence` (aten/native/PackedSequence.cpp): the padded tensor, and the lengths."""
     sizes = batch_sizes.tolist()
     steps, rows = len(sizes), sizes[0]
     out = torch.full((max(steps, length), rows, *data.shape[1:]), value, dtype=data.dtype, device=data.device)

@@ -274,7 +274,7 @@ class Session:
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
     def links(self, fqn: str) -> int:
-        """How often a unit's input was left to the unit before it."""
+        """How often a unit's input was left to the unit before it, and so not held."""
         return sum(site.links for (f, _), site in self._sites.items() if f == fqn)
 
     def _site(self, fqn: str, module: nn.Module) -> Site:
@@ -298,7 +298,7 @@ class Session:
                     self.tracker.adopt(t, "optimizer state")
 
     def _explain(self, error: Exception) -> UllageError:
-        """Of an error in a step in which units are wrapped: which unit's option it is. The plain step has run before any such one."""
+        """Say which unit's option an error comes from, in a step with wrapped units. The plain step has run before any such step."""
         stack = self.tracker.module_stack
         wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
         self.raised_on_purpose = raised_on_purpose(error)

@@ -89,7 +89,7 @@ class CapturedStore:
         self.dropped.setdefault(ticket, self._now()[0])
 
     def takes(self, device: torch.device) -> bool:
-        """Those where the step runs."""
+        """True for tensors of the device where the step runs."""
         return device.type == self._device
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:

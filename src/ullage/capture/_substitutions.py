@@ -1,4 +1,4 @@
-"""What a CUDA device would do otherwise, for an estimate from the CPU's ops.
+"""Replace ops of the CPU by those that a CUDA device would run, for an estimate.
 
 A build for CPUs can't run fake CUDA tensors that require grad, so a named CUDA device is estimated from what the model
 runs on a CPU, with these substitutions, each of which changes what is saved or allocated:

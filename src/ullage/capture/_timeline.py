@@ -18,7 +18,7 @@ _ENGINE_SEQUENCE = 2**62  # gradient accumulation has the largest there is
 
 @dataclass(frozen=True)
 class OpCost:
-    """What one op signature costs.
+    """Seconds and bytes of one op signature.
 
     Attributes:
         seconds: time of one call.
@@ -44,7 +44,7 @@ class Timeline:
 
 
 def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> int:
-    """A storage's size, as the real kernel makes it where that was measured."""
+    """A storage's size as the real kernel makes it, where that was measured."""
     if storage.booked is not None:
         return storage.booked
     if storage.position >= 0:

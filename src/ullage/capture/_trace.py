@@ -1,4 +1,4 @@
-"""What a capture records: op signatures, ops in order, and the life of every storage."""
+"""The record of a capture: op signatures, ops in order, and the life of every storage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ullage._torch import unwrapped as _inside
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What an op signature keeps of a tensor."""
+    """A tensor in an op signature."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]

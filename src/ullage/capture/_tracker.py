@@ -215,7 +215,7 @@ class Tracker(TorchDispatchMode):
         self.trace, self._alive = Trace(), {}
 
     def place(self) -> str:
-        """Where the step is now: the line that runs, or in backward the one whose gradient is computed."""
+        """The line that runs now, or in backward the line whose gradient is computed."""
         if graph_task() == -1:
             return source_line() or ("the optimizer's step" if self.phase == "optimizer" else "")
         node = autograd_node()
@@ -223,7 +223,7 @@ class Tracker(TorchDispatchMode):
         return source_line() or (known[0] if known is not None else "")
 
     def _adopted(self, func: Any, args: Any) -> Any:
-        """The arguments with fake twins of real tensors: constants that are part of neither model nor batch."""
+        """Replace real tensors among the arguments by fake twins: constants that are part of neither model nor batch."""
         for a in args:
             if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor | None):
                 if any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in a):
@@ -338,7 +338,7 @@ class Tracker(TorchDispatchMode):
         self._died.clear()
 
     def skipped(self, func: Any, args: Any, out: Any) -> None:
-        """A selective replay skips an op; its node saves the numbers that it was given all the same."""
+        """Note that a selective replay skips an op; its node saves its numbers all the same."""
         self.look_at_numbers()
         if self.round_bytes == 1:
             self._numbers.note(func, args, out, None)
@@ -351,7 +351,7 @@ class Tracker(TorchDispatchMode):
                 self._follow(held, key, Storage(nbytes, self.clock - 1))
 
     def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> None:
-        """What a forward writes: buffers and other resident tensors."""
+        """Note buffers and other resident tensors that a forward writes to."""
         if self.phase != "forward":
             return
         written = written_arguments(func, args, kwargs)

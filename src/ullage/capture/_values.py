@@ -139,7 +139,7 @@ class Values:
                 self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op for real; what it draws comes from our generator."""
+        """Run an op for real; random draws come from our generator."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if kwargs.get("generator") not in (None, torch.default_generator):  # the step's own, which has to stay

@@ -141,7 +141,7 @@ def _step(way: Callable[[Tensor], Any], x: Tensor) -> None:
 
 
 def _floor() -> float:
-    """What calling the smallest op alone takes, as op costs are measured."""
+    """Seconds of calling the smallest op alone, as op costs are measured."""
     x, op = torch.full((1, 4, 8), 0.5), torch.ops.aten.mul.Tensor
     start = time.thread_time()
     for _ in range(_FLOOR_CALLS):

@@ -53,7 +53,7 @@ _NORMS = (1e-5, 1e-3, 1e-2, 0.1, 1.0, 8.0)
 
 
 def fillings(s: Signature, through: Iterable[Any]) -> list[Filling]:
-    """What to run an op on, the plain one first: all values on which its bytes may hang.
+    """Arguments to run an op on, the plain ones first: all values that its bytes may depend on.
 
     Args:
         s: the op's signature.

@@ -80,7 +80,7 @@ def measure_ops(signatures: Sequence[Signature], table: Device, cold: Sequence[b
 
 
 def _bytes_of(s: Signature, rough: OpCost, settings: Settings) -> OpCost:
-    """What torch's own kernels allocate is measured once in a process, for each way that torch is set."""
+    """Bytes that torch's own kernels allocate, measured once in a process for each way that torch is set."""
     if s.func.namespace not in _OF_TORCH:
         return _one(s, None, rough)
     key = signature_key(s), settings

@@ -1,4 +1,4 @@
-"""Run an autograd node alone, on real tensors: what it allocates, whichever way its formula takes.
+"""Run an autograd node alone, on real tensors, for the bytes it allocates whichever branch its formula takes.
 
 Ops of a formula are measured one by one from a capture's log (`_measure`). That log is of the way that the formula takes on
 tensor subclasses; where a real one takes another, the sum over the log is wrong, and the node is measured instead.

@@ -90,7 +90,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], list[int]]:
-    """What happened to blocks, in order, and when each run began."""
+    """Return the events of blocks, in order, and the moment each run began."""
     with _quiet(), profile(use_cpu=True, profile_memory=True) as prof:
         for k in range(steps):
             with record_function(f"{_STEP}{k}"):

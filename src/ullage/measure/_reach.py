@@ -1,4 +1,4 @@
-"""What a step reaches from its model, optimizer, batch, loss and step, as the runtime's walker finds it.
+"""Objects that a step reaches from its model, optimizer, batch, loss and step, as the runtime's walker finds them.
 
 In two widths: what is copied with a workload, whose tensors are there before a step begins; and all that a step can change, which is
 more: what methods load of their modules, attributes of classes, plain objects among globals.
@@ -37,7 +37,7 @@ def all_a_step_reaches(inst: Instance) -> Iterator[Any]:
 
 
 def copied_with(inst: Instance | Workload) -> list[Any]:
-    """What a workload is made of: what is copied where it is captured, and counted where it is measured."""
+    """Parts of a workload: they are copied where it is captured, and counted where it is measured."""
     return [obj for obj, _ in traverse(_roots(inst), {}, copied_parts, most=MOST_NODES)]
 
 

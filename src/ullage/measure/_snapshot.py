@@ -1,4 +1,4 @@
-"""What a step can change, as it was found: values in host memory, and the content of every place, which can be put back."""
+"""Everything that a step can change, as it was found: values in host memory and the content of every place, to be put back."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _is(noted: Any, value: Any) -> bool:
 
 
 def _same(noted: Any, now: Any) -> bool:
-    """Is that the content that was noted?"""
+    """Whether that is the noted content."""
     if len(noted) != len(now):
         return False
     if isinstance(now, dict):
@@ -78,7 +78,7 @@ def _same(noted: Any, now: Any) -> bool:
 
 
 def _found(noted: Any) -> Any:
-    """What a note stands for."""
+    """The object that a note stands for."""
     if isinstance(noted, TensorState):
         return noted.tensor()
     if isinstance(noted, _Tuple):
@@ -88,7 +88,7 @@ def _found(noted: Any) -> Any:
 
 
 def _found_in(content: Any, now: Any = ()) -> Any:
-    """The content that was noted; what is still there stays the same object."""
+    """The noted content; parts that are still there stay the same objects."""
     if isinstance(content, dict):
         known = now if isinstance(now, dict) else {}
         pairs = [(_found(k), v) for k, v in content.items()]
@@ -178,7 +178,7 @@ class Snapshot:
 
 
 def _too_much(things: Iterable[Any], inst: Instance) -> set[int]:
-    """Ids of the largest of what is neither in the model nor the optimizer nor the batch, if copies of all do not fit in memory."""
+    """Ids of the largest tensors outside of model, optimizer and batch, if copies of all do not fit in memory."""
     sizes = {id(x): x.nbytes for x in things if not isinstance(x, Tensor) or not is_fixed(x)}
     room = available_bytes()
     if room is None or sum(sizes.values()) <= room // 2:

@@ -42,7 +42,7 @@ def is_fixed(t: Tensor) -> bool:
 
 
 class TensorState:
-    """What a tensor was.
+    """A tensor's memory, geometry and flags at one moment.
 
     A plain tensor is held weakly: a step that puts another one in its place frees it, as it would unmeasured. `tensor` makes
     it again from its values if it is gone.
@@ -87,7 +87,7 @@ class TensorState:
         )
 
     def is_(self, value: Any) -> bool:
-        """Is that the tensor, or what was made in its place?"""
+        """Whether that is the tensor, or the one made in its place."""
         return value is not None and (value is self._ref() or value is self._again)
 
     def tensor(self) -> Tensor:

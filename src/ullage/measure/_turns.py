@@ -58,7 +58,7 @@ def _wait() -> None:
 
 
 def _where_it_waits() -> tuple[tuple[int, int] | None, bool]:
-    """Where the holder's step stands while it waits for a thread (None if it does not), and whether it waits for this one."""
+    """Find where the holder's step waits for a thread (None if it does not), and whether it waits for this one."""
     frame = sys._current_frames().get(_holders[-1]) if _holders else None
     if frame is None or not frame.f_code.co_filename.startswith(_WAITING) or not _runs_a_step(frame):
         return None, False

@@ -1,4 +1,4 @@
-"""Options of a unit: keep everything, have it leave memory, recompute everything, or keep selected ops' outputs and recompute the rest."""
+"""Options of a unit: keep everything, offload it, recompute everything, or keep selected ops' outputs and recompute the rest."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Option:
 
     @property
     def tier(self) -> str:
-        """Where to something leaves memory, "host" or "disk"; "" if nothing does."""
+        """The tier that tensors are offloaded to, "host" or "disk"; "" without offloading."""
         if self.action == "offload":
             return self.level
         return self.level.rpartition("@")[2].partition("+")[0] if "@" in self.level else ""
 
     @property
     def offloads(self) -> bool:
-        """Does anything leave memory?"""
+        """Is anything offloaded?"""
         return bool(self.tier)
 
 

@@ -41,7 +41,7 @@ class Sites:
 
     Args:
         explores: many settings are tried on the same units: what one call has taught serves all of them, unproven.
-        tier: where what leaves memory goes.
+        tier: where tensors are offloaded to.
     """
 
     def __init__(self, explores: bool = False, tier: Tier | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Watch a training loop: `Monitor`, what it records, and where it sends that."""
+"""Watch a training loop: `Monitor`, its records, and the loggers they go to."""
 
 from ullage.monitor._loggers import Logger, MLflowLogger, TensorBoardLogger, WandbLogger
 from ullage.monitor._monitor import Monitor

@@ -1,4 +1,4 @@
-"""What a device tells of a step: when it began and ended, and its memory. Nothing here waits for a GPU, but for `wait`."""
+"""A device's view of a step: begin, end and memory. Nothing here waits for a GPU, but for `wait`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 @dataclass(slots=True)
 class Interval:
-    """One step of a device: marks of its begin and end, and what was read at the end."""
+    """One step of a device: marks of its begin and end, and the readings at its end."""
 
     start: Any
     stop: Any = None
@@ -32,7 +32,7 @@ class Interval:
 
 
 class Probe(Protocol):
-    """What a monitor asks of a device."""
+    """Questions of a monitor to a device."""
 
     name: str
     not_available: dict[str, str]
@@ -56,7 +56,7 @@ class Probe(Protocol):
         """From begin to end, once ready."""
 
     def hold(self, loss: Tensor) -> Callable[[], float]:
-        """Take a loss without waiting for it; what is returned gives it, once the step is ready."""
+        """Take a loss without waiting for it; the returned function gives it, once the step is ready."""
 
 
 class HostProbe:
@@ -89,7 +89,7 @@ class HostProbe:
         """Nothing to wait for."""
 
     def seconds(self, step: Interval) -> float:
-        """Of the clock."""
+        """Seconds by the clock."""
         return float(step.stop - step.start)
 
     def hold(self, loss: Tensor) -> Callable[[], float]:

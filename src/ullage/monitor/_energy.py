@@ -153,7 +153,7 @@ class Energy:
         self._began, self._steps, self._samples = now, 0, 0
 
     def end(self, samples: int | None, now: float) -> Spent | None:
-        """A step has ended at `now`, in seconds; what was spent, if it is time to read."""
+        """End a step at `now`, in seconds; return the energy spent, if it is time to read."""
         if self._began is None:
             return None
         self._steps += 1

@@ -67,7 +67,7 @@ class JsonlWriter:
         self._lines.append(_encode(record))
 
     def flush(self) -> None:
-        """Hand what was taken to the system. OSError if the file can't be written."""
+        """Hand buffered lines to the system. OSError if the file can't be written."""
         if self._file is None or not self._lines:
             return
         data = memoryview(b"\n".join(self._lines) + b"\n")

@@ -18,7 +18,7 @@ STEP = "trainer/global_step"  # as Lightning calls it
 
 @runtime_checkable
 class Logger(Protocol):
-    """What a monitor hands metrics to. `start(header)` and `close()` are called too, where there are such."""
+    """Takes metrics from a monitor. `start(header)` and `close()` are called too, where there are such."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take the metrics, by tag, of the steps up to `step`."""
@@ -56,7 +56,7 @@ class TensorBoardLogger:
             self.writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
-        """Flush; close what is ours."""
+        """Flush; close the writer if we made it."""
         if self._own:
             self.writer.close()
         else:

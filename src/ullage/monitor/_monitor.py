@@ -216,7 +216,7 @@ class Monitor:
             raise
 
     def _over(self, running: Running) -> None:
-        """What every end of a step has in common."""
+        """The common end of every step."""
         self._open = None
         if self._counting is not None:
             counting, self._counting = self._counting, None

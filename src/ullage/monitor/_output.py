@@ -1,4 +1,4 @@
-"""Where records go: the run's file and the loggers. What fails there is left out, with a warning: training goes on."""
+"""Hand records to the run's file and the loggers. One that fails is left out, with a warning: training goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a monitor knows of one step, and of where it ran: plain data, a line of JSON each."""
+"""Facts of one step and of the machine it ran on: plain data, a line of JSON each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a run took place: the first line of a Monitor's file.
+    """Machine, versions and plan of a run: the first line of a Monitor's file.
 
     Attributes:
         monitor_schema: version of these records; a reader refuses what is newer than it knows.
@@ -179,7 +179,7 @@ TAGS = (
 
 
 def metrics(records: Sequence[StepRecord]) -> dict[str, float]:
-    """What a logger is given for some steps in a row, by tag: largest bytes, mean times, sums of what is counted, throughput over all.
+    """Metrics of some steps in a row, by tag: largest bytes, mean times, sums of counts, throughput over all.
 
     Steps that failed are counted and no more.
     """

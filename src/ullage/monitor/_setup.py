@@ -1,4 +1,4 @@
-"""What a monitor finds out before its first step: the model, its plan, its device, what can be counted."""
+"""Find out, before the first step, a monitor's model, plan and device, and whether ops can be counted."""
 
 from __future__ import annotations
 

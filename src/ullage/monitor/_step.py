@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Running:
-    """A step that has begun: what was given, and what was read at its end."""
+    """A step that has begun: its arguments, and the readings at its end."""
 
     step: int
     samples: int | None
@@ -44,7 +44,7 @@ class Running:
 
     @property
     def key(self) -> Any:
-        """What its FLOPs are taken to depend on."""
+        """The facts that its FLOPs are taken to depend on."""
         return self.samples, self.tokens
 
     @property
@@ -71,7 +71,7 @@ class Running:
             raise ArgumentError(f"loss: expected a number or a tensor of one element, got {type(loss).__name__}")
 
     def record(self, probe: Probe, use: Utilization, replays_known: bool) -> StepRecord:
-        """What is known of it, once it is ready."""
+        """Its record, once the step is ready."""
         if self.failed:
             return self._failed()
         assert self.interval is not None

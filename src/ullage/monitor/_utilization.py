@@ -1,4 +1,4 @@
-"""How fast a device could do a step's FLOPs at best, and so how well steps use it."""
+"""Compare a step's FLOPs with a device's best rate: MFU and HFU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Counters = tuple[int, int, int]  # replays, skipped ops, stale logs of a step
 
 
 class Utilization:
-    """How well steps use the device, from one step whose ops were counted or from FLOPs as given.
+    """Share of the device's best rate that steps reach, from one step whose ops were counted or from FLOPs as given.
 
     Args:
         peak: of the device.
@@ -140,6 +140,6 @@ class Utilization:
         return self._replays if counters == self._counters and self._knows(step) else (None, None)
 
     def news(self) -> dict[str, str]:
-        """What became known not to be available since this was asked last."""
+        """Facts found not to be available since the last call."""
         found, self.not_available = self.not_available, {}
         return found

@@ -1,4 +1,4 @@
-"""How fast a directory, or the host memory of a device, takes and gives bytes, by the code that will do it."""
+"""Measure how fast a directory or the host memory of a device takes and gives bytes, with the stores' own code."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _write(store: DiskStore, block: torch.Tensor, count: int) -> list[DiskTicket
 
 
 def _seconds_of_blocks(store: DiskStore, block: torch.Tensor) -> tuple[float, float]:
-    """What a block out, or one back, takes in a queue of them; and how much longer if each is waited for."""
+    """Seconds of a block out, or of one back, in a queue of them; and how much longer it takes if each is waited for."""
     count = min(_BLOCKS, store.capacity // BLOCK)
     began = time.perf_counter()
     tickets = [store.put(block) for _ in range(count)]

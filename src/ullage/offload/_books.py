@@ -1,4 +1,4 @@
-"""What a store on disk holds and where: the state of its tensors, without threads, locks or waiting (`_engine` adds those)."""
+"""State of a store on disk: its tensors and their places, without threads, locks or waiting (`_engine` adds those)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Books(Ledger[FileRecord]):
         return True
 
     def _part_bytes(self, nbytes: int) -> int:
-        """How large a part of a tensor is: so that all threads are at work on one that is waited for, unless it is small."""
+        """Bytes of a part of a tensor, so small that all threads work on a tensor that is waited for."""
         share = whole_blocks(-(-nbytes // self.limits.threads))
         return min(max(share, _record.SPLIT_BYTES), _record.PART_BYTES)
 
@@ -73,7 +73,7 @@ class Books(Ledger[FileRecord]):
         self.queues.push(record, level)
 
     def take_failure(self, record: FileRecord) -> Failure:
-        """What went wrong with a tensor. Of a read only once, and with what was read: the next `get` tries again."""
+        """Return a tensor's failure. That of a read is returned once, with the bytes read: the next `get` tries again."""
         failure = record.failure
         assert failure is not None
         if record.phase is Phase.AWAY:

@@ -1,4 +1,4 @@
-"""Checksums of what is written: xxHash (XXH3, 64 bits) where the package `xxhash` is there, else zlib's CRC-32.
+"""Checksums of written bytes: xxHash (XXH3, 64 bits) where the package `xxhash` is installed, else zlib's CRC-32.
 
 They find what a drive, a cable or memory changed; they are no protection against a person. XXH3 is several times as
 fast, which matters as one core's CRC-32 is no faster than a good drive. Both release the GIL.
@@ -18,7 +18,7 @@ class Checksum(Protocol):
         """Add bytes, given as anything with a buffer."""
 
     def intdigest(self) -> int:
-        """The checksum of all that was added."""
+        """The checksum of all bytes so far."""
 
 
 class _Crc32:
@@ -33,7 +33,7 @@ class _Crc32:
 
 
 def checksum_maker() -> Callable[[], Checksum]:
-    """What makes checksums, the fastest that is installed."""
+    """Return the fastest maker of checksums that is installed."""
     try:
         import xxhash
     except ImportError:  # it comes with the extra `offload`

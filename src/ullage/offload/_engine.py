@@ -29,7 +29,7 @@ from ullage.offload._words import failed, full, modified, refused
 
 
 class Engine(Guard[FileRecord]):
-    """What a `DiskStore` and its tickets call; the store adds arguments and words. Owns the file and the staging buffers."""
+    """Carries out the calls of a `DiskStore` and its tickets; the store adds arguments and words. Owns the file and the staging buffers."""
 
     def __init__(self, mover: Mover, staging: Staging, limits: Limits, memory: Memory) -> None:
         self.mover, self.staging, self.memory = mover, staging, memory
@@ -171,7 +171,7 @@ class Engine(Guard[FileRecord]):
 
     @contextlib.contextmanager
     def _entered(self, spared: FileRecord | None = None) -> Iterator[None]:
-        """Hold the lock; what is overdue is done first."""
+        """Hold the lock; do overdue work first."""
         self._check_process()
         with self._changed:
             self.books.reap(spared)

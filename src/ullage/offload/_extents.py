@@ -1,4 +1,4 @@
-"""Which bytes of the file are taken: best fit, with free runs joined again, in blocks of 4 KiB."""
+"""Allocate bytes of the file: best fit, with free runs joined again, in blocks of 4 KiB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store did, and how fast one is: plain facts."""
+"""Counts and speeds of a store: plain facts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What `measure_bandwidth` or `measure_link` found.
+    """Result of `measure_bandwidth` or `measure_link`.
 
     Attributes:
         write_bytes_per_s: bytes per second out.

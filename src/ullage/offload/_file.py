@@ -51,7 +51,7 @@ class TransferError(Exception):
 
 
 def hint_for(error: BaseException) -> str:
-    """What to do about an error of the system or a transfer."""
+    """Advice for an error of the system or a transfer."""
     if isinstance(error, TransferError):
         return error.hint
     number = error.errno if isinstance(error, OSError) else None
@@ -215,7 +215,7 @@ def read_all(file: StoreFile, buffer: np.ndarray, offset: int) -> None:
 
 
 def _progress(file: StoreFile, done: int, moved: int, length: int, idle: int) -> tuple[int, int]:
-    """How far a transfer is after a call, and how many calls in a row moved nothing.
+    """Bytes moved so far by a transfer, and how many calls in a row moved nothing.
 
     Direct I/O must go on at a whole block, so what lies beyond the last one is transferred again.
     """

@@ -1,4 +1,4 @@
-"""Who may call a store, and when: not after `close`, not in a fork, and never waiting for the lock in the garbage collector."""
+"""Refuse calls of a store after `close` or in a fork, and never wait for its lock in the garbage collector."""
 
 from __future__ import annotations
 

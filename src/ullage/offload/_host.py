@@ -142,7 +142,7 @@ class HostStore(OpenedStore):
 
 
 def _notes(capacity: int) -> tuple[str, ...]:
-    """What is worth saying of so much memory that can't be swapped out."""
+    """Warnings about so much memory that can't be swapped out."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if capacity <= there // 2:
         return ()

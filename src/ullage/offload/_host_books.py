@@ -1,4 +1,4 @@
-"""What a store in host memory holds and where, and in which order streams copy and wait.
+"""State of a store in host memory: its tensors and their places, and the order in which streams copy and wait.
 
 A source may be freed, and its memory written to again, in the order of the stream that was current when it was put: that is
 torch's rule for every kernel that reads it there. So before the books release it, either that stream has been told to wait for

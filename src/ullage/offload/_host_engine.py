@@ -22,7 +22,7 @@ from ullage.offload._words import full, modified, refused
 
 
 class HostEngine(Guard[HostRecord]):
-    """What a `HostStore` and its tickets call; the store adds arguments and words. Owns the pinned memory."""
+    """Carries out the calls of a `HostStore` and its tickets; the store adds arguments and words. Owns the pinned memory."""
 
     def __init__(self, link: Link, limits: Limits, poison: bool) -> None:
         self.link, self.books = link, HostBooks(limits, poison, link)
@@ -110,7 +110,7 @@ class HostEngine(Guard[HostRecord]):
 
     @property
     def stats(self) -> Stats:
-        """Counts; what is over by now is in them."""
+        """Counts, with waits that are over by now."""
         if not (self.closing or self._forked):
             with self._entered(start=False):
                 pass
@@ -118,7 +118,7 @@ class HostEngine(Guard[HostRecord]):
 
     @contextlib.contextmanager
     def _entered(self, spared: HostRecord | None = None, start: bool = True) -> Iterator[None]:
-        """Hold the lock; what is overdue is done first. Whoever wants to know of late copies is told without it."""
+        """Hold the lock; do overdue work first. Callbacks about late copies run without it."""
         self._check_process()
         try:
             with self._changed:

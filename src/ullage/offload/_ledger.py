@@ -1,4 +1,4 @@
-"""What every store keeps books of: places, what is held and what for, and prefetches that wait for room."""
+"""Accounts that every store keeps: places, held tensors and what they are charged to, and prefetches that wait for room."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds a store.
+    """Bounds of a store.
 
     Attributes:
         capacity: bytes of the store, in whole blocks.
@@ -70,7 +70,7 @@ class Ledger(ABC, Generic[R]):
         return not self.goes_through(record) and self.has_room(record)
 
     def _takes(self, nbytes: int) -> int:
-        """What the allocator gives out for so many bytes."""
+        """Bytes that the allocator gives out for so many."""
         return -(-nbytes // self.limits.round_bytes) * self.limits.round_bytes
 
     # back
@@ -114,12 +114,12 @@ class Ledger(ABC, Generic[R]):
         """Start to read a tensor that is in the store only."""
 
     def forget_source(self, record: R) -> None:
-        """A source that is written, and has been modified in place since then, is not what was put: it is read back."""
+        """Drop a written source that has been modified in place since it was put: the tensor is read back instead."""
         record.phase, record.keep = Phase.AWAY, False
         self._release(record)
 
     def hand_out(self, record: R) -> Tensor:
-        """Return what is held. It is the caller's from now on, but for a source that is still being written."""
+        """Return the held tensor. It is the caller's from now on, but for a source that is still being written."""
         tensor = record.held
         assert tensor is not None
         record.asked = record.wanted = record.keep = False

@@ -1,4 +1,4 @@
-"""What moves bytes between a device and pinned host memory, in the order that streams give.
+"""Copies between a device and pinned host memory, in the order that streams give.
 
 `CudaLink` has one stream out and one stream in. Nothing here waits for the device but `synchronize`, `drain` and `unpin`.
 """
@@ -35,7 +35,7 @@ class Link(Protocol):
 
     @property
     def round_bytes(self) -> int:
-        """What the device's allocator rounds a tensor up to."""
+        """Bytes that the device's allocator rounds a tensor up to."""
 
     def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
         """Host memory that copies go to and from: flat uint8, page-aligned. `lower`: what a caller may ask less with.
@@ -57,13 +57,13 @@ class Link(Protocol):
         """Overwrite a tensor on the device, in a stream's order."""
 
     def mark(self, stream: Stream) -> Event:
-        """An event that is done when all that is queued in a stream so far is."""
+        """Record an event in a stream: it is done when all work queued there so far is."""
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """What is queued in a stream from now on runs after an event; the host goes on."""
+        """Have later work of a stream run after an event; the host goes on."""
 
     def share(self, tensor: Tensor, stream: Stream) -> None:
-        """A tensor that another stream allocated is used in this one: its memory is not reused before that is over."""
+        """Use a tensor of another stream in this one: its memory is not reused before that is over."""
 
     def copy_out(self, source: Tensor, slab: Tensor, parts: Sequence[Part], after: Iterable[Event]) -> Event:
         """Queue a copy to the slab, after some events. `source` must be held until the event returned is done."""

@@ -38,14 +38,14 @@ class Held(Protocol):
         """The other way."""
 
     def poison(self) -> None:
-        """Overwrite it, before copies that are queued from now on."""
+        """Overwrite it, before copies that are queued later."""
 
     def hand_over(self) -> None:
         """The current stream is about to use it."""
 
 
 class Memory(Protocol):
-    """Where tensors are."""
+    """The memory that a store's tensors are in."""
 
     @property
     def device(self) -> torch.device:
@@ -53,10 +53,10 @@ class Memory(Protocol):
 
     @property
     def link(self) -> Link | None:
-        """What copies; None for the host's memory."""
+        """Copies to and from a device; None for the host's memory."""
 
     def hold(self, tensor: Tensor) -> Held:
-        """A tensor, as it is after what is queued in the current stream."""
+        """Hold a tensor in the state that work queued in the current stream leaves it in."""
 
     def new(self, nbytes: int) -> Held:
         """A new flat uint8 tensor, allocated in the current stream.

@@ -1,4 +1,4 @@
-"""What all stores and their tickets are: an engine, and a record that it is called with."""
+"""Common base of stores and of tickets: an engine, and a record that it is called with."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class EngineTicket:
 
 
 class OpenedStore(ABC):
-    """What all stores say of their engine, which a subclass makes."""
+    """Common base of stores: answers from their engine, which a subclass makes."""
 
     _engine: Any
 

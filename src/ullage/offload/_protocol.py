@@ -1,4 +1,4 @@
-"""What a tier of offloaded tensors looks like to the one who uses it."""
+"""Protocols of a store of offloaded tensors and of its tickets."""
 
 from __future__ import annotations
 

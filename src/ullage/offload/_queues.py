@@ -1,4 +1,4 @@
-"""Parts that wait for a thread: what someone waits for first, then what was prefetched, then what goes out."""
+"""Parts that wait for a thread: first those someone waits for, then prefetches, then writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine knows of one tensor, and the moving of its parts."""
+"""An engine's record of one tensor, and the moving of its parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLIT_BYTES = 2**19  # no part is smaller for the threads' sake: waking one take
 
 
 class Phase(Enum):
-    """Where a tensor is."""
+    """A tensor's place."""
 
     OUT = "on its way out"  # its source is held
     AWAY = "in the store"  # nothing is held, but for a source that the caller has yet to release
@@ -33,7 +33,7 @@ class Phase(Enum):
 
 
 class Charge(Enum):
-    """What a held tensor counts as."""
+    """The account that a held tensor is counted in."""
 
     NONE = "nothing"
     BACKLOG = "waiting to be written"

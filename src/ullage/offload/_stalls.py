@@ -1,4 +1,4 @@
-"""How long streams waited, known once they have: the host does not wait to see it."""
+"""Count how long streams waited, once they have: the host does not wait to see it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def failed(directory: str | None, failure: Failure) -> OffloadError:
 
 
 def modified(directory: str | None, nbytes: int) -> OffloadError:
-    """A source that was written to too early."""
+    """The error for a source that was written to too early."""
     text = f"a tensor of {nbytes} bytes was modified by an inplace operation before it was written; the plain step fails too"
     return OffloadError(
         f"{_store(directory)}: {text}, or put() was given a tensor that is still in use", directory, nbytes

@@ -1,4 +1,4 @@
-"""How long a step takes when tensors leave memory and come back while it computes: a simulation of its events.
+"""Simulate a step's time while tensors are offloaded and brought back beside its ops.
 
 Two channels, one out and one in, each with its own bandwidth and first come, first served, as the stores of `ullage.offload` have
 them, and with its bounds: `put` waits while the backlog is full, and tensors come ahead of their use only as far as the

@@ -37,7 +37,7 @@ class OptionFacts:
         seconds: added by a replay in the unit's backward; 0 for keep.
         record_bytes: bytes above those alive at its start that a forward which records for this option needs, its output
             included; None for the most that any option's backward needs.
-        sent_bytes: leave memory in the unit's forward and come back for its backward, in all passes of a step; in whole blocks of the file.
+        sent_bytes: bytes offloaded in the unit's forward and brought back for its backward, in all passes of a step; in whole blocks of the file.
     """
 
     option: Option

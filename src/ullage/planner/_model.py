@@ -120,7 +120,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
-    """Bytes that leave memory, per unit, in whole blocks of the file."""
+    """Bytes offloaded per unit, in whole blocks of the file."""
     units, sent = frozenset(order), dict[str, int]()
     for t in transfers_of(capture):
         fqn = next((m for m in t.modules if m in units), "")

@@ -1,4 +1,4 @@
-"""What leaves memory and comes back in a captured step: how many bytes, and when."""
+"""Tensors that a captured step offloads and brings back: their bytes, and when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ullage.planner._executed import StepCapture
 
 
 def transfers_of(capture: StepCapture) -> list[Transfer]:
-    """What left memory and came back in a captured step."""
+    """Transfers of offloaded tensors in a captured step."""
     return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
 
 

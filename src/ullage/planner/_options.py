@@ -103,7 +103,7 @@ def capture_options(s: Study) -> None:
 
 
 def _capture_sent(s: Study, tier: OffloadTier, levels: Mapping[str, Levels]) -> None:
-    """Levels of which what is kept leaves memory: all of it, or as much as leaves while the unit's forward computes."""
+    """Levels whose kept tensors are offloaded: all of them, or as many as are sent while the unit's forward computes."""
     for label, which in (("offloaded", _everything), ("offloaded in part", _hidden)):
         sent = {f: _sent(x.options, tier, functools.partial(which, s, f, tier, x)) for f, x in levels.items()}
         for fqn, options in sent.items():

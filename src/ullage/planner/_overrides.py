@@ -78,20 +78,20 @@ class Overrides:
 
     @property
     def needs_tier(self) -> str:
-        """The first pin that has tensors leave memory, or ""."""
+        """The first pin that offloads tensors, or ""."""
         for glob, action in self.pin.items():
             if action == "offload" or (action != "select" and option_from_name(action).offloads):
                 return f"pin {glob!r}={action!r}"
         return ""
 
     def check_tier(self, tier: str) -> None:
-        """Raise ArgumentError for a pin that has tensors leave to another tier than this one."""
+        """Raise ArgumentError for a pin that offloads to another tier than this one."""
         other = {"host": "host_budget", "disk": "disk_directory and disk_budget"}
         for glob, action in self.pin.items():
             named = option_from_name(action).tier if action not in ("select", "offload") else ""
             if named not in ("", tier):
                 raise ArgumentError(
-                    f"pin {glob!r}={action!r}: has tensors leave to {named}, but this plan's go to {tier}; "
+                    f"pin {glob!r}={action!r}: offloads to {named}, but this plan's tier is {tier}; "
                     f"pin it to {action.replace('@' + named, '@' + tier).replace(':' + named, ':' + tier)}, or give {other[named]} instead"
                 )
 
@@ -222,7 +222,7 @@ class Restriction:
 
 
 def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tuple[str, Option]]:
-    """A level that is named is had where a unit can be run again, whether or not the planner would think of it."""
+    """A named level exists where a unit can be run again, whether or not the planner would think of it."""
     if not action.startswith("select:"):
         return []
     option, options = option_from_name(action), ALL.of(s)
@@ -236,7 +236,7 @@ def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tu
 
 
 def is_of(option: Option, action: str) -> bool:
-    """Is this what an action names? `select` names every level, `offload` all that has tensors leave memory."""
+    """Is this what an action names? `select` names every level, `offload` every one that offloads tensors."""
     return action in (option.name, option.action) or (action == "offload" and option.offloads)
 
 

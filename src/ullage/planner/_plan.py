@@ -184,7 +184,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def tier(self) -> OffloadTier | None:
-        """Where saved tensors leave to, if any do."""
+        """The tier that saved tensors are offloaded to, if any are."""
         return self.host if self.host is not None else self.disk
 
     @property
@@ -300,7 +300,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def _moves(t: Traffic, tier: OffloadTier) -> str:
-    """What leaves memory and comes back in a step."""
+    """Bytes offloaded and brought back in a step, and the seconds waited for them."""
     times = f"{format_seconds(t.hidden_seconds)} hidden, {format_seconds(t.stalled_seconds)} stalled"
     sizes = f"{format_bytes(t.sent_bytes)} out, {format_bytes(t.fetched_bytes)} in"
     return f"  {tier.name:<10} {sizes}: {times}; {tier}"

@@ -111,7 +111,7 @@ def study_and_plan(
     sends = "policy 'offload'" if policy == "offload" else overrides.needs_tier
     if sends and not tier.given:
         raise ArgumentError(
-            f"{sends}: has tensors leave memory, and neither disk_directory with disk_budget nor host_budget says where to"
+            f"{sends}: offloads tensors, and neither disk_directory with disk_budget nor host_budget says where to"
         )
     overrides.check(policy, budget is not None)
     wanted = parse_budget(budget) if budget is not None else None

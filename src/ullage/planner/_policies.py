@@ -30,7 +30,7 @@ def policy_assignment(
     - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, which
       rebuilds runs of blocks together.)
     - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
-    - offload: everything that blocks save leaves memory; needs a place to go to.
+    - offload: all that blocks save is offloaded; needs a tier.
 
     Raises:
         ArgumentError: no such policy.

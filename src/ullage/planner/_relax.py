@@ -1,4 +1,4 @@
-"""Units that the solver refused a cheaper option, though it fits as execution shows, get it."""
+"""Give a unit the cheaper option that the solver rejected, if executing the step shows that it fits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def relax(s: Study, choices: Choices, chosen: Executed, budget: Budget) -> dict[
     """What was chosen, for all units; those whose next cheaper option still fits as execution shows get it, the most seconds first.
 
     The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed. Where tensors leave, nothing is tried.
+    too much, might have refused wrongly is executed. With offloaded tensors nothing is tried.
     """
     assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, chosen.peak_bytes
     if any(o.offloads for o in assignment.values()):

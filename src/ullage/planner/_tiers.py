@@ -34,7 +34,7 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         window_bytes: tensors on their way out may hold so many bytes of the device's memory, and those that come ahead of
             their use too.
         transfer_seconds, wait_seconds: what each transfer takes beside its bytes, and each wait beyond what is waited for; left out
-            of a plan's file where they were not measured, so that its digest is that of before.
+            of a plan's file where they were not measured, so that its digest is that of older versions.
     """
 
     name: ClassVar[str] = ""
@@ -49,7 +49,7 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory beside what is alive in a step from whose moment of saving on the tensors that leave are gone."""
+        """Extra device bytes the store needs on top of the simulated step, where an offloaded tensor vanishes when it is saved."""
         return 2 * self.window_bytes
 
     @property
@@ -70,7 +70,7 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         directory: an existing one; a plan's handle makes a file there that has no name.
         threads, buffer_bytes: of the store; each thread has a staging buffer, which is in the host's memory all the time.
-        device: type of the device whose tensors leave; "cpu" is left out of a plan's file, whose digest is that of before.
+        device: type of the device whose tensors are offloaded; "cpu" is left out of a plan's file, so that its digest is that of older versions.
         checksums: whether what comes back is compared with what went out; left out of a plan's file where it is not.
     """
 
@@ -181,8 +181,10 @@ def choose_tier(
     kind, say = choose_device(work, device), progress or (lambda _: None)
     name = Disk.name if request.host_budget is None else Host.name
     if request.feedback is not None and request.feedback.tier != name:
-        before = f"had tensors leave to {request.feedback.tier}" if request.feedback.tier else "had none leave"
-        raise ArgumentError(f"feedback: of a plan that {before}; this one is asked to have them leave to {name}")
+        before = f"with offload to {request.feedback.tier}" if request.feedback.tier else "without offloading"
+        raise ArgumentError(
+            f"feedback: of a plan {before}, but this one offloads to {name}; pass the report of a plan with the same tier"
+        )
     found = _measured(request, kind, say)
     slower = request.feedback.transfers_slower if request.feedback is not None else 1.0
     return msgspec.structs.replace(
@@ -197,7 +199,7 @@ def _measured(request: TierRequest, kind: DeviceChoice, say: Callable[[str], Non
     if request.host_budget is None:
         return _disk(request, kind, say)
     if request.disk_directory is not None or request.disk_budget is not None:
-        raise ArgumentError("host_budget and disk_budget: a plan has tensors leave to one of them; leave the other out")
+        raise ArgumentError("host_budget and disk_budget: a plan offloads tensors to one of them; leave the other out")
     return _host(request.host_budget, kind, say)
 
 

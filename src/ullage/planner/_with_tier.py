@@ -1,4 +1,4 @@
-"""Which plans to consider when tensors may leave memory.
+"""Choose a plan when tensors may be offloaded.
 
 The solver (`_solve`) knows costs that add up; time on a shared channel does not. So it is asked several times, for several
 sizes of the window (tensors on their way that are in memory still or already), and in two ways:
@@ -9,7 +9,7 @@ sizes of the window (tensors on their way that are in memory still or already), 
   they and those up to the next of them compute.
 
 Each schedule it finds is simulated (`_channels`), and so are the neighbours of the best one, one unit changed at a time. Of all of them and
-the best one without offload the fastest is taken: a plan that has tensors leave is never slower, as predicted, than the one
+the best one without offload the fastest is taken: a plan that offloads tensors is never slower, as predicted, than the one
 that does not. Models of few assignments are gone through whole.
 """
 
@@ -38,7 +38,7 @@ MOST_LOOKS = 8000  # schedules after which no more neighbours are looked at
 
 @dataclass(frozen=True)
 class Pace:
-    """When a step computes what, beside what its options add.
+    """Compute times of the plain step, per unit and phase.
 
     Attributes:
         forward_seconds, backward_seconds: of each unit, in all passes.
@@ -103,7 +103,7 @@ def _facts(model: StepModel, items: tuple[Item, ...]) -> Iterator[tuple[int, Opt
 
 
 def _extra(model: StepModel, schedule: Schedule) -> list[float]:
-    """Seconds that each unit's backward takes more; those of runs at their last units, whose backward has them rebuilt."""
+    """Extra backward seconds per unit; a run's whole replay is charged to its last unit."""
     extra = [0.0] * len(model.units)
     runs = [item for item in schedule if isinstance(item, Run)]
     for item in schedule:

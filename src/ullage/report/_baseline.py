@@ -15,7 +15,7 @@ VERSION = 1
 
 
 class StepFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A step's peak: its bytes, its moment, and what is alive then by category and unit; and the step's time."""
+    """A step's peak (bytes, moment, bytes by category and unit) and its time."""
 
     peak_bytes: int
     step_seconds: float
@@ -29,7 +29,7 @@ class StepFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     @classmethod
     def of(cls, t: Timeline) -> StepFacts:
-        """Those of a timeline."""
+        """Take the facts of a timeline."""
         at = t.peak
         return cls(
             peak_bytes=t.peak_bytes,
@@ -45,7 +45,7 @@ class StepFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class UnitState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A unit: its class, what one micro-batch saves in it in the plain step, and what is done with it."""
+    """A unit's class, the bytes that one micro-batch saves in it in the plain step, and its option."""
 
     class_name: str
     saved_bytes: int

@@ -18,7 +18,7 @@ Frames = list[dict[str, Any]]
 
 
 class Blocks:
-    """What is allocated, in one segment; addresses are given by best fit.
+    """Live blocks in one segment; addresses are given by best fit.
 
     Attributes:
         entries: the history.
@@ -31,7 +31,7 @@ class Blocks:
         self.active: dict[int, dict[str, Any]] = {}
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it: the history, and what is alive now as its state."""
+        """The whole snapshot: the history, and the blocks alive now as its state."""
         return {"segments": [self._segment()], "device_traces": [[self._segment_alloc(), *self.entries]]}
 
     def alloc(self, nbytes: int, category: str, frames: Frames, time: int) -> int:
@@ -62,7 +62,7 @@ class Blocks:
         return made | {"category": "unknown"}
 
     def _segment(self) -> dict[str, Any]:
-        """All of it, with what is alive now."""
+        """The segment, with the blocks alive now."""
         blocks, at = [], BEGIN
         for address, entry in sorted(self.active.items()):
             if at < address:

@@ -1,4 +1,4 @@
-"""`check`: a gate for CI. Does a step stay within a peak, a slowdown, and what it took before?"""
+"""`check`: a gate for CI. Does a step stay within a peak, a slowdown and an earlier step's bytes?"""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def _facts(
     profile: Profile | None,
     progress: Callable[[str], None] | None,
 ) -> tuple[Study, Baseline, str]:
-    """What the step takes now; and why no plan fits, or ""."""
+    """The step's facts now; and why no plan fits, or ""."""
     planned, infeasible = None, ""
     if budget is None:
         s = study_plan(work, plan, device, costs, profile, progress)

@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class UnitRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What each of what is compared does with a unit; None: it has no such unit, or knows no units."""
+    """Each side's option for one unit; None if that side has no such unit, or knows no units."""
 
     unit: str
     actions: list[str | None]
@@ -79,7 +79,7 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 def said_of_units(c: Comparison) -> list[str]:
-    """What is done with the units that are not treated alike; neighbours of which the same is said share a line."""
+    """Options of units that are not treated alike, in lines; neighbours with the same text share one."""
     return grouped([(u.unit, _said(u.actions)) for u in c.units])
 
 

@@ -1,4 +1,4 @@
-"""What a page's script draws, as plain numbers and names: a timeline, the tree at its peak, a frontier, measurements."""
+"""Data for a page's script, as plain numbers and names: a timeline, the tree at its peak, a frontier, measurements."""
 
 from __future__ import annotations
 

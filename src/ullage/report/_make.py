@@ -35,7 +35,7 @@ def timeline(
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Timeline:
-    """Run a first and a later step on fake tensors, and say what is alive at every op.
+    """Run a first and a later step on fake tensors, and list the storages alive at every op.
 
     Args:
         work: what is trained; left as found, the model itself never runs.
@@ -196,7 +196,7 @@ def _seconds(s: Study, steps: Steps, first: StepCapture, later: StepCapture) -> 
 
 
 def _transfers(steps: Steps, first_ops: int, seconds: npt.NDArray[np.float64]) -> list[Transfer]:
-    """What both steps send and fetch; the later one begins where the first one ends."""
+    """Transfers of both steps, out and back; the later step begins where the first one ends."""
     found = []
     for name, step, start in (("first", steps.first, 0.0), ("later", steps.later, float(seconds[:first_ops].sum()))):
         seen = step.overlap

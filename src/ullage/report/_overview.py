@@ -1,4 +1,4 @@
-"""`Overview`: all that is known of one step, for the report: its timelines, plan, frontier and measurements."""
+"""`Overview`: the data of a report on one step: its timelines, plan, frontier and measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a timeline is made of: columns of events and storages, and single ones of them as a person reads them."""
+"""Parts of a timeline: columns of events and storages, and single ones of them as a person reads them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Allocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One storage: its size, what it is, and the events between which it is alive (see `Allocations`)."""
+    """One storage: its size, category and owner, and the events between which it is alive (see `Allocations`)."""
 
     nbytes: int
     category: str

@@ -11,7 +11,7 @@ from ullage.planner import Holding
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bytes of one thing in each of what is compared; None: not known there."""
+    """Bytes of one thing on each side; None: not known there."""
 
     name: str
     values: list[int | None]
@@ -30,7 +30,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def rows(sides: Sequence[Mapping[str, int] | None]) -> list[Row]:
-    """A row per name of any side, the largest spread first; what a side does not have is 0, what it does not know is None."""
+    """A row per name of any side, the largest spread first; 0 where a side has no such thing, None where it does not know."""
     names = dict.fromkeys(name for side in sides if side is not None for name in side)
     found = [Row(name, [None if side is None else side.get(name, 0) for side in sides]) for name in names]
     return sorted(found, key=lambda r: (-r.spread, -max(v or 0 for v in r.values)))

@@ -1,4 +1,4 @@
-"""What a comparison knows of a plan, profile, timeline, measurement, baseline or monitored run."""
+"""The facts that a comparison takes from a plan, profile, timeline, measurement, baseline or monitored run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Compared = Plan | Profile | Timeline | Measurement | Baseline | MonitorSummary
 
 
 class Side(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One of what is compared; None: it does not know that.
+    """One side of a comparison; a field is None if the side does not know it.
 
     Attributes:
         name: the file, or what it is.
@@ -87,7 +87,7 @@ def read(path: str | Path) -> Compared:
 
 
 def side(given: Compared, name: str | None, owners: bool) -> Side:
-    """What is known of one; `owners`: parameters and their state count to the module that holds them, else to no module."""
+    """Make a side; `owners`: parameters and their state count to the module that holds them, else to no module."""
     if isinstance(given, Plan):
         return _of_plan(given, name)
     if isinstance(given, Profile):
@@ -200,7 +200,7 @@ def _of_facts(
 
 
 def _without_tensors(by_category: Mapping[str, int], module: str) -> list[Holding]:
-    """What no tensor accounts for: the library's workspace, and what the op at the peak takes inside itself."""
+    """Bytes that no tensor accounts for: the library's workspace, and those inside the op at the peak."""
     places = ((WORKSPACE, ""), (INSIDE, module))
     return [Holding(category=c, module=m, nbytes=by_category[c], tensors=0) for c, m in places if c in by_category]
 

@@ -1,4 +1,4 @@
-"""What is alive at a moment as a tree of modules, for a treemap: sizes add up to the live bytes at every level."""
+"""Bytes alive at a moment as a tree of modules, for a treemap: sizes add up to the live bytes at every level."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ullage.report._timeline import Timeline
 
 
 class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A module with all that lies in it, or (`category` is not "") one category of what is its own.
+    """A module with everything in it, or (`category` is not "") one category of the module's own tensors.
 
     Attributes:
         key: the module's FQN; of a category, with it behind a space. "" is the model.

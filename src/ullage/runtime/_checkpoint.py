@@ -47,7 +47,7 @@ def checkpoint(
     Gradients, buffers and generators are bitwise those of the plain call. Without grad mode it is the plain call.
 
         y = ullage.checkpoint(block, x)                              # instead of block(x)
-        y = ullage.checkpoint(block, x, keep="matmul_attention")     # matmuls and attention are not done again
+        y = ullage.checkpoint(block, x, keep="matmul_attention")     # a replay runs no matmul and no attention
 
         @ullage.checkpoint(keep="attention")                         # or as a decorator
         def block(x): ...

@@ -117,7 +117,7 @@ class Frame:
         self.rebuilt: dict[int, Any] = {}
         # with their versions; digested when the forward is over, as they may be filled only then
         self.late: dict[int, tuple[Tensor, int]] = {}
-        self.unsent: list[int] = []  # they leave memory when the forward is over, for the same reason
+        self.unsent: list[int] = []  # they are offloaded when the forward is over, for the same reason
         if options.determinism_check == "values":
             self.digests = {}
         if options.debug:
@@ -239,7 +239,7 @@ class Frame:
         self.entry = entry if entry.values else self.entry
 
     def _look_for_unseen(self) -> None:
-        """Note what this forward has changed though the call that was learnt from had not: there is no copy of what it was."""
+        """Record inputs that this forward changed though the learning call did not: no copy of their old values exists."""
         if self.watched:
             watched = self.watched
             self.watched = [(t, v) for t, v in watched if t._version == v and t.numel() <= SMALL]

@@ -63,7 +63,7 @@ class Held:
         self.first: Held | None = None  # that holds the same tensor, if this is not the first
         self.version = t._version
         self.kind = kind_of(t)
-        self.leaf = leaf  # of the output of the unit before, from which it is made again; -1: it is held
+        self.leaf = leaf  # of the output of the unit before, which a sweep makes; -1: it is held
         self._same: Tensor | None = None
         if leaf < 0 and not hooked:
             self.tensor: Tensor | None = t.detach()
@@ -83,7 +83,7 @@ class Held:
             self._hooked = _holding(make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
-            self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: that alone lets go of what it saved
+            self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: only with it is what it saved freed
 
     def give(self, moved: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The argument for a replay, in grad mode: the caller's own tensor, where that has no graph.
@@ -243,7 +243,7 @@ class Inputs:
         return new
 
     def give(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments for one replay; what was one tensor is one."""
+        """Arguments for one replay; a tensor that was passed twice is still one object."""
         given: dict[int, Any] = {}
         if self._repeated:
             args = [self._give(a, given) for a in self.args]
@@ -259,7 +259,7 @@ class Inputs:
         self.moved = []
 
     def kinds(self) -> list[int]:
-        """Of each tensor, what autograd lets the unit do to it."""
+        """Per input, which in-place ops autograd allows: 0 no gradient, 1 non-leaf, 2 leaf."""
         return [held.kind for _, held in self.held]
 
     def linked(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which ops are not to be done again: named levels, single calls of ops, collections of ops, callables."""
+"""Name ops that a replay must not run: named levels, single calls of ops, collections of ops, callables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ullage._torch import OpOverload, OpOverloadPacket
 
 aten = torch.ops.aten
 
-Rule = Callable[[Any, int], bool]  # (op, n): is the n-th call of its kind not to be done again?
+Rule = Callable[[Any, int], bool]  # (op, n): must a replay not run the n-th call of its kind?
 Keep = str | Collection[Any] | Callable[[Any], bool]  # or an OpsRule
 
 _names = (
@@ -89,7 +89,7 @@ class OpsRule:
     Attributes:
         calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
         routing: routing outputs are kept too, as at a level.
-        leaving: of the calls, those whose outputs leave memory (`@host`, `@disk`).
+        leaving: of the calls, those whose outputs are offloaded (`@host`, `@disk`).
         tier: where to.
     """
 
@@ -128,16 +128,16 @@ class OpsRule:
         for name, n in sorted(staying & leaving):
             raise ValueError(f"{text!r}: {name}[{n}] is to stay in memory and to leave it")
         if len(tiers) > 1:
-            raise ValueError(f"{text!r}: names {' and '.join(sorted(tiers))}; tensors leave to one of them")
+            raise ValueError(f"{text!r}: names {' and '.join(sorted(tiers))}; tensors are offloaded to one of them")
         return cls(frozenset(staying | leaving), routing, frozenset(leaving), *tiers)
 
     def sent(self, tier: str, leaving: frozenset[tuple[str, int]]) -> OpsRule:
-        """The same calls, of which these leave memory."""
+        """The same calls, with the outputs of these offloaded."""
         return OpsRule(self.calls, self.routing, leaving, tier)
 
     @property
     def moves(self) -> OpsRule | None:
-        """The rule of what leaves memory; None if nothing does."""
+        """The rule of the offloaded calls; None if there is none."""
         return OpsRule(self.leaving) if self.leaving else None
 
     @property
@@ -253,7 +253,7 @@ def rule_of(keep: Keep) -> Rule:
 def _in_memory(rule: OpsRule) -> OpsRule:
     if rule.leaving:
         raise ArgumentError(
-            f"keep={rule.text!r}: only a plan has tensors leave memory (`plan(..., host_budget=)`, `disk_directory=`); leave `@{rule.tier}` out"
+            f"keep={rule.text!r}: only a plan offloads tensors (`plan(..., host_budget=)`, `disk_directory=`); leave `@{rule.tier}` out"
         )
     return rule
 

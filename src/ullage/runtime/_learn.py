@@ -1,4 +1,4 @@
-"""The first call of a unit: run the forward, see what it does, and only then let go of what is not to be kept.
+"""The first call of a unit: run the forward, see what it does, and only then free what is not to be kept.
 
 It holds no more than the unit's own backward will: everything that the unit saves. What it learns: the state the forward
 changes, whether it draws from Python's generators, whether it can be run again at all, and, if something is to be kept, the op

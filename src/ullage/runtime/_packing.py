@@ -29,7 +29,7 @@ Pack = Callable[[Tensor], int]
 def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
     """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
 
-    Of those that are kept, the ones in `away` leave memory.
+    Of those that are kept, the ones in `away` are offloaded.
     """
     checks, i = expected.checks_in("forward"), -1
     frame.expected, digests = expected, frame.digests

@@ -1,4 +1,4 @@
-"""What a call's forward could read besides its arguments, and what of that is no longer what it was when backward comes."""
+"""Detect state besides the arguments (attributes, closures, tensors of globals) that changed between a forward and its replay."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def changed_reads(frame: Frame) -> dict[int, str]:
 
 
 def _changed_copies(frame: Frame, back: Back) -> dict[int, str]:
-    """Of what was copied on entry and has changed since, the replay sees the copy; it must not be what is saved."""
+    """The replay reads the entry copy of a changed tensor, so that tensor itself must not be handed to backward."""
     lost: dict[int, str] = {}
     restored = dict(frame.restored)
     if frame.entry is not None:  # what the forward itself changes, and others have since

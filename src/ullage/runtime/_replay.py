@@ -106,7 +106,7 @@ def run_again(frame: Frame, record: bool) -> Any:
 
 
 def _without(frame: Frame, changed: dict[int, str], copies: bool = False) -> dict[int, Any]:
-    """Rebuild in full; what something went into that has changed is not to be had."""
+    """Rebuild every saved tensor; leave out those computed from an input that changed since the forward."""
     try:
         return _attempt(frame, None, Watch(changed), copies=copies)[0]
     except Changed as changing:

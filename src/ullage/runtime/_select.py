@@ -1,6 +1,6 @@
 """From an op log and a rule to what a selective replay does, op by op.
 
-The rule names ops whose work must not be done again. Kept are the saved tensors that make this so: the op's own outputs
+The rule names ops that a replay must not run. Kept are the saved tensors that make this so: the op's own outputs
 where autograd saves them, else the nearest saved tensors computed from them. Nothing that autograd does not save is kept.
 """
 
@@ -50,7 +50,7 @@ class Selection:
         steps: per op of the log.
         skipped: how many ops the replay does not run, up to the last it needs.
         refusal: why the replay skips nothing, or "".
-        away: of those that forward keeps, the ones that leave memory until backward asks for them.
+        away: of those that forward keeps, the ones that are offloaded until backward asks for them.
     """
 
     kept: frozenset[int]
@@ -62,7 +62,7 @@ class Selection:
 
 
 def select(log: Log, rule: Rule) -> Selection:
-    """Choose what to keep and what to run. `rule(op, n)`: is the n-th call of this op not to be done again?"""
+    """Choose what to keep and what to run. `rule(op, n)`: must a replay not run the n-th call of this op?"""
     if log.refusal:
         return Selection(frozenset(), frozenset(), (), 0, log.refusal)
     return _Chooser(log, rule).selection()
@@ -73,7 +73,7 @@ class Flow:
 
     Attributes:
         dirty: storages that some op writes to.
-        makers: per value the ops that make it: a view of the same kind may be made again and again.
+        makers: per value the ops that make it: a view of the same kind may be made many times.
         born: per storage the op that allocated it; none for those from outside.
         making: per storage the ops that write to it or return a view of it; those that only read it change nothing.
         saved_by: per storage the indices of the saved tensors in it.

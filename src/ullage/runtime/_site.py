@@ -138,14 +138,14 @@ class Site(Apart):
         shared: what it shares with units of its structure.
         changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
         trail: what units of its model that are rebuilt together know of each other.
-        tier: where saved tensors go that leave memory, if there is such a place.
+        tier: where saved tensors are offloaded to, if there is such a place.
         facts: by the `training` flags below it and the types of what it reaches.
         noted: what a full call last saved, by the same.
         links: how often its input was not held, but left to the unit before.
         replays: how often it was re-run.
         skipped: ops that selective replays did not run, in all.
         stale: how often a log was not of what ran.
-        sent_bytes: what left memory, in all.
+        sent_bytes: bytes offloaded, in all.
         late: how often backward waited for what was on its way back.
         notes: what a user should know, each once.
         layout: how the parameters and buffers of its last call lay in memory.
@@ -180,7 +180,7 @@ class Site(Apart):
         return not self.facts or (options.rule is not None and not self.shared.known)
 
     def send(self, x: Tensor) -> Away | None:
-        """Have a saved tensor leave memory; None if it stays."""
+        """Offload a saved tensor; None if it stays."""
         return self.tier.pack(x, self) if self.tier is not None else None
 
     def warn(self, note: str) -> None:

@@ -84,7 +84,7 @@ class SkipMode(TorchDispatchMode):
 
     Args:
         selection: what to do op by op.
-        kept: forward's kept tensors by index; what left memory and is handed out here is put back into it.
+        kept: forward's kept tensors by index; an offloaded one that is handed out here is put back into it.
     """
 
     supports_higher_order_operators = True

@@ -49,7 +49,7 @@ class Changes:
 
 
 class Unreachable(Exception):
-    """A path leads nowhere any more: what is known of this unit is of another structure."""
+    """A recorded attribute path no longer resolves: the module was restructured."""
 
 
 def _follow(roots: Sequence[Any], path: Path) -> Any:

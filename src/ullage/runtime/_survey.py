@@ -117,7 +117,7 @@ _Copy = tuple[np.ndarray[Any, Any], torch.dtype]  # the elements as so many byte
 
 
 def _host_copy(t: Tensor) -> _Copy | None:
-    """None for what is more than its elements, or has no memory: digests tell whether it changed, but it can't be put back."""
+    """None for a tensor that is more than its elements (conj, neg, quantized) or has no memory: digests tell whether it changed, but it can't be put back."""
     if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or t.is_nested:
         return None
     if t.dtype in _UNCOPIED:

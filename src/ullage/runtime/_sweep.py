@@ -1,4 +1,4 @@
-"""Units rebuilt together: a unit whose input is the output of the unit before does not keep it, but has it made again.
+"""Units rebuilt together: a unit whose input is the output of the unit before does not keep it: backward runs that unit again.
 
 What backward asks of the last unit of a run starts a sweep: from the nearest unit whose input is there, forward through the
 run. On its way it leaves inputs (so that earlier units need no sweep from the start) and, where the plan says so, all

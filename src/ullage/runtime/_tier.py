@@ -1,4 +1,4 @@
-"""Where saved tensors go that leave memory between forward and backward, and how they come back.
+"""Offload saved tensors between forward and backward, and bring them back.
 
 What is moved is a storage, once, however many saved tensors are views of it; each of them comes back as the same view of
 one buffer. Which tensors of a unit may go:
@@ -199,7 +199,7 @@ def brought_back(kept: dict[int, tuple[Any, int]], index: int) -> Any:
 
 
 def movable(x: Tensor, resident: Iterable[int]) -> bool:
-    """May a saved tensor leave? `resident`: keys of storages that stay anyway."""
+    """May a saved tensor be offloaded? `resident`: keys of storages that stay anyway."""
     if kind_of(x) == LEAF:
         return False
     base = x._base
@@ -234,13 +234,13 @@ class _Waiting:
 
 
 def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a unit's forward; what it saves leaves memory, and nothing is computed again.
+    """Run a unit's forward and offload what it saves; no op runs again.
 
     Raises:
         OffloadError: there is no store, or it can't take it; in backward, if it can't give it back.
     """
     if site.tier is None:
-        raise OffloadError(f"{site.name}: its saved tensors are to leave memory, but no store was given")
+        raise OffloadError(f"{site.name}: its saved tensors are to be offloaded, but no store was given")
     resident = resident_keys(roots_of(call), tree_flatten((args, kwargs))[0])
     waiting: list[_Waiting] = []
     node = 0  # the next one's number: it moves with the next op, when the one that saved what is waiting has run

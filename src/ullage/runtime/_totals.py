@@ -15,7 +15,7 @@ class Totals:
         skipped: ops that selective replays did not run.
         stale: logs that were not of what ran.
         mismatches: replays that gave other values than their forward.
-        sent: bytes of saved tensors that left memory.
+        sent: bytes of saved tensors that were offloaded.
         late: how often backward waited for what was on its way back.
     """
 

@@ -34,7 +34,7 @@ class UnitResults:
 
 @dataclass(frozen=True)
 class _Entry:
-    """How a unit was called first: its inputs in host memory (and where they were), generators, autocast."""
+    """A unit's first call: its inputs in host memory (and where they were), generators, autocast."""
 
     args: Any
     kwargs: Any

@@ -1,4 +1,4 @@
-"""What is trained: a model, one micro-batch and how a step goes; and loading one from a target."""
+"""A workload: a model, one micro-batch and the course of a step; and loading one from a target."""
 
 from ullage.workload._axis import check_axis, target_along
 from ullage.workload._batch import tensors_of

@@ -1,4 +1,4 @@
-"""What a batch is made of, and how a model is called on it: loaders give tensors, lists, dicts, named tuples and objects."""
+"""Take batches apart and call a model on them: loaders give tensors, lists, dicts, named tuples and objects."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _GLOBALS = (*_STATEFUL, *CONTAINERS, types.FunctionType, functools.partial)  # p
 
 
 def copied_parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """What is copied with an object, in the form of the walker's `children`: of globals, those that a function itself loads."""
+    """Parts that are copied with an object, in the form of the walker's `children`: of globals, those that a function itself loads."""
     yield from hooks_of(obj)
     for step, label, child in children(obj):
         if isinstance(child, weakref.ref):  # a scheduler's way to its optimizer
@@ -38,7 +38,7 @@ def copied_parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _globals_of(fn: types.FunctionType) -> dict[str, Any]:
-    """What a person's function reads of its module and what may be stateful; nothing for a library's function."""
+    """Globals that a person's function loads and that may hold state; none for a library's function."""
     return {label: child for step, label, child in copied_parts(fn) if step and step[0] == "g"}
 
 
@@ -120,7 +120,7 @@ class Copier:
         return new
 
     def _reduced(self, value: Any) -> Any:
-        """What `copy.deepcopy` would make, its parts by this copier."""
+        """The copy that `copy.deepcopy` would make, its parts by this copier."""
         if hasattr(value, "__deepcopy__"):
             new = value.__deepcopy__(self.memo)
         else:

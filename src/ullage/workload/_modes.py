@@ -1,4 +1,4 @@
-"""Which modules of a model were in evaluation mode in a step: dropout and statistics take memory."""
+"""Note which modules of a model were in evaluation mode in a step: dropout and statistics take memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def in_evaluation(model: nn.Module, called: Mapping[str, bool]) -> list[str]:
 
 
 def note_of(evaluation: Collection[str]) -> list[str]:
-    """What a plan or profile says of them."""
+    """A plan's or profile's note about them."""
     if not evaluation:
         return []
     return [
