@@ -1,6 +1,6 @@
 """Hides one name of torch's after the other from `import ullage`, and tells what of ullage breaks.
 
-Run as a program: `vanishing.py PLAN DISK_PLAN NAME...`. Torch is imported once; each name has a forked process of its own. A name is hidden
+Run as a program: `vanishing.py PLAN DISK_PLAN NAME=FEATURE,FEATURE...`. Torch is imported once; each name has a forked process of its own. A name is hidden
 while ullage is imported, since ullage looks names up then, and given back to torch, which needs many of them itself.
 """
 
@@ -55,6 +55,70 @@ def _step(run: Callable[[Tensor], Tensor]) -> None:
     run(make_batch().requires_grad_()).sum().backward()
 
 
+class Counting(Block):
+    """Writes to a buffer, so that a replay puts it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return super().forward(x * self.calls)
+
+
+class Named(Tensor):
+    """A subclass that only Python's functions know."""
+
+
+def first_mean(output: tuple[Tensor, Any], batch: Tensor) -> Tensor:
+    return output[0].mean()
+
+
+def _checkpoint(run: Callable[[Tensor], Tensor] | None = None, **options: Any) -> None:
+    import ullage as ul
+
+    block = Block() if run is None else run
+    for _ in range(2):
+        _step(lambda x: ul.checkpoint(block, x, **options))
+
+
+def _compiled() -> None:
+    block = Block()
+    block._compiled_call_impl = block._call_impl  # as `block.compile()` would, without a compiler
+    _checkpoint(block)
+
+
+def _sparse() -> None:
+    graph = torch.eye(64).to_sparse()
+    with torch.autocast("cpu", torch.bfloat16):
+        _checkpoint(lambda x: torch.sparse.mm(graph, x).float(), debug=True)
+
+
+def _in_device() -> None:
+    with torch.device("cpu"):
+        _checkpoint()
+
+
+def _recurrent() -> None:
+    import ullage as ul
+
+    ul.profile(ul.Workload(nn.LSTM(4, 4), torch.ones(3, 2, 4), loss=first_mean), costs="roofline")
+
+
+# Of names that the first seven do not use.
+SPECIAL: dict[str, Callable[[], None]] = {
+    "compiled unit": _compiled,
+    "device context": _in_device,
+    "digests of a subclass": lambda: _checkpoint(lambda x: Block()(x.as_subclass(Named)), determinism_check="values"),
+    "recurrent layers": _recurrent,
+    "skipped op": lambda: _checkpoint(lambda x: (x @ x.T * 3).sin() @ x, keep=[torch.ops.aten.mul.Tensor]),
+    "sparse product": _sparse,
+    "written buffer": lambda: _checkpoint(Counting()),
+}
+FEATURES = ("checkpoint", "keep", "plan", "apply", "verify", "measure", "offload")
+
+
 def _features(plan: str, disk_plan: str) -> dict[str, Callable[[], Any]]:
     import ullage as ul
 
@@ -64,20 +128,19 @@ def _features(plan: str, disk_plan: str) -> dict[str, Callable[[], Any]]:
             for _ in range(2):
                 _step(model)
 
-    def checkpoint(**options: Any) -> None:
-        block = Block()
-        for _ in range(2):
-            _step(lambda x: ul.checkpoint(block, x, **options))
+    def estimate() -> None:
+        ul.profile(make_work(make_model()), device="h200", costs="roofline")
 
-    return {
-        "checkpoint": checkpoint,
-        "keep": lambda: checkpoint(keep="matmul_attention"),
-        "plan": lambda: ul.plan(make_work(make_model()), policy="every_block", costs="roofline"),
-        "apply": lambda: applied(plan),
-        "verify": lambda: ul.verify(make_work(make_model()), ul.Plan.load(plan)),
-        "measure": lambda: ul.measure(make_work(make_model()), steps=1),
-        "offload": lambda: applied(disk_plan),
-    }
+    calls = (
+        _checkpoint,
+        lambda: _checkpoint(keep="matmul_attention"),
+        lambda: ul.plan(make_work(make_model()), policy="every_block", costs="roofline"),
+        lambda: applied(plan),
+        lambda: ul.verify(make_work(make_model()), ul.Plan.load(plan)),
+        lambda: ul.measure(make_work(make_model()), steps=1),
+        lambda: applied(disk_plan),
+    )
+    return dict(zip(FEATURES, calls, strict=True)) | SPECIAL | {"estimate": estimate}
 
 
 def _outcome(call: Callable[[], Any]) -> str:
@@ -145,7 +208,7 @@ def hidden(name: str) -> Iterator[None]:
         yield
 
 
-def _look(name: str, plans: list[str]) -> dict[str, Any]:
+def _look(name: str, features: list[str], plans: list[str]) -> dict[str, Any]:
     """In a process of its own."""
     if name:
         with hidden(name):
@@ -160,14 +223,15 @@ def _look(name: str, plans: list[str]) -> dict[str, Any]:
         return {"import": "was not hidden"}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = {feature: _outcome(call) for feature, call in _features(*plans).items()}
+        calls = _features(*plans)
+        found = {feature: _outcome(calls[feature]) for feature in features}
     told = [
         str(w.message) for w in said if isinstance(w.message, ullage.UllageWarning) and name and name in str(w.message)
     ]
     return {"import": "", "broken": {k: v for k, v in found.items() if v}, "told": len(told), "notes": _torch.notes()}
 
 
-def main(plan: str, disk_plan: str, *names: str) -> None:
+def main(plan: str, disk_plan: str, *lines: str) -> None:
     """Print what broke, as JSON by name."""
     torch.set_num_threads(1)
     for module in (
@@ -181,12 +245,13 @@ def main(plan: str, disk_plan: str, *names: str) -> None:
     gc.freeze()
     gc.disable()
     found: dict[str, Any] = {}
-    for name in names:
+    for line in lines:
+        name, _, features = line.partition("=")
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                found = _look(name, [plan, disk_plan])
+                found = _look(name, features.split(","), [plan, disk_plan])
             except BaseException as error:
                 found = {"import": repr(error)}
             with os.fdopen(writer, "w") as file:

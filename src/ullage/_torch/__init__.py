@@ -75,7 +75,7 @@ from ullage._torch._elsewhere import (
     settings_of_accelerators,
     warns_only,
 )
-from ullage._torch._find import PRIVATE, SEEN, Missing, Private, is_found, notes, refuse, tell
+from ullage._torch._find import PRIVATE, SEEN, Missing, Private, notes, table, tell
 from ullage._torch._tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -155,7 +155,6 @@ __all__ = [
     "is_dense",
     "is_deterministic",
     "is_excluded",
-    "is_found",
     "is_lazy",
     "is_wrapped",
     "is_zero_tensor",
@@ -175,7 +174,7 @@ __all__ = [
     "push_hooks",
     "recurrent",
     "recurrent_module",
-    "refuse",
+
     "sdpa_backward_flops",
     "sdpa_flops",
     "sequence_number",
@@ -187,7 +186,7 @@ __all__ = [
     "settings",
     "settings_of_accelerators",
     "storage_users",
-    "tell",
+    "table", "tell",
     "throw_on_data_ptr",
     "top_hooks",
     "tree_flatten",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.data
 
 from ullage._torch._find import attribute, find, find_class
 
@@ -47,7 +48,10 @@ function_modes = find(
     "a `torch.device` context around a unit",
 )
 DeviceContext = find_class(
-    "torch.utils._device.DeviceContext", "where factories make tensors", "a `torch.device` context around a unit"
+    "torch.utils._device.DeviceContext",
+    "where factories make tensors",
+    "a `torch.device` context around a unit",
+    asked=True,
 )
 DisableTorchDispatch = find(
     "torch._C._DisableTorchDispatch", "makes tensors below every mode", _PLANS, beside=(_PACKET, _NAME)
@@ -83,15 +87,25 @@ make_wrapper_subclass = find(
     "stands for what a replay skips: a shape without memory",
     "a selective replay (keep=)",
 )
-OperatorBase = find_class(
-    "torch._ops.OperatorBase", "tables of ops, which no walk of a unit's state enters", "ullage.checkpoint"
+_ENTERED = "a walk of a unit's state enters them: it takes longer, or stops at its limit, and the unit is kept"
+OperatorBase = find(
+    "torch._ops.OperatorBase",
+    "ops' tables, no unit's state",
+    "ullage.checkpoint",
+    stand_in=OpOverload,
+    instead=_ENTERED,
 )
-FunctionSchema = find_class("torch._C.FunctionSchema", "the same of schemas", "ullage.checkpoint")
-LoaderIterator = find_class(
-    "torch.utils.data.dataloader._BaseDataLoaderIter", "the same of data loaders at work", "ullage.checkpoint"
+FunctionSchema = find(
+    "torch._C.FunctionSchema", "schemas, no unit's state", "ullage.checkpoint", stand_in=OpOverload, instead=_ENTERED
 )
-
-
+LoaderIterator = find(
+    "torch.utils.data.dataloader._BaseDataLoaderIter",
+    "data loaders at work, no unit's state",
+    "ullage.checkpoint",
+    stand_in=torch.utils.data.DataLoader,
+    instead=_ENTERED,
+    said=True,
+)
 _EAGER = "torch._C._dynamo.eval_frame"
 _COMPILED, _OFF = "a unit that torch.compile compiles", "keeps Dynamo off the runtime's own hooks"
 _IS_COMPILED = attribute("torch.nn.Module._compiled_call_impl", "is a module compiled?", _COMPILED)

@@ -33,10 +33,13 @@ foreach_devices = find(
     "an optimizer does on a CPU what it would on CUDA",
     "a plan for a CUDA device made on a CPU",
 )
+_UNKNOWN = "attention is among the ops of which a Monitor says that their FLOPs are unknown"
 flop_registry = find("torch.utils.flop_counter.flop_registry", "FLOPs per op", 'costs="roofline" or a Monitor\'s FLOPs')
-sdpa_flops = find("torch.utils.flop_counter.sdpa_flop_count", "FLOPs of attention", "a Monitor's FLOPs")
+sdpa_flops = find(
+    "torch.utils.flop_counter.sdpa_flop_count", "FLOPs of attention", "a Monitor's FLOPs", instead=_UNKNOWN
+)
 sdpa_backward_flops = find(
-    "torch.utils.flop_counter.sdpa_backward_flop_count", "FLOPs of its backward", "a Monitor's FLOPs"
+    "torch.utils.flop_counter.sdpa_backward_flop_count", "FLOPs of its backward", "a Monitor's FLOPs", instead=_UNKNOWN
 )
 event_tree = find(
     "torch._C._autograd._ProfilerResult.experimental_event_tree",

@@ -75,8 +75,13 @@ def find(
     return stand_in
 
 
-def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = ()) -> Any:
-    """As `find`, of a class: one that has no instances stands where it is gone, so classes can be derived from it."""
+def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = (), asked: bool = False) -> Any:
+    """As `find`, of a class: one that has no instances stands where it is gone, so classes can be derived from it.
+
+    Args:
+        name, what, feature, beside: see `find`.
+        asked: is what is an instance asked in order to use that? Without the class nobody knows, so the question raises.
+    """
     found = find(name, what, feature, beside=beside)
     if not isinstance(found, Missing):
         return found
@@ -84,7 +89,8 @@ def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> NoReturn:
         found()
 
-    return type(name.rpartition(".")[2], (), {"__new__": refuse, "__doc__": f"Stands for `{name}`, which is gone."})
+    kind: Any = type("Asked", (type,), {"__instancecheck__": refuse}) if asked else type
+    return kind(name.rpartition(".")[2], (), {"__new__": refuse, "__doc__": f"Stands for `{name}`, which is gone."})
 
 
 def find_error(name: str, what: str, feature: str, *, instead: str) -> Any:
@@ -116,19 +122,17 @@ def look_up(name: str) -> Any:
     return found
 
 
-def is_found(name: str) -> bool:
-    """Has this torch a name that the door lists?"""
-    return PRIVATE[name].found
-
-
-def refuse(name: str, feature: str = "") -> UnsupportedTorch:
-    """The error for a name that is gone."""
-    return _error(PRIVATE[name], feature or PRIVATE[name].feature)
-
-
 def notes() -> list[str]:
     """What is otherwise than in the versions that ullage knows, for a plan to say."""
     return [f"{p}: {p.instead}" for p in PRIVATE.values() if p.said and not p.found]
+
+
+def table() -> list[str]:
+    """The rows of docs/private-torch.md."""
+    return [
+        f"| `{p.name}` | {p.what} | {p.instead + (' (said)' if p.said else '') if p.instead else f'{p.feature} raises'} |"
+        for p in PRIVATE.values()
+    ]
 
 
 def tell() -> None:

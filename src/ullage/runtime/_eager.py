@@ -6,7 +6,7 @@ Marking code costs nothing when it runs, `torch._dynamo.disable` costs microseco
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ullage._torch import Missing, frame_action, frame_strategy, set_frame_strategy
 
@@ -27,10 +27,10 @@ def keep_eager(modules: Iterable[types.ModuleType]) -> None:
                         set_frame_strategy(code, skip)
 
 
-def check() -> None:
-    """A compiled unit runs: raise UnsupportedTorch if Dynamo could not be kept off the hooks around it."""
-    for gone in _GONE:
-        gone()
+def check(is_compiled: Callable[[], bool]) -> None:
+    """Raise UnsupportedTorch for a compiled unit if Dynamo could not be kept off the hooks around it."""
+    if _GONE and is_compiled():
+        _GONE[0]()
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ullage._torch import is_lazy
 from ullage.runtime import _ambient as ambient
+from ullage.runtime._eager import check
 from ullage.runtime._fills import late_kernels, mark
 from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
@@ -45,6 +46,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
         forget(frame.roots)
         frame.keep_all()
         return out
+    check(frame.reached.is_compiled)
     kinds = frame.kinds
     rule = frame.options.rule if frame.options.context_fn is None else None
     recorder = Recorder() if rule is not None and frame.known is None else None

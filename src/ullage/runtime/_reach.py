@@ -13,7 +13,6 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import numpy as np
 from torch import Tensor, nn
 
-from ullage.runtime import _eager
 from ullage.runtime._content import PLAIN, content_of
 from ullage.runtime._traverse import name_of, traverse
 from ullage.runtime._walk import (
@@ -286,10 +285,7 @@ class Reached:
     def is_compiled(self) -> bool:
         """Is one of them compiled by Dynamo?"""
         compiled = ("_compiled_call_impl", "_torchdynamo_orig_callable")
-        found = any(getattr(m, name, None) for m in self.all_modules() for name in compiled)
-        if found:
-            _eager.check()
-        return found
+        return any(getattr(m, name, None) for m in self.all_modules() for name in compiled)
 
     def dicts(self) -> list[dict[str, Any]]:
         """Dicts of parameters and of buffers of modules."""
