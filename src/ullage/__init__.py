@@ -24,6 +24,7 @@ from ullage._errors import (
     VerifyError,
     WorkloadError,
 )
+from ullage._version import __version__ as __version__
 from ullage.apply import Handle, Report
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
@@ -64,8 +65,6 @@ from ullage.report import (
 from ullage.runtime import checkpoint, is_recomputing
 from ullage.verify import Check, verify
 from ullage.workload import Workload, load_target
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",

@@ -20,16 +20,43 @@ UllageError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from torch.utils.checkpoint import CheckpointError
 
-if TYPE_CHECKING:
-    from ullage.planner import Bounds
+
+class WhatHoldsThePeak(Protocol):
+    """What errors know of a `ullage.Bounds`, which is made far above them."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak."""
+
+    @property
+    def by_category(self) -> Mapping[str, int]:
+        """Bytes alive then."""
+
+    @property
+    def levers(self) -> Sequence[Any]:
+        """What would lower it: the `ullage.Lever` that leaves the lowest peak comes first."""
+
+    @property
+    def hint(self) -> str:
+        """The two best of them, in words."""
+
+    def advice(self) -> Sequence[str]:
+        """All of them, in lines."""
 
 
 class UllageError(Exception):
-    """Base of every error ullage raises."""
+    """Base of every error ullage raises.
+
+    Attributes:
+        told_as: the class that a user sees where one part of ullage raises this for another; None if that is its own.
+    """
+
+    told_as: ClassVar[type[UllageError] | None] = None
 
 
 class ArgumentError(UllageError, ValueError):
@@ -68,7 +95,7 @@ class BudgetInfeasible(BudgetError):
         budget_bytes: int,
         smallest_bytes: int,
         bound_by: tuple[str, str, str],
-        bounds: Bounds | None = None,
+        bounds: WhatHoldsThePeak | None = None,
     ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes

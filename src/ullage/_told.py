@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from ullage._errors import CaptureError, UllageError, UnsupportedTorch
+from ullage._errors import UllageError, UnsupportedTorch
 from ullage._source import files_of, line_of
 
 P = ParamSpec("P")
@@ -31,16 +31,14 @@ def tells_of(kind: type[UllageError], but: Callable[[BaseException], bool] = lam
     def decorate(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
         def told(*args: P.args, **kwargs: P.kwargs) -> R:
-            from ullage.capture import OptionFailed
-
             progress: Any = kwargs.get("progress")
             if callable(progress):
                 kwargs["progress"] = _noting(progress)
             try:
                 return call(*args, **kwargs)
-            except OptionFailed as error:
-                raise CaptureError(str(error)) from error
-            except UllageError:
+            except UllageError as error:
+                if error.told_as is not None:
+                    raise error.told_as(str(error)) from error
                 raise
             except Exception as error:
                 if but(error) or hasattr(error, _NOTED):

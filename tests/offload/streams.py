@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ullage.offload._held import Part
 from ullage.offload._link import Link
-from ullage.offload._record import Part
 
 FREED = 0xDD  # what memory holds that was let go of
 

@@ -6,7 +6,7 @@ import difflib
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from ullage._torch import tell, tree_flatten
 from ullage.apply._existing import refuse_existing
 from ullage.apply._modes import Modes
 from ullage.apply._open import open_store
+from ullage.apply._protocols import PlanToApply
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.offload import DiskStore, HostStore, Stats
 from ullage.runtime import Tier
-
-if TYPE_CHECKING:
-    from ullage.planner._plan import Plan
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,22 @@ def _said(s: Stats) -> str:
     return f"{moved}; {waits}; late {s.late_prefetches} of {s.reads} reads"
 
 
-def _slower(plan: Plan, seen: Stats | None) -> float:
+def _slower(plan: PlanToApply, seen: Stats | None) -> float:
     """How many times as long as simulated transfers took, from the seconds steps waited; a first step's waits are in it too."""
     t, tier = plan.predicted.traffic, plan.tier
     if seen is None or t is None or tier is None or not t.sent_bytes or not seen.bytes_written:
         return 1.0
     moving = t.hidden_seconds + t.stalled_seconds
     waited = (seen.stalled_write_seconds + seen.stalled_read_seconds) * t.sent_bytes / seen.bytes_written
-    return max(1 + (waited - t.stalled_seconds) / moving, 1.0)
+    return max(1 + float(waited - t.stalled_seconds) / float(moving), 1.0)
 
 
 class Handle:
     """A plan in force. `remove()` undoes it; also a context manager."""
 
-    def __init__(self, plan: Plan, units: list[Unit], modes: Modes, store: DiskStore | HostStore | None = None) -> None:
+    def __init__(
+        self, plan: PlanToApply, units: list[Unit], modes: Modes, store: DiskStore | HostStore | None = None
+    ) -> None:
         self.plan, self.modes = plan, modes
         self._units = units
         self._store = store
@@ -224,7 +224,7 @@ def model_of(handle: Handle) -> nn.Module | None:
     return next((model for model, h in _in_force.items() if h is handle), None)
 
 
-def apply_plan(plan: Plan, model: nn.Module) -> Handle:
+def apply_plan(plan: PlanToApply, model: nn.Module) -> Handle:
     """Wrap the plan's units in place.
 
     Raises:
@@ -266,7 +266,7 @@ def _device_of(*modules: nn.Module) -> torch.device:
     return next((p.device for m in modules for p in m.parameters()), torch.device("cpu"))
 
 
-def _modules(plan: Plan, model: nn.Module) -> list[tuple[str, UnitSettings, nn.Module]]:
+def _modules(plan: PlanToApply, model: nn.Module) -> list[tuple[str, UnitSettings, nn.Module]]:
     """The modules to wrap. Everything is looked up before anything is touched; plans may be edited by hand."""
     found: list[tuple[str, UnitSettings, nn.Module]] = []
     names: dict[int, str] = {}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
 from ullage._errors import ApplyError, DeviceError
+from ullage.apply._protocols import PlanToApply
 from ullage.offload import DiskStore, HostStore
 
-if TYPE_CHECKING:
-    from ullage.planner._plan import Plan
 
-
-def open_store(plan: Plan, tiers: Collection[str], device: torch.device) -> DiskStore | HostStore:
+def open_store(plan: PlanToApply, tiers: Collection[str], device: torch.device) -> DiskStore | HostStore:
     """Make the store.
 
     Args:

@@ -66,6 +66,8 @@ class OptionFailed(CaptureError):
         linked: the unit was to be rebuilt together with its neighbours.
     """
 
+    told_as = CaptureError
+
     def __init__(self, fqn: str, option: str, cause: Exception, linked: bool = False) -> None:
         ours = isinstance(cause, UllageError)
         self.why = (str(cause) if ours else f"{type(cause).__name__}: {cause}").removeprefix(f"{fqn}: ")

@@ -7,7 +7,7 @@ import ctypes
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -18,14 +18,21 @@ from ullage._errors import ApplyError, ArgumentError, WorkloadError
 from ullage._stats import at_share, median
 from ullage._told import out_of_memory, tells_of
 from ullage._torch import tree_flatten
+from ullage.apply import Handle
+from ullage.apply._protocols import PlanToApply, is_plan
 from ullage.measure._allocator import Resident, record_steps
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.measure._snapshot import Snapshot
 from ullage.measure._state import leaves_rng, preserved
 from ullage.workload import Instance, Workload, run_step, tensors_of
 
-if TYPE_CHECKING:
-    from ullage.planner import Plan
+
+class PlanToMeasure(PlanToApply, Protocol):
+    """A plan that applies itself."""
+
+    def apply(self, model: nn.Module) -> Handle:
+        """Put it in force."""
+
 
 PEAK_STEPS = 3
 MAX_WARMUP = 8
@@ -95,7 +102,7 @@ def resident_bytes(inst: Instance, held: Sequence[Tensor] = ()) -> int:
 @leaves_rng
 def measure(
     work: Workload,
-    plan: Plan | None = None,
+    plan: PlanToMeasure | None = None,
     steps: int = 7,
     *,
     progress: Callable[[str], None] | None = None,
@@ -147,7 +154,7 @@ def measure(
 
 @tells_of(WorkloadError, but=out_of_memory)
 @leaves_rng
-def record_peak(work: Workload, plan: Plan | None = None) -> int:
+def record_peak(work: Workload, plan: PlanToMeasure | None = None) -> int:
     """The peak alone, in bytes: three real steps under the allocator's record, no timing."""
     check_arguments(work, plan, 1)
     inst = work.instance()
@@ -158,11 +165,9 @@ def record_peak(work: Workload, plan: Plan | None = None) -> int:
 
 def check_arguments(work: Any, plan: Any, steps: Any) -> None:
     """Raise ArgumentError unless these are a workload, a plan (or None) and a number of steps."""
-    from ullage.planner import Plan
-
     if not isinstance(work, Workload):
         raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
-    if plan is not None and not isinstance(plan, Plan):
+    if plan is not None and not is_plan(plan):
         raise ArgumentError(
             f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
         )
@@ -170,7 +175,7 @@ def check_arguments(work: Any, plan: Any, steps: Any) -> None:
         raise ArgumentError(f"steps={steps!r}: expected a whole number of 1 or more")
 
 
-def planned_bytes(plan: Plan | None, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def planned_bytes(plan: PlanToMeasure | None, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Apply a plan for steps whose bytes are recorded: a module in another mode than planned is refused, not warned of."""
     if plan is None:
         return contextlib.nullcontext()
@@ -179,7 +184,7 @@ def planned_bytes(plan: Plan | None, model: nn.Module) -> contextlib.AbstractCon
     return handle
 
 
-def _refuse_a_plan_in_force(inst: Instance, plan: Plan | None) -> None:
+def _refuse_a_plan_in_force(inst: Instance, plan: PlanToMeasure | None) -> None:
     """The plain step is asked for, and the model runs a planned one. With a plan given, `apply` refuses."""
     from ullage.apply import handle_on
 

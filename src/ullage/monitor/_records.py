@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import torch
 
+from ullage._version import __version__
+
 SCHEMA = 1
 
 
@@ -117,11 +119,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def machine_facts() -> dict[str, str | int]:
     """The header's facts about machine, versions and time."""
-    import ullage
-
     return {
         "monitor_schema": SCHEMA,
-        "ullage": ullage.__version__,
+        "ullage": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

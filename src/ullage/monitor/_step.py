@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,9 +17,6 @@ from ullage.monitor._energy import Spent
 from ullage.monitor._flops import OpCounter
 from ullage.monitor._records import StepRecord
 from ullage.monitor._utilization import Counters, Utilization
-
-if TYPE_CHECKING:
-    from ullage.monitor._monitor import Monitor
 
 
 @dataclass(slots=True)
@@ -139,12 +136,30 @@ class Running:
         )
 
 
+class Watching(Protocol):
+    """The monitor whose steps these are."""
+
+    _open: Running | None
+
+    def step_begin(self, *, samples: int | None = None, tokens: int | None = None, flops: float | None = None) -> None:
+        """A step begins."""
+
+    def step_end(self) -> None:
+        """It is over."""
+
+    def step_fail(self, error: BaseException | None = None) -> None:
+        """It has raised."""
+
+    def _note_loss(self, loss: Tensor | float) -> None:
+        """A loss of it."""
+
+
 class Step:
     """A step as a `with` block: `with monitor.step(samples=8) as step: ...; step.loss(loss)`."""
 
     __slots__ = ("_given", "_monitor")
 
-    def __init__(self, monitor: Monitor, given: dict[str, Any]) -> None:
+    def __init__(self, monitor: Watching, given: dict[str, Any]) -> None:
         self._monitor, self._given = monitor, given
 
     def loss(self, loss: Tensor | float) -> None:

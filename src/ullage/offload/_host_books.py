@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ullage.offload._extents import Extent
+from ullage.offload._held import POISON
 from ullage.offload._ledger import Ledger, Limits
 from ullage.offload._link import Event, Link, Stream
 from ullage.offload._record import Charge, Phase, Record
-from ullage.offload._staging import POISON
 from ullage.offload._stalls import Stalls
 
 

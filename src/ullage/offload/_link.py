@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ullage._bytes import format_bytes
 from ullage._errors import DeviceError, OffloadError
-from ullage.offload._record import Part
+from ullage.offload._held import Part
 
 Stream = Any  # compared and hashed, else opaque
 Event = Any  # opaque

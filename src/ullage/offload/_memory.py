@@ -17,31 +17,8 @@ from torch import Tensor
 
 from ullage._array import bytes_of
 from ullage.offload._file import TransferError
+from ullage.offload._held import POISON, Held, Part
 from ullage.offload._link import Link
-from ullage.offload._record import Part
-from ullage.offload._staging import POISON
-
-
-class Held(Protocol):
-    """A tensor that a record holds."""
-
-    tensor: Tensor
-
-    def copy_out(self, start: int, staging: np.ndarray) -> None:
-        """Fill a staging buffer with the bytes from `start` on; done when it returns.
-
-        Raises:
-            TransferError: the device reports an error.
-        """
-
-    def copy_in(self, staging: np.ndarray, start: int) -> None:
-        """The other way."""
-
-    def poison(self) -> None:
-        """Overwrite it, before copies that are queued later."""
-
-    def hand_over(self) -> None:
-        """The current stream is about to use it."""
 
 
 class Memory(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -13,10 +12,7 @@ from torch import Tensor
 from ullage.offload._checksum import Checksum
 from ullage.offload._extents import Extent, whole_blocks
 from ullage.offload._file import StoreFile, TransferError, read_all, write_all
-from ullage.offload._staging import POISON
-
-if TYPE_CHECKING:
-    from ullage.offload._memory import Held
+from ullage.offload._held import POISON, Held, Part
 
 PART_BYTES = 8 * 2**20  # parts of one tensor go to different threads; small enough to break off between two
 SPLIT_BYTES = 2**19  # no part is smaller for the threads' sake: waking one takes as long as moving some 100 KiB
@@ -38,15 +34,6 @@ class Charge(Enum):
     NONE = "nothing"
     BACKLOG = "waiting to be written"
     AHEAD = "read ahead"
-
-
-@dataclass(frozen=True)
-class Part:
-    """`length` bytes at `start` of a tensor, at `offset` of the store."""
-
-    offset: int
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)

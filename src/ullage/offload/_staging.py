@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ullage.offload._link import Link
-
-POISON = 0xA5  # as float32, float16 and bfloat16 a small negative number, as an index far out of range
+from ullage.offload._link import Link
 
 
 class Staging:

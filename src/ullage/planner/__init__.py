@@ -1,9 +1,11 @@
 """Options of a unit, the solver, named policies, `Profile` and `Plan`."""
 
+from ullage.planner import _draw as _draw  # it says how a frontier is drawn
 from ullage.planner._fit import Fit, Tried, fit
 from ullage.planner._frontier import Frontier, FrontierPoint, PolicyPoint, frontier
+from ullage.planner._holds import bounds
 from ullage.planner._overrides import PinCost
-from ullage.planner._peak import Bounds, Holding, bounds
+from ullage.planner._peak import Bounds, Holding
 from ullage.planner._peak_facts import Lever
 from ullage.planner._plan import Decision, Forecast, Plan
 from ullage.planner._planner import plan

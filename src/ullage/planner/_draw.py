@@ -6,14 +6,13 @@ import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ullage._errors import ArgumentError
 from ullage._files import check_writable, write_whole
 from ullage._plot import HOW_TO_GET_IT, plotted, size_unit, time_unit
-
-if TYPE_CHECKING:
-    from ullage.planner._frontier import Frontier
+from ullage._writers import writes
+from ullage.planner._frontier import Frontier
 
 KINDS = (".svg", ".png", ".pdf")
 
@@ -41,6 +40,7 @@ def check_picture(path: str | Path) -> Path:
     return path
 
 
+@writes(Frontier, "plot")
 def picture(f: Frontier, path: str | Path) -> None:
     """Draw the curve as steps, the policies as named crosses. The same frontier gives the same file."""
     path, d = check_picture(path), _drawn(f)

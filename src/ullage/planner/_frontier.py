@@ -10,6 +10,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, PlanError
 from ullage._files import write_whole
+from ullage._writers import write
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
 from ullage.planner._budget import Budget
@@ -120,9 +121,7 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ArgumentError: another ending, a folder that is not there, or matplotlib is not installed.
         """
-        from ullage.planner._draw import picture
-
-        picture(self, path)
+        write(self, "plot", path)
 
     def __str__(self) -> str:
         label = ", an ESTIMATE: this device is not here" if self.estimate else ""

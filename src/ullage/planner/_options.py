@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
@@ -15,12 +15,10 @@ from ullage.planner._failed import take_away
 from ullage.planner._levels import Levels, find_levels
 from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
+from ullage.planner._tiers import OffloadTier
 from ullage.runtime import ATTENTION, MATMUL, ROUTING
 from ullage.runtime._keep import OpsRule, kind_of, named_rule
 from ullage.runtime._tier import LEAST_BYTES
-
-if TYPE_CHECKING:
-    from ullage.planner._tiers import OffloadTier
 
 Calls = frozenset[tuple[str, int]]
 MATMULS = Option("select", "matmul_attention")

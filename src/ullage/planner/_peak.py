@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
-from ullage.measure._state import captures
-from ullage.planner._choices import ALL, Choices
+from ullage.planner._choices import Choices
 from ullage.planner._executed import Steps
-from ullage.planner._levers import MOST_RUNS, levers
+from ullage.planner._levers import levers
 from ullage.planner._live import LiveTensor, by_category, live_tensors, moment, peak_op
 from ullage.planner._peak_facts import Lever, PeakFacts
-from ullage.planner._planned import execute_plan, study_plan
 from ullage.planner._study import Study
-from ullage.workload import Workload
-
-if TYPE_CHECKING:
-    from ullage.planner._plan import Plan
-    from ullage.planner._profile import Profile
 
 MOST_TENSORS, MOST_HOLDINGS = 20, 64  # that are listed
 _ROWS = 12
@@ -175,33 +165,3 @@ def _holdings(s: Study, live: list[LiveTensor]) -> list[Holding]:
         found.setdefault((t.category, unit), []).append(t.nbytes)
     rows = [Holding(category=c, module=m, nbytes=sum(n), tensors=len(n)) for (c, m), n in found.items()]
     return sorted(rows, key=lambda h: -h.nbytes)[:MOST_HOLDINGS]
-
-
-@captures
-def bounds(
-    work: Workload,
-    plan: Plan | None = None,
-    device: str | None = None,
-    costs: str = "auto",
-    *,
-    profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Bounds:
-    """Say what holds the peak of a plan's step, or of the plain one, and what would lower it.
-
-    Args:
-        work: what is trained; left as found.
-        plan: any plan for this model, also one edited by hand; None is the plain step.
-        device: as in `ullage.plan`; a plan has its own.
-        costs: "auto" or "roofline"; a plan has its own.
-        profile: take op costs from this profile instead of measuring again.
-        progress: called with a line at each stage.
-
-    Raises:
-        ArgumentError: `plan` is not a plan, or `device` is given beside one.
-        PlanMismatch: the plan is for another model.
-        CaptureError, WorkloadError, DeviceError: see their docstrings.
-    """
-    s = study_plan(work, plan, device, costs, profile, progress)
-    s.progress("running the step")
-    return bounds_of(s, ALL, execute_plan(s, plan), runs=MOST_RUNS)

@@ -17,6 +17,7 @@ from torch import nn
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError, PlanMismatch
 from ullage._files import write_whole
+from ullage._version import __version__
 from ullage.mechanisms import UnitSettings, option_from_name
 from ullage.offload import endurance_note
 from ullage.planner._overrides import PinCost, describe
@@ -122,9 +123,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def environment() -> dict[str, str]:
     """Versions that explain a plan; not part of its digest."""
-    import ullage
-
-    return {"ullage": ullage.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"ullage": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ullage._errors import ArgumentError
 from ullage.mechanisms import KEEP
 from ullage.planner._executed import Steps
+from ullage.planner._plan import Plan
 from ullage.planner._prepare import study, with_units
+from ullage.planner._profile import Profile
 from ullage.planner._study import Study
 from ullage.workload import Workload
-
-if TYPE_CHECKING:
-    from ullage.planner._plan import Plan
-    from ullage.planner._profile import Profile
 
 
 def study_plan(
@@ -53,8 +50,6 @@ def execute_plan(s: Study, plan: Plan | None) -> Steps:
 
 
 def _of_plan(plan: Plan, device: str | None, costs: str) -> tuple[str | None, str]:
-    from ullage.planner._plan import Plan
-
     if not isinstance(plan, Plan):
         raise ArgumentError(
             f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"

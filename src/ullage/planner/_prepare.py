@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
@@ -17,18 +17,27 @@ from ullage.planner._device import choose_device
 from ullage.planner._explored import Explored
 from ullage.planner._options import find_options
 from ullage.planner._study import Progress, Study, both_steps
+from ullage.planner._tiers import OffloadTier
 from ullage.workload import Workload, in_evaluation
 
-if TYPE_CHECKING:
-    from ullage.planner._profile import Profile
-    from ullage.planner._tiers import OffloadTier
+
+class KnownCosts(Protocol):
+    """What a study takes from a `ullage.Profile`."""
+
+    @property
+    def costs(self) -> str:
+        """What they are: "measured" or "roofline"."""
+
+    @property
+    def op_costs(self) -> Mapping[str, OpCost]:
+        """Of every op signature."""
 
 
 def prepare(
     work: Workload,
     device: str | None = None,
     costs: str = "auto",
-    profile: Profile | None = None,
+    profile: KnownCosts | None = None,
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
     tier: OffloadTier | None = None,

@@ -1,5 +1,6 @@
 """Shows what the planner knows: the timeline of a step, its exports, a page, comparisons, and a gate for CI."""
 
+from ullage.report import _page as _page  # it says how results are written as pages
 from ullage.report._baseline import Baseline, StepFacts, UnitState
 from ullage.report._check import Gate, check
 from ullage.report._compare import Comparison, UnitRow, compare

@@ -9,6 +9,7 @@ import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
+from ullage._writers import write
 from ullage.report._rows import Row, grouped, rows, signed
 from ullage.report._sides import Compared, Side, know_owners, read, side
 
@@ -47,9 +48,7 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         Raises:
             ArgumentError: the ending is not .html, the folder is not there, or plotly or Jinja is not installed.
         """
-        from ullage.report._page import comparison_page
-
-        comparison_page(self, path)
+        write(self, "export", path)
 
     def __str__(self) -> str:
         two = len(self.sides) == 2

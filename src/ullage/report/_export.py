@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ullage._errors import ArgumentError
 from ullage._files import check_writable, write_whole
+from ullage._writers import writes
 from ullage.report._chrome import chrome_trace
 from ullage.report._snapshot import pickled
 from ullage.report._table import csv_text, parquet
@@ -38,6 +39,7 @@ def check_export(path: str | Path) -> str:
     return ending
 
 
+@writes(Timeline, "export")
 def export(t: Timeline, path: str | Path) -> None:
     """Write it. The same timeline gives the same file."""
     write_whole(path, _WRITERS[check_export(path)][1](t))

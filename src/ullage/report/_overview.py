@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from ullage._bytes import format_bytes, format_seconds
+from ullage._writers import write
 from ullage.measure._measure import Measurement
 from ullage.planner import Frontier, Plan
 from ullage.report._records import where
@@ -88,9 +89,7 @@ class Overview(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ArgumentError: the ending is not .html, the folder is not there, or plotly or Jinja is not installed.
         """
-        from ullage.report._page import overview_page
-
-        overview_page(self, path)
+        write(self, "export", path)
 
     def __str__(self) -> str:
         label = ", an ESTIMATE: this device is not here" if self.plain.estimate else ""

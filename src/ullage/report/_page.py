@@ -12,6 +12,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
 from ullage._files import check_writable, write_whole
+from ullage._writers import writes
 from ullage.planner._overrides import describe
 from ullage.planner._plan import environment
 from ullage.report._compare import LETTERS, Comparison, said_of_units
@@ -38,6 +39,7 @@ def check_page(path: str | Path) -> Path:
     return path
 
 
+@writes(Overview, "export")
 def overview_page(o: Overview, path: str | Path) -> None:
     """Write a report. The same overview gives the same file."""
     shown = [("planned", o.planned)] if o.planned is not None else []
@@ -55,6 +57,7 @@ def overview_page(o: Overview, path: str | Path) -> None:
     _write(path, "report", drawn_overview(o), said)
 
 
+@writes(Comparison, "export")
 def comparison_page(c: Comparison, path: str | Path) -> None:
     """Write a comparison. The same comparison gives the same file."""
     rates = [("samples/s", "samples_per_second"), ("tokens/s", "tokens_per_second")]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
+from ullage._writers import write
 from ullage.planner import Holding
 from ullage.planner._peak import holding_rows
 from ullage.report._records import (
@@ -207,9 +208,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Raises:
             ArgumentError: another ending, a folder that is not there, or a package that is not installed.
         """
-        from ullage.report._export import export
-
-        export(self, path)
+        write(self, "export", path)
 
     def save(self, path: str | Path) -> None:
         """Write the timeline as JSON."""

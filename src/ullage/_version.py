@@ -1,0 +1,3 @@
+"""The version of ullage, for whoever writes it into a file."""
+
+__version__ = "0.1.0"
