@@ -7,6 +7,7 @@ import torch
 
 import ullage as ul
 from tests.broken import without_autocast, without_rng, without_state
+from tests.small import tiny
 from tests.zoo import workload
 
 
@@ -21,7 +22,7 @@ def test_without_buffer_restore_batch_norm_statistics_differ(monkeypatch) -> Non
 
 
 def test_without_rng_restore_dropout_gradients_differ(monkeypatch) -> None:
-    work = workload("gpt")
+    work = tiny()
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert ul.verify(work, plan).ok
     with without_rng(monkeypatch):
@@ -29,7 +30,7 @@ def test_without_rng_restore_dropout_gradients_differ(monkeypatch) -> None:
 
 
 def test_without_autocast_restore_it_fails(monkeypatch) -> None:
-    work = workload("gpt", autocast=torch.bfloat16)
+    work = tiny(autocast=torch.bfloat16)
     plan = ul.plan(work, policy="every_block", costs="roofline")
     assert ul.verify(work, plan).ok
     with (

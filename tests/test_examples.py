@@ -34,4 +34,6 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_it_is_a_target(path: Path) -> None:
     work = load_target(f"{path}:workload")
-    assert ul.profile(work, costs="roofline").peak_bytes > 0
+    assert isinstance(work, ul.Workload)
+    if "__main__" not in path.read_text():  # the others plan it when they run
+        assert ul.profile(work, costs="roofline").peak_bytes > 0

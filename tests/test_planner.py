@@ -111,7 +111,7 @@ def test_a_step_function_is_captured_with_its_closure() -> None:
         optimizer.zero_grad()
 
     work = ul.Workload(model, workload("gpt").batch, step=step)
-    profile = ul.profile(work)
+    profile = ul.profile(work, costs="roofline")
     assert not optimizer.state
     measured = ul.measure(work, steps=1)
     assert not optimizer.state

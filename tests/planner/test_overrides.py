@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,21 @@ def work() -> ul.Workload:
     return tower()
 
 
+@functools.cache
+def _profiled() -> tuple[ul.Workload, ul.Profile]:
+    return (work := tower()), ul.profile(work, **ROOFLINE)
+
+
+def planned(*arguments: Any, **options: Any) -> ul.Plan:
+    """A plan of the tower, which is captured once for all of them."""
+    work, profile = _profiled()
+    return ul.plan(work, *arguments, profile=profile, **options)
+
+
 @pytest.fixture(scope="module")
-def free(work: ul.Workload) -> ul.Plan:
+def free() -> ul.Plan:
     """The plan without overrides."""
-    return ul.plan(work, BUDGET, **ROOFLINE)
+    return planned(BUDGET)
 
 
 def test_nothing_overridden_is_nothing_said(free: ul.Plan) -> None:
@@ -39,9 +51,9 @@ def test_nothing_overridden_is_nothing_said(free: ul.Plan) -> None:
     assert not any(w in str(free) for w in ("  pin ", "forbidden", "headroom", "simple:"))
 
 
-def test_pins_and_what_each_costs(work: ul.Workload, free: ul.Plan) -> None:
+def test_pins_and_what_each_costs(free: ul.Plan) -> None:
     pins = {"blocks.[01]": "keep", "blocks.5": "select", "blocks.4": "recompute"}
-    plan = ul.plan(work, BUDGET, pin=pins, **ROOFLINE)
+    plan = planned(BUDGET, pin=pins)
     assert [a[0] for a in _actions(plan)] == [
         "k",
         "k",
@@ -59,31 +71,31 @@ def test_pins_and_what_each_costs(work: ul.Workload, free: ul.Plan) -> None:
         ("blocks.4", "recompute", 1),
     ]
     for cost in plan.pins:  # the difference of two plans
-        without = ul.plan(work, BUDGET, pin={g: a for g, a in pins.items() if g != cost.pin}, **ROOFLINE)
+        without = planned(BUDGET, pin={g: a for g, a in pins.items() if g != cost.pin})
         assert cost.seconds == plan.predicted.step_seconds - without.predicted.step_seconds
         assert cost.nbytes == plan.predicted.peak_bytes - without.predicted.peak_bytes
         assert f"pin {cost.pin}={cost.action}" in str(plan)
     assert sum(c.seconds for c in plan.pins) > 0
 
 
-def test_a_level_that_the_planner_would_not_think_of(work: ul.Workload) -> None:
+def test_a_level_that_the_planner_would_not_think_of() -> None:
     level = "select:addmm[0,1]"
     for given in ({"budget": "60% of plain"}, {"policy": "none"}):
-        plan = ul.plan(work, pin={"blocks.[12]": level}, **given, **ROOFLINE)
+        plan = planned(pin={"blocks.[12]": level}, **given)
         assert [i for i, a in enumerate(_actions(plan)) if a == level] == [1, 2]
         assert plan.decisions[1].recomputed_ops > 0
 
 
-def test_a_pin_that_costs_nothing_and_one_against_the_budget(work: ul.Workload, free: ul.Plan) -> None:
-    same = ul.plan(work, BUDGET, pin={"blocks.0": "select:gelu[0]"}, **ROOFLINE)
+def test_a_pin_that_costs_nothing_and_one_against_the_budget(free: ul.Plan) -> None:
+    same = planned(BUDGET, pin={"blocks.0": "select:gelu[0]"})
     assert same.decisions[1:] == free.decisions[1:] and same.pins[0].seconds == 0 and same.pins[0].nbytes == 0
     with pytest.raises(ul.BudgetInfeasible, match=r"with blocks\.\* pinned to keep") as caught:
-        ul.plan(work, BUDGET, pin={"blocks.*": "keep"}, **ROOFLINE)
+        planned(BUDGET, pin={"blocks.*": "keep"})
     assert caught.value.smallest_bytes == free.baseline.peak_bytes
 
 
-def test_a_pin_below_a_budget_that_all_would_fit(work: ul.Workload, free: ul.Plan) -> None:
-    plan = ul.plan(work, "100% of plain", pin={"blocks.3": "recompute"}, **ROOFLINE)
+def test_a_pin_below_a_budget_that_all_would_fit(free: ul.Plan) -> None:
+    plan = planned("100% of plain", pin={"blocks.3": "recompute"})
     assert _actions(plan) == ["keep"] * 3 + ["recompute"] + ["keep"] * 2
     assert plan.pins[0].seconds == plan.predicted.step_seconds - free.baseline.step_seconds > 0
     assert plan.pins[0].nbytes == plan.predicted.peak_bytes - free.baseline.peak_bytes < 0
@@ -97,58 +109,58 @@ def test_a_pin_below_a_budget_that_all_would_fit(work: ul.Workload, free: ul.Pla
         ("selective", {"blocks.*": "recompute"}, "rrrrrr"),
     ],
 )
-def test_pins_override_a_policy(work: ul.Workload, policy: str, pins: dict[str, str], expected: str) -> None:
-    plain, plan = (ul.plan(work, policy=policy, pin=p, **ROOFLINE) for p in (None, pins))
+def test_pins_override_a_policy(policy: str, pins: dict[str, str], expected: str) -> None:
+    plain, plan = (planned(policy=policy, pin=p) for p in (None, pins))
     assert "".join(a[0] for a in _actions(plan)) == expected
     if len(pins) == 1:
         assert plan.pins[0].seconds == plan.predicted.step_seconds - plain.predicted.step_seconds
         assert plan.pins[0].nbytes == plan.predicted.peak_bytes - plain.predicted.peak_bytes
 
 
-def test_forbidden_actions(work: ul.Workload, free: ul.Plan) -> None:
-    plan = ul.plan(work, BUDGET, forbid=["select"], **ROOFLINE)
+def test_forbidden_actions(free: ul.Plan) -> None:
+    plan = planned(BUDGET, forbid=["select"])
     assert _actions(plan) == ["recompute"] * 2 + ["keep"] * 4
     assert plan.forbidden == ["select"] and "forbidden: select" in str(plan)
     assert plan.predicted.step_seconds > free.predicted.step_seconds
-    one_level = ul.plan(work, BUDGET, forbid=["select:gelu[0]", "recompute"], **ROOFLINE)
+    one_level = planned(BUDGET, forbid=["select:gelu[0]", "recompute"])
     assert not {"select:gelu[0]", "recompute"} & set(_actions(one_level))
-    no_keep = ul.plan(work, "100% of plain", forbid=["keep"], **ROOFLINE)
+    no_keep = planned("100% of plain", forbid=["keep"])
     assert "keep" not in _actions(no_keep) and no_keep.predicted.step_seconds > free.baseline.step_seconds
-    assert set(_actions(ul.plan(work, policy="every_block", forbid=["recompute"], **ROOFLINE))) == {"keep"}
-    exception = ul.plan(work, BUDGET, forbid=["select"], pin={"blocks.0": "select"}, **ROOFLINE)
+    assert set(_actions(planned(policy="every_block", forbid=["recompute"]))) == {"keep"}
+    exception = planned(BUDGET, forbid=["select"], pin={"blocks.0": "select"})
     assert [a[0] for a in _actions(exception)].count("s") == 1
 
 
-def test_the_smallest_peak_obeys_too(work: ul.Workload) -> None:
+def test_the_smallest_peak_obeys_too() -> None:
     with pytest.raises(ul.BudgetInfeasible, match="select forbidden") as caught:
-        ul.plan(work, "1KiB", forbid=["select", "recompute"], **ROOFLINE)
-    assert caught.value.smallest_bytes == ul.plan(work, policy="none", **ROOFLINE).predicted.peak_bytes
+        planned("1KiB", forbid=["select", "recompute"])
+    assert caught.value.smallest_bytes == planned(policy="none").predicted.peak_bytes
     with pytest.raises(ul.BudgetInfeasible, match="blocks.0 pinned to keep") as caught:
-        ul.plan(work, "1KiB", pin={"blocks.0": "keep"}, **ROOFLINE)
+        planned("1KiB", pin={"blocks.0": "keep"})
     smallest = caught.value.smallest_bytes
-    plan = ul.plan(work, smallest, pin={"blocks.0": "keep"}, **ROOFLINE)
+    plan = planned(smallest, pin={"blocks.0": "keep"})
     assert plan.predicted.peak_bytes <= smallest and plan.decisions[0].action == "keep"
 
 
-def test_headroom(work: ul.Workload, free: ul.Plan) -> None:
+def test_headroom(free: ul.Plan) -> None:
     assert free.budget_bytes is not None
-    plan = ul.plan(work, free.budget_bytes, headroom="1MiB", **ROOFLINE)
-    less = ul.plan(work, free.budget_bytes - 2**20, **ROOFLINE)
+    plan = planned(free.budget_bytes, headroom="1MiB")
+    less = planned(free.budget_bytes - 2**20)
     assert plan.budget_bytes == free.budget_bytes and plan.headroom_bytes == 2**20
     assert plan.predicted == less.predicted and _actions(plan) == _actions(less) != _actions(free)
     assert "headroom" in str(plan)
     with pytest.raises(ul.BudgetInfeasible, match=r"1.00 MiB of it are headroom") as caught:
-        ul.plan(work, "2MiB", headroom="1MiB", **ROOFLINE)
+        planned("2MiB", headroom="1MiB")
     smallest = caught.value.smallest_bytes
-    assert ul.plan(work, smallest, headroom="1MiB", **ROOFLINE).predicted.peak_bytes <= smallest - 2**20
+    assert planned(smallest, headroom="1MiB").predicted.peak_bytes <= smallest - 2**20
     with pytest.raises(ul.BudgetInfeasible):
-        ul.plan(work, smallest - 1, headroom="1MiB", **ROOFLINE)
+        planned(smallest - 1, headroom="1MiB")
 
 
-def test_fewer_actions(work: ul.Workload) -> None:
-    best = ul.plan(work, "60% of plain", **ROOFLINE)
+def test_fewer_actions() -> None:
+    best = planned("60% of plain")
     assert len(set(_actions(best))) == 3
-    plan = ul.plan(work, "60% of plain", simple=True, **ROOFLINE)
+    plan = planned("60% of plain", simple=True)
     assert len(set(_actions(plan))) == 2
     slower = plan.predicted.step_seconds / best.predicted.step_seconds - 1
     assert 0 < slower <= 0.01
@@ -157,14 +169,14 @@ def test_fewer_actions(work: ul.Workload) -> None:
     assert plan.lower_bound_seconds == pytest.approx(best.lower_bound_seconds) and plan.gap == pytest.approx(
         slower, abs=1e-6
     )
-    one = ul.plan(work, "60% of plain", simple=0.5, **ROOFLINE)
+    one = planned("60% of plain", simple=0.5)
     assert len(set(_actions(one))) == 1 and one.predicted.step_seconds <= 1.5 * best.predicted.step_seconds
-    strict = ul.plan(work, "60% of plain", simple=slower / 2, **ROOFLINE)
+    strict = planned("60% of plain", simple=slower / 2)
     assert _actions(strict) == _actions(best) and "no plan with fewer than 3 actions" in strict.notes[-1]
 
 
-def test_fewer_actions_with_a_pin(work: ul.Workload) -> None:
-    plan = ul.plan(work, "84% of plain", simple=0.1, pin={"blocks.5": "select:matmul_attention"}, **ROOFLINE)
+def test_fewer_actions_with_a_pin() -> None:
+    plan = planned("84% of plain", simple=0.1, pin={"blocks.5": "select:matmul_attention"})
     assert plan.decisions[5].action == "select:matmul_attention"
     assert len(set(_actions(plan))) <= 2
     assert plan.pins[0].pin == "blocks.5"
@@ -272,7 +284,7 @@ def test_overrides_that_mean_nothing() -> None:
     )
 
 
-def test_an_option_that_fails_can_t_be_pinned(work: ul.Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_fails_can_t_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     from ullage.capture import OptionFailed, Session
 
     run = Session.run
@@ -287,11 +299,11 @@ def test_an_option_that_fails_can_t_be_pinned(work: ul.Workload, monkeypatch: py
     with pytest.raises(
         ul.ArgumentError, match=r"blocks\.5 can't have it: ValueError: it is odd; possible: keep, recompute"
     ):
-        ul.plan(work, BUDGET, pin={"blocks.5": "select"}, **ROOFLINE)
+        planned(BUDGET, pin={"blocks.5": "select"})
 
 
-def test_a_plan_with_overrides_is_data(work: ul.Workload, tmp_path: Path) -> None:
-    plan = ul.plan(work, BUDGET, pin={"blocks.0": "keep"}, forbid=["select"], headroom=1000, **ROOFLINE)
+def test_a_plan_with_overrides_is_data(tmp_path: Path) -> None:
+    plan = planned(BUDGET, pin={"blocks.0": "keep"}, forbid=["select"], headroom=1000)
     plan.save(tmp_path / "plan.json")
     loaded = ul.Plan.load(tmp_path / "plan.json")
     assert loaded == plan and loaded.digest == plan.digest
