@@ -48,8 +48,8 @@ class Bandwidth:
         write_bytes_per_s: bytes per second out.
         read_bytes_per_s: bytes per second back.
         direct: whether the page cache was bypassed, as always in pinned memory; if not, reads may be faster than the drive is.
-        transfer_seconds: what each of many transfers takes beside its bytes; zero where that was not measured.
-        wait_seconds: what who waits for a transfer waits beyond that: threads are woken. Zero too.
+        transfer_seconds: seconds that each of many transfers takes beside its bytes; zero where that was not measured.
+        wait_seconds: seconds a waiting thread needs to wake up after the transfer; zero where that was not measured.
     """
 
     write_bytes_per_s: float

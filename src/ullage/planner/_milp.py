@@ -4,6 +4,9 @@ Binary variables: x_g, the group is kept, and y_n, the node of `Rules` holds. A 
 g is dropped" y_b >= y_a - x_g; "and g is kept" y_b >= y_a + x_g - 1. What holds with everything kept always holds, what does
 not with nothing kept never does; both leave the program. At a price per byte, and but for where a replay ends, it is a minimum cut (as in
 torch's partitioner): the relaxation is integral. With a limit on bytes HiGHS 1.12 (scipy 1.17) may print a line of its own.
+
+Source: which values are kept and which ops run again are Checkmate's variables (Jain et al., MLSys 2020, arXiv 1910.02653). One
+replay of one unit runs each op at most once, so they need no index of time here.
 """
 
 from __future__ import annotations

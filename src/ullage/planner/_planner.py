@@ -105,7 +105,7 @@ def study_and_plan(
     tier: TierRequest | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Study, Plan]:
-    """`plan`, and the study it comes from: for who shows more of the step than the plan does."""
+    """Do `plan`'s work, and also return the study, for reports."""
     check_policy(policy)
     overrides, tier = overrides or Overrides(), tier or TierRequest()
     sends = "policy 'offload'" if policy == "offload" else overrides.needs_tier

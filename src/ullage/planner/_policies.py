@@ -27,9 +27,10 @@ def policy_assignment(
     - none: keep everything.
     - every_block: recompute every repeated block.
     - every_n:K: recompute every K-th block.
-    - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, which
-      rebuilds runs of blocks together.)
-    - selective: in every block keep matmuls, convolutions and attention, recompute the rest.
+    - sqrt: keep about sqrt(N) evenly spaced blocks of N, recompute the others. (Not `checkpoint_sequential`, nor Chen et al.,
+      "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174: these recompute runs of blocks as a group.)
+    - selective: in every block keep matmuls, convolutions and attention, recompute the rest. (Korthikanti et al., "Reducing
+      Activation Recomputation in Large Transformer Models", arXiv 2205.05198, choose by op too, but recompute attention.)
     - offload: all that blocks save is offloaded; needs a tier.
 
     Raises:

@@ -163,7 +163,7 @@ def study_and_profile(
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Study, Profile]:
-    """`profile`, and the study it comes from: for who shows more of the step than the profile does."""
+    """Do `profile`'s work, and also return the study, for reports."""
     s = study(work, device, costs, units, None, progress)
     return s, _profile_of(s)
 

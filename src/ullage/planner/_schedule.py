@@ -26,6 +26,9 @@ A runtime needs, per call of a unit, either its input or the note "input = outpu
 Seconds added: `forward_seconds` for each plain or recording forward beyond the first of each unit, and an option's
 `seconds` at each unit's backward. Bytes alive: those of the base at the same moment, plus what is held beyond it, less the
 inputs that are not there (`link_bytes`).
+
+Source: runs inside runs are those of Griewank & Walther, "Revolve" (ACM TOMS 26, 2000), for equal units, and of Beaumont et
+al., "Rotor" (arXiv 1911.13214), for unequal ones, where a forward may also record all that its backward needs.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 A label is (bytes held beyond the base, cost) of a prefix. Of two at the same unit, the one that holds no less and costs no
 less can't win; nor can one whose cost and bound of the rest reach the best schedule known. Of more than `width` labels
 the most promising go on, and the best of the others bounds what is missed.
+
+Source: a shortest path with one resource, memory, by label setting (Irnich & Desaulniers, "Shortest Path Problems with
+Resource Constraints", 2005).
 """
 
 from __future__ import annotations
