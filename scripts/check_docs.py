@@ -4,7 +4,7 @@
 
 - Every name in `ullage.__all__` and each of its public methods has a docstring, and the name stands in the reference.
 - Pages, docstrings and comments use the words of docs/glossary.md, and none of those that it replaces.
-- Links of README.md lead somewhere.
+- Every page has a place in the site's navigation, and links of README.md lead somewhere.
 """
 
 from __future__ import annotations
@@ -122,8 +122,15 @@ def replaced_words(path: Path) -> list[str]:
     ]
 
 
+def pages_without_a_place() -> list[str]:
+    """Return a sentence for each page that the site's navigation leaves out."""
+    said = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in sorted((ROOT / "docs").glob("**/*.md"))]
+    return [f"docs/{page} has no place under `nav` in mkdocs.yml" for page in pages if f": {page}\n" not in said]
+
+
 def main() -> int:
-    problems = undocumented()
+    problems = [*undocumented(), *pages_without_a_place()]
     for path in [*(ROOT / "docs").glob("**/*.md"), *(ROOT / "src").glob("**/*.py"), ROOT / "README.md"]:
         problems += replaced_words(path)
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):

@@ -17,8 +17,9 @@ import snippet_blocks  # noqa: E402
 sys.path.remove(str(ROOT / "scripts"))
 
 
-def test_every_public_name_is_documented() -> None:
+def test_every_public_name_is_documented_and_every_page_has_its_place() -> None:
     assert check_docs.undocumented() == []
+    assert check_docs.pages_without_a_place() == []
 
 
 def _package() -> ModuleType:
