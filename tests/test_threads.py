@@ -179,15 +179,23 @@ def test_a_generator_of_the_steps_own_is_left() -> None:
 
 
 def test_files_are_written_without_touching_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = os.umask(0o027)
+    old, modes = os.umask(0o027), list[int]()
     try:
-        if Path("/proc/self/status").exists():
-            monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the whole process would see it"))
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the whole process would see it"))
         write_whole(tmp_path / "x", b"1")
+        for mode in (0o600, 0o664):
+            (tmp_path / "x").chmod(mode)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", lambda fd: modes.append(os.fstat(fd).st_mode & 0o777))
+                write_whole(tmp_path / "x", b"2")
+            assert (tmp_path / "x").stat().st_mode & 0o777 == mode
+        write_whole(tmp_path / "y", b"1")
     finally:
         monkeypatch.undo()
         os.umask(old)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    assert modes == [0o600, 0o640]  # while it is written: never wider than it will be
+    assert (tmp_path / "y").stat().st_mode & 0o777 == 0o640
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
 
 
 def test_seeding_in_a_step_is_seen_by_the_step_alone() -> None:

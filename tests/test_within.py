@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ullage as ul
 from tests.runtime import running
 from tests.runtime.programs import random_program
 from tests.runtime.steps import bits
@@ -231,6 +233,16 @@ def test_both_solvers_agree_on_any_unit() -> None:
                 assert graph.seconds(kept) + price * graph.nbytes(kept) == pytest.approx(a, abs=1e-9)
             tried += 1
     assert tried > 50
+
+
+def test_without_scipy_the_unit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other levels would make another plan, silently."""
+    graph = _dense(random.Random(0).randrange, 50, 5)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert levels(graph)  # by elimination
+    monkeypatch.setattr(_eliminate, "MOST_VARIABLES", 0)
+    with pytest.raises(ul.ArgumentError, match="needs scipy, which is not installed: `pip install scipy`, or pin"):
+        levels(graph)
 
 
 def test_both_solvers_agree_on_large_units() -> None:

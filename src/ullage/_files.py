@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from ullage._errors import ArgumentError
@@ -30,27 +30,19 @@ def write_whole(path: str | Path, data: bytes) -> None:
     if target.exists() and not target.is_file():  # a pipe, /dev/stdout
         target.write_bytes(data)
         return
-    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    mode = target.stat().st_mode & 0o777 if target.exists() else None
+    name = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    # the kernel takes off what the process's umask says, which nobody can read from Python without setting it for all threads
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(mode)
-        Path(name).replace(target)
+        if mode is not None:
+            name.chmod(mode)
+        name.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            name.unlink()
         raise
-
-
-def _umask() -> int:
-    """The process's mask, read where that is possible without changing it: another thread may make a file meanwhile."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

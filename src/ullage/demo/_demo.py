@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ullage as ul
 from ullage.demo._gpt import GPT, english_bytes
-from ullage.measure._measure import keep_pages, record_peak
+from ullage.measure._measure import hand_back_pages, keep_pages, record_peak
 from ullage.measure._state import leaves_rng
 
 BATCH, SEQ = 6, 256
@@ -73,6 +73,7 @@ def run_demo(steps: int, budget: str, output: str, progress: Callable[..., None]
     try:
         return _run(steps, budget, output, progress)
     finally:
+        hand_back_pages()
         torch.set_num_threads(threads)
 
 

@@ -16,10 +16,29 @@ from typing import Any
 
 import numpy as np
 
+from ullage._errors import ArgumentError
 from ullage.planner._graph import Graph
 
 _INTEGRAL = 1e-7
 _SCALE = 1e6  # of the objective: HiGHS stops at a gap of 1e-6, whatever the unit
+
+
+def _scipy() -> tuple[Any, Any]:
+    """Imported here alone: of 18 models of eight families none has a unit that needs it.
+
+    It stays a dependency, and no extra: with it and without it plans of such a unit would differ.
+
+    Raises:
+        ArgumentError: it is not installed, as after `pip install --no-deps`.
+    """
+    try:
+        from scipy import optimize, sparse  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ArgumentError(
+            "a unit's saved tensors depend on each other in so many ways that the choice among them needs scipy, which is not installed: "
+            "`pip install scipy`, or pin the unit (pin={'its.name': 'recompute'})"
+        ) from error
+    return optimize, sparse
 
 
 class Program:
@@ -92,12 +111,11 @@ class Program:
         return kept, bound
 
     def _run(self, objective: Any, upper: Any, constraints: list[Any], integral: bool) -> tuple[Any, float]:
-        from scipy.optimize import Bounds, milp  # type: ignore[import-untyped]
-
-        result = milp(
+        optimize, _ = _scipy()
+        result = optimize.milp(
             objective,
             integrality=np.full(len(objective), int(integral)),
-            bounds=Bounds(0, upper),
+            bounds=optimize.Bounds(0, upper),
             constraints=constraints,
             options={"node_limit": self.node_limit, "mip_rel_gap": 0.0},
         )
@@ -105,9 +123,7 @@ class Program:
         return result.x, bound if bound is not None and math.isfinite(bound) else 0.0
 
     def _constraints(self, limit: int | None) -> list[Any]:
-        from scipy.optimize import LinearConstraint
-        from scipy.sparse import csr_array  # type: ignore[import-untyped]
-
+        optimize, sparse = _scipy()
         rows = self.rows
         if limit is not None:
             # in the largest unit that all sizes are multiples of; half of one is room for the solver's tolerance
@@ -118,5 +134,5 @@ class Program:
         ends = np.cumsum([0, *(len(row) for row, _ in rows)])
         columns = np.array([c for row, _ in rows for c in row])
         data = np.array([v for row, _ in rows for v in row.values()])
-        matrix = csr_array((data, columns, ends), shape=(len(rows), len(self.seconds)))
-        return [LinearConstraint(matrix, np.array([least for _, least in rows]), np.inf)]
+        matrix = sparse.csr_array((data, columns, ends), shape=(len(rows), len(self.seconds)))
+        return [optimize.LinearConstraint(matrix, np.array([least for _, least in rows]), np.inf)]
