@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,15 @@ import torch
 
 import ullage as ul
 from tests.offload.hosted import bytes_of
-from tests.offload.planned import gradients, offload, same, tower
+from tests.offload.planned import offload, same, tower
 from tests.offload.streams import ThreadedLink
-from tests.offload.test_host_steps import BLOCK_BYTES, Tower
+from tests.offload.test_host_steps import Tower
 from ullage.apply import _open
 from ullage.cost import find_device
 from ullage.offload import Bandwidth
 from ullage.planner import _tiers
 from ullage.planner._device import DeviceChoice
 from ullage.planner._tiers import Disk, TierRequest, choose_tier
-
-
-@pytest.mark.parametrize("window", [0, BLOCK_BYTES // 2, 2 * BLOCK_BYTES])
-@pytest.mark.parametrize("seed", range(2))
-def test_twenty_steps_with_buffer_reuse(tmp_path: Path, seed: int, window: int) -> None:
-    """The ops are torch's own and run at once; copies run when a thread waits for them, or earlier, by chance."""
-    link, tower = ThreadedLink(seed, eager=True), Tower(4)
-    batches = [torch.full((8, 32, 64), k / 20) for k in range(20)]
-    wanted = [tower.plain(x) for x in batches]
-    options = {"backlog_bytes": window, "ahead_bytes": window, "poison": True, "buffer_bytes": "64KiB"}
-    with ul.DiskStore(tmp_path, "4MiB", device="cpu", link=link, **options) as store:
-        late = 0
-        for x, gradient in zip(batches, wanted, strict=True):
-            assert same(tower.offloaded(x, store), gradient)
-            assert store.tickets == 0 and store.backlog_bytes <= window and store.ahead_bytes <= window
-            late += sum(site.late for site in tower.sites)
-        sent = sum(site.sent_bytes for site in tower.sites)
-        assert sent == 4 * BLOCK_BYTES - 4 * 8 * 32 * 64  # all but the batch
-        store.flush()
-        stats = store.stats
-        assert (store.free_bytes, store.resident_bytes, stats.late_prefetches) == (store.capacity, 0, late)
-        if not window:
-            assert stats.bytes_written == 20 * sent == stats.bytes_read
 
 
 @pytest.mark.parametrize("name", ["copy_out", "copy_in"])
@@ -63,31 +39,6 @@ def test_a_race_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name
     with ul.DiskStore(tmp_path, "4MiB", device="cpu", link=link, backlog_bytes=0, poison=True) as store:
         assert not same(tower.offloaded(x, store), wanted)
         link.run_all()
-
-
-def test_a_graph_that_is_kept_or_thrown_away(tmp_path: Path) -> None:
-    link, tower = ThreadedLink(2, eager=True), Tower(3)
-    x = torch.randn(8, 32, 64)
-    tower.model.zero_grad()
-    loss = tower.model(x).square().mean()
-    loss.backward(retain_graph=True)
-    loss.backward()
-    wanted = gradients(tower.model)
-    with ul.DiskStore(tmp_path, "4MiB", device="cpu", link=link, poison=True) as store:
-        tower.model.zero_grad()
-        loss = tower.forward(x, store).square().mean()
-        loss.backward(retain_graph=True)
-        assert store.tickets == 11
-        loss.backward()
-        assert same(gradients(tower.model), wanted)
-        del loss
-        out = tower.forward(x, store)
-        assert store.tickets == 11
-        del out
-        gc.collect()
-        store.poll()
-        store.flush()
-        assert (store.tickets, store.free_bytes, store.resident_bytes) == (0, store.capacity, 0)
 
 
 # plans

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ullage._torch import autograd_node, graph_task
+from ullage.capture._op_values import MANY
 from ullage.capture._trace import NodeRun, Trace, spec_of
 
 
@@ -22,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors of an op's arguments, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, MANY):
         for v in value:
             yield from tensors_in(v)
     elif isinstance(value, dict):

@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+MANY = (list, tuple)  # a pair, since `list | tuple` would be made anew for each of a million questions
+
 
 def leaves(values: Iterable[Any]) -> list[Any]:
     """Flatten nested lists and tuples, in order."""
     found: list[Any] = []
     for v in values:
-        if isinstance(v, list | tuple):
+        if isinstance(v, MANY):
             found += leaves(v)
         else:
             found.append(v)
@@ -27,7 +29,7 @@ def tensors(value: Any) -> list[Tensor]:
     """The tensors of an argument or of an op's output, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [v for v in leaves(value) if isinstance(v, Tensor)] if isinstance(value, list | tuple) else []
+    return [v for v in leaves(value) if isinstance(v, Tensor)] if isinstance(value, MANY) else []
 
 
 def with_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:

@@ -24,6 +24,7 @@ from ullage._torch import (
     throw_on_data_ptr,
     warn_on_data_ptr,
 )
+from ullage.capture._op_values import MANY
 from ullage.capture._values import may_follow
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ def argument_key(value: Any) -> Any:
         if value.constant is not None or value.is_neg() or value.is_conj():
             return (value.shape, value.stride(), value.dtype, value.fake_device, value.is_neg(), value.is_conj())
         return (value.shape, value.stride(), value.dtype, value.fake_device)
-    if isinstance(value, list | tuple):
+    if isinstance(value, MANY):
         return tuple([argument_key(v) for v in value])
     if isinstance(value, _PLAIN_TYPES):
         return value

@@ -35,7 +35,7 @@ from ullage.capture._kernels import FakeKernels
 from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
-from ullage.capture._op_values import tensors
+from ullage.capture._op_values import MANY, tensors
 from ullage.capture._outputs import argument_key
 from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
 from ullage.capture._values import Values
@@ -225,7 +225,7 @@ class Tracker(TorchDispatchMode):
     def _adopted(self, func: Any, args: Any) -> Any:
         """Replace real tensors among the arguments by fake twins: constants that are part of neither model nor batch."""
         for a in args:
-            if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor | None):
+            if isinstance(a, MANY) and a and (a[0] is None or isinstance(a[0], Tensor)):
                 if any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in a):
                     break
             elif isinstance(a, Tensor) and not isinstance(a, FakeTensor):

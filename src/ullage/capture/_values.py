@@ -9,6 +9,7 @@ refused.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ullage._torch import FakeTensor, disable_modes, tree_flatten
 from ullage.capture._assumed import Assumed
-from ullage.capture._op_values import leaves, tensors, with_tensors
+from ullage.capture._op_values import MANY, tensors, with_tensors
 from ullage.capture._trace import written_arguments
 
 aten = torch.ops.aten
@@ -106,10 +107,20 @@ class Values:
 
     def reals(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The arguments with real twins in place of fakes; None if one is unknown."""
-        if any(isinstance(a, Tensor) and self.get(a) is None for a in leaves((args, tuple(kwargs.values())))):
+        if not self._known(args) or not self._known(kwargs.values()):
             return None
         given: tuple[Any, ...] = with_tensors(self.get, args)
         return given, {k: with_tensors(self.get, v) for k, v in kwargs.items()}
+
+    def _known(self, values: Iterable[Any]) -> bool:
+        """Has every tensor in these a real twin? Most ops have a first argument that has none."""
+        for v in values:
+            if isinstance(v, Tensor):
+                if self.get(v) is None:
+                    return False
+            elif isinstance(v, MANY) and not self._known(v):
+                return False
+        return True
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Carry values through one op that already ran on fakes."""
