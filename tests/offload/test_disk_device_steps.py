@@ -62,7 +62,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch, at: Path, choice: DeviceChoice) -> t
 def test_a_device_that_is_here_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = DeviceChoice("NVIDIA H200", find_device("h200"), False, 10**11, "cuda")
     disk, asked = chosen(monkeypatch, tmp_path, here)
-    store = {"threads": disk.threads, "buffer_bytes": disk.buffer_bytes}  # what it is measured with is what it will be
+    store = {"threads": disk.threads, "buffer_bytes": disk.buffer_bytes, "checksums": False}
+    # what it is measured with is what it will be
     assert asked == {"device": "cuda", **store} and disk.device == disk.device_type == "cuda"
     assert (disk.write_bytes_per_second, disk.read_bytes_per_second) == (2e9, 3e9)
     assert msgspec.structs.replace(disk, window_bytes=1000).reserved_bytes == 2000  # staging is the host's
@@ -92,9 +93,7 @@ def test_a_plan_opens_its_disk_for_the_device_of_its_model(tmp_path: Path, monke
     assert plan.disk is not None and plan.disk.device_type == "cpu"
     other = msgspec.structs.replace(plan, disk=msgspec.structs.replace(plan.disk, device="cuda"))
     forwards = [m.forward.__func__ for m in work.model]
-    with pytest.raises(
-        ul.DeviceError, match="to disk from cuda, and the model is on cpu; move the model there, or plan"
-    ):
+    with pytest.raises(ul.DeviceError, match="of cuda to disk, and the model is on cpu; move the model there, or plan"):
         other.apply(work.model)
     assert [m.forward.__func__ for m in work.model] == forwards
     made: dict[str, Any] = {}
