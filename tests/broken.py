@@ -25,10 +25,9 @@ def _patched(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, value: Any)
 
 def without_rng(monkeypatch: pytest.MonkeyPatch) -> contextlib.AbstractContextManager[None]:
     """Generators are not put back."""
-    real = UnitSettings.runtime_options
-    return _patched(
-        monkeypatch, UnitSettings, "runtime_options", lambda self: replace(real(self), preserve_rng_state=False)
-    )
+    real = UnitSettings.runtime_options.func
+    broken = property(lambda self: replace(real(self), preserve_rng_state=False))
+    return _patched(monkeypatch, UnitSettings, "runtime_options", broken)
 
 
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> contextlib.AbstractContextManager[None]:

@@ -17,15 +17,15 @@ from tests.runtime import running
 from tests.runtime.programs import random_program
 from tests.runtime.steps import bits
 from tests.unit_logs import UNITS, Choose, indices_of, log_of, random_log, subsets, unit_of
-from ullage.planner import _eliminate, _within
-from ullage.planner._eliminate import Curve, TooWide, curve_of
-from ullage.planner._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
-from ullage.planner._milp import Program
-from ullage.planner._unit_graph import graph_of, rule_for
-from ullage.planner._within import Level, levels
+from ullage.levels import _eliminate, _within
+from ullage.levels._eliminate import Curve, TooWide, curve_of
+from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
+from ullage.levels._milp import Program
+from ullage.levels._unit_graph import graph_of, rule_for
+from ullage.levels._within import Level, levels
 from ullage.runtime import Options, Site, _learn, level_rule, run
 from ullage.runtime._log import Log
-from ullage.runtime._select import RUN, SKIP, select
+from ullage.runtime._select import RUN, SKIP, selection_of
 
 US = 1e-6
 
@@ -103,11 +103,11 @@ def test_curves_of_any_unit(data: st.DataObject) -> None:
 def _check_graph(log: Log, choose: Choose, most: int = 64, routing: bool = False) -> int:
     """For many choices: the same saved tensors kept, the same ops run, up to the same end. How many were tried."""
     base = level_rule("", True) if routing else None
-    always = select(log, base).kept if base is not None else frozenset[int]()
+    always = selection_of(log, base).kept if base is not None else frozenset[int]()
     graph = graph_of(log, [1.0] * len(log.ops), base=base)
     tried = 0
     for kept in subsets(graph, choose, most):
-        selection = select(log, rule_for(graph, kept, routing))
+        selection = selection_of(log, rule_for(graph, kept, routing))
         assert selection.kept == indices_of(log, graph, kept) | always
         assert {k for k, s in enumerate(selection.steps) if s.action == RUN} == graph.runs(kept)
         ran, ends = round(graph.seconds(kept)), range(len(log.ops) + 1)
@@ -332,7 +332,7 @@ def test_real_units(family: str) -> None:
     )
     graph = graph_of(log, [1e-6 * (1 + 20 * bool(op.func in _HEAVY)) for op in log.ops])
     for g in range(len(graph.groups)):
-        assert select(log, rule_for(graph, [g])).kept == indices_of(log, graph, [g]) != frozenset()
+        assert selection_of(log, rule_for(graph, [g])).kept == indices_of(log, graph, [g]) != frozenset()
     found = levels(graph)
     assert len(found) >= 3 and all(level.proved for level in found)
     truth = _step(module, module, args, kwargs)
@@ -344,7 +344,7 @@ def test_real_units(family: str) -> None:
 
         for _ in range(2):
             assert _step(call, module, args, kwargs) == truth
-        assert site.skipped == 2 * select(log, rule).skipped and not site.stale
+        assert site.skipped == 2 * selection_of(log, rule).skipped and not site.stale
 
 
 _HEAVY = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tests.zoo import FAMILIES
-from ullage.planner._graph import Graph
+from ullage.levels._graph import Graph
 from ullage.runtime._local import quiet
 from ullage.runtime._log import Log, Op, Recorder, Value
 from ullage.runtime._select import Flow

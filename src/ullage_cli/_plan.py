@@ -69,11 +69,12 @@ def plan(
     from ullage.planner._planner import study_and_plan
     from ullage.planner._tiers import TierRequest
 
-    overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
     tier = TierRequest(**taken_tier(options))
+    work = load(options)  # its file may register a mechanism that the overrides name
+    overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
     with progress() as report:
         study, result = study_and_plan(
-            load(options),
+            work,
             _size(budget),
             device,
             policy,

@@ -11,11 +11,12 @@ import torch
 import ullage as ul
 from tests.offload.planned import Block, squares, tower
 from ullage.cost import find_device
-from ullage.mechanisms._options import Option, option_from_name
+from ullage.mechanisms import Option, option_from_name
+from ullage.mechanisms._levels import find_levels
 from ullage.offload import whole_blocks
 from ullage.planner._budget import Budget
-from ullage.planner._levels import find_levels
 from ullage.planner._model import model_of
+from ullage.planner._options import StudyExploration
 from ullage.planner._planner import decide
 from ullage.planner._prepare import prepare
 from ullage.planner._tiers import Host, TierRequest, choose_tier
@@ -115,7 +116,7 @@ def test_parts_of_levels_that_hide_behind_a_forward() -> None:
     room = s.forward_seconds["3"] * tier.write_bytes_per_second
     parts = [r for o in s.options["3"] if (r := _rule(o)) is not None and 0 < len(r.leaving) < len(r.calls)]
     assert parts
-    sizes = find_levels(s, ["3"])["3"].call_bytes
+    sizes = find_levels(StudyExploration(s), ["3"], "select")["3"].call_bytes
     for rule in parts:
         sent = sum(sizes[c] for c in rule.leaving)
         assert 0 < sent <= room

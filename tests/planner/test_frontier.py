@@ -21,8 +21,11 @@ from ullage.measure._measure import record_peak
 from ullage.planner import _frontier, _prepare, _study
 from ullage.planner._budget import Budget
 from ullage.planner._draw import terminal
-from ullage.planner._frontier import POLICIES, curve, spread
+from ullage.planner._frontier import curve, spread
+from ullage.planner._policies import named_policies
 from ullage.planner._study import Study
+
+POLICIES = named_policies(offloads=False)
 
 
 @pytest.fixture(scope="module")

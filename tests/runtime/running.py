@@ -144,7 +144,7 @@ def watching(found: dict[int, tuple[Site, bool]], asked: set[int]) -> Iterator[N
 
     def noting(frame: Frame, recorder: Any) -> Any:
         refusal, recorder.log.refusal = recorder.log.refusal, ""
-        can = _select.select(recorder.log, frame.options.rule).skipped > 0  # type: ignore[arg-type]
+        can = _select.selection_of(recorder.log, frame.options.rule).skipped > 0  # type: ignore[arg-type]
         recorder.log.refusal = refusal
         can &= not refusal.endswith(FULL)
         known = found.get(id(frame.site), (frame.site, False))[1]

@@ -149,7 +149,7 @@ def test_routing_outputs_are_kept_in_addition() -> None:
     skipped = {}
     for routing in (False, True):
         settings = UnitSettings(Option("select", "exp[0]"), keeps_routing=routing)
-        options = settings.runtime_options()
+        options = settings.runtime_options
         assert options.rule == OpsRule(frozenset({("exp", 0)}), routing)
         site = Site("unit")
         wrap = unit(site, None, rule=options.rule)
@@ -175,9 +175,9 @@ def test_options() -> None:
     option = option_from_name("select:gelu[0]+mm[0,2]")
     assert option == Option("select", "gelu[0]+mm[0,2]") and option.name == "select:gelu[0]+mm[0,2]"
     assert option_from_name("select:a::b[0]").level == "a::b[0]"
-    assert UnitSettings(option).runtime_options().rule == OpsRule.from_text("gelu[0]+mm[0,2]")
-    assert UnitSettings(Option("select", "attention")).runtime_options().rule is level_rule("attention", False)
-    assert UnitSettings(Option("recompute")).runtime_options().rule is None
+    assert UnitSettings(option).runtime_options.rule == OpsRule.from_text("gelu[0]+mm[0,2]")
+    assert UnitSettings(Option("select", "attention")).runtime_options.rule is level_rule("attention", False)
+    assert UnitSettings(Option("recompute")).runtime_options.rule is None
     assert named_rule("", True) is level_rule("", True)
     for name in ("select", "select:", "keep:mm[0]", "recompute:mm[0]", "drop", "mm[0]"):
         with pytest.raises(ValueError, match=f"^{name}".replace("[", r"\[")):

@@ -286,6 +286,6 @@ def _modules(plan: PlanToApply, model: nn.Module) -> list[tuple[str, UnitSetting
         if missing:
             raise PlanMismatch(f"decision for {decision.unit!r}: the module has no buffer {missing[0]!r}")
         settings = decision.settings()
-        if settings.option.action != "keep":
+        if not settings.option.is_plain:
             found.append((decision.unit, settings, module))
     return found

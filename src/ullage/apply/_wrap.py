@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from ullage._errors import ApplyError
-from ullage.mechanisms import UnitSettings, run_unit
-from ullage.runtime import Apart, Site, checkpoint
+from ullage.mechanisms import UnitSettings
+from ullage.runtime import Apart, Site
 
 _MISSING = object()
 _FORWARD, _REDUCE = "forward", "__reduce_ex__"
@@ -67,7 +67,7 @@ class Unit(Apart):
         observe = self.observer() if self.observer is not None else None
         if observe is not None:
             observe(self, args, kwargs)
-        return run_unit(plain, self.settings, self.site, args, kwargs, self.count_replay)
+        return self.settings.run(self.site, plain, args, kwargs, self.count_replay)
 
 
 class PlannedForward(Apart):
@@ -113,9 +113,7 @@ class PlannedForward(Apart):
         if not torch.is_grad_enabled() or not unit.active or disabled():
             return plain(*args, **kwargs)
         option = unit.settings.option
-        if option.action == "offload":  # its hooks are not what Dynamo traces: kept in memory
-            return plain(*args, **kwargs)
-        return checkpoint(plain, *args, keep=option.level or None, **kwargs)
+        return option.mechanism.traced(option, plain, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Only for a module that copies its `__dict__` by itself, past `__reduce_ex__`: the copy's own forward."""

@@ -238,9 +238,7 @@ class Session:
             OptionFailed: a wrapped unit's option can't be used.
         """
         self._settings = dict(settings or {})
-        modules = [
-            (f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if s.option.action != "keep"
-        ]
+        modules = [(f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if not s.option.is_plain]
         for fqn, module in modules:
             kind = _SubstitutedUnit if self._as_cuda else Unit
             install(kind(fqn, module, self._settings[fqn], self._site(fqn, module)), module)
@@ -250,7 +248,7 @@ class Session:
             with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 host = host_rng()
-                if settled and any(self._site(f, m).learns(self._settings[f].runtime_options()) for f, m in modules):
+                if settled and any(self._site(f, m).learns(self._settings[f].runtime_options) for f, m in modules):
                     self._one_step(replace(self.inst, optimizer=None))
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
@@ -302,7 +300,7 @@ class Session:
     def _explain(self, error: Exception) -> UllageError:
         """Say which unit's option an error comes from, in a step with wrapped units. The plain step has run before any such step."""
         stack = self.tracker.module_stack
-        wrapped = [f for f, s in self._settings.items() if s.option.action != "keep"]
+        wrapped = [f for f, s in self._settings.items() if not s.option.is_plain]
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
         if self.fake_mode.beside and not isinstance(ours, CaptureError):  # of which this error comes

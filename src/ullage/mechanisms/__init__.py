@@ -1,6 +1,51 @@
-"""What may be done with a unit's activations. The planner sees options, never a mechanism."""
+"""What may be done with a unit's activations: one file, or one folder, per mechanism. Nothing outside names one.
 
-from ullage.mechanisms._options import KEEP, OFFLOAD, RECOMPUTE, Option, option_from_name
-from ullage.mechanisms._run import Sites, UnitSettings, run_unit
+`docs/extending.md` shows how to write another.
+"""
 
-__all__ = ["KEEP", "OFFLOAD", "RECOMPUTE", "Option", "Sites", "UnitSettings", "option_from_name", "run_unit"]
+from ullage.mechanisms._mechanism import (
+    Exploration,
+    HostTimes,
+    Mechanism,
+    Offer,
+    Option,
+    Replays,
+    TierView,
+    UnitView,
+    mechanisms,
+    option_from_name,
+    register,
+    unregister,
+)
+from ullage.mechanisms._named import Named, known_names, named
+from ullage.mechanisms._settings import UnitSettings
+from ullage.mechanisms._sites import Sites
+from ullage.mechanisms.keep import KEEP
+from ullage.mechanisms.recompute import RECOMPUTE
+from ullage.mechanisms.select import SELECTIVE
+
+from ullage.mechanisms.offload import OFFLOAD  # isort: skip  (registered last: options are listed in this order)
+
+__all__ = [
+    "KEEP",
+    "OFFLOAD",
+    "RECOMPUTE",
+    "SELECTIVE",
+    "Exploration",
+    "HostTimes",
+    "Mechanism",
+    "Named",
+    "Offer",
+    "Option",
+    "Replays",
+    "Sites",
+    "TierView",
+    "UnitSettings",
+    "UnitView",
+    "known_names",
+    "mechanisms",
+    "named",
+    "option_from_name",
+    "register",
+    "unregister",
+]

@@ -64,7 +64,7 @@ def finish(
         raise too_much_offloaded(larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
     predicted, tier, first = forecast(steps), _tier(steps), s.capture_fresh(steps.assignment)[0]
     notes = list(s.plain_session.values.assumptions)
-    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != "keep"})[:8]
+    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != KEEP.name})[:8]
     if s.device.estimate:
         notes.append(
             f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"

@@ -12,10 +12,10 @@ from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, Capture
 from ullage._files import write_whole
 from ullage._writers import write
 from ullage.measure._state import captures
-from ullage.mechanisms import KEEP
 from ullage.planner._budget import Budget
 from ullage.planner._plan import Plan, check_actions
 from ullage.planner._planner import decide, execute_choice, smallest_bytes
+from ullage.planner._policies import mechanism_of, named_policies
 from ullage.planner._prepare import prepare
 from ullage.planner._profile import Profile
 from ullage.planner._study import Study
@@ -23,7 +23,6 @@ from ullage.planner._tiers import TierRequest, choose_tier
 from ullage.workload import Workload
 
 VERSION = 1
-POLICIES = ("none", "every_block", "every_n:2", "sqrt", "selective")
 
 
 class FrontierPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -204,7 +203,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]
     policies = []
-    for name in (*POLICIES, *(["offload"] if s.tier is not None else [])):
+    for name in named_policies(s.tier is not None):
         s.progress(f"policy {name}")
         point, plan = _policy(s, name)
         policies.append(point)
@@ -270,7 +269,8 @@ def _policy(s: Study, name: str) -> tuple[PolicyPoint, Plan | None]:
         return PolicyPoint(policy=name, peak_bytes=None, step_seconds=None, reason=str(error)), None
     peak, memory = plan.predicted.peak_bytes, s.device.memory_bytes
     reason = f"over the memory of {s.device.name}" if memory is not None and peak > memory else ""
-    if name != "none" and all(d.action == KEEP.name for d in plan.decisions):
+    used = mechanism_of(name)
+    if not (used is not None and used.is_plain) and all(d.settings().option.is_plain for d in plan.decisions):
         reason = "no unit can do this: the plain step"
     seconds = plan.predicted.step_seconds
     return PolicyPoint(policy=name, peak_bytes=peak, step_seconds=seconds, reason=reason), plan

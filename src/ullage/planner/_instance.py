@@ -11,11 +11,8 @@ it is linked. Without links no run of units can be rebuilt together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ullage.mechanisms import Option
-
+from ullage.mechanisms import Option, Replays
 
 NEVER_FITS = 2**50
 
@@ -30,7 +27,7 @@ class OptionFacts:
     """One option of one unit.
 
     Attributes:
-        option: what is done; its action `recompute` means that a replay is the unit's whole forward.
+        option: what is done.
         held_bytes: kept between the unit's forward and backward, beyond recompute.
         own_peak_bytes: the most bytes alive while the unit's own forward or backward runs, if no unit before it holds
             anything beyond the base.
@@ -50,7 +47,7 @@ class OptionFacts:
     @property
     def is_recompute(self) -> bool:
         """Whether the replay is the whole forward, so that passing over the unit records nothing."""
-        return self.option.action == "recompute"
+        return self.option.replays is Replays.WHOLE
 
 
 @dataclass(frozen=True)

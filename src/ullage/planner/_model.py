@@ -76,11 +76,11 @@ def _compose(s: Study, choices: Choices) -> Composed:
     options = choices.of(s)
     order = tuple(u.fqn for u in s.units)
     rank = {f: i for i, f in enumerate(order)}
-    names = ["keep", *(n for n in s.captures if n != "keep")]
+    names = [KEEP.name, *(n for n in s.captures if n != KEEP.name)]
     captured = {n: _segments(s, s.captures[n], frozenset(order)) for n in names}
-    keys = [k for k, _ in captured["keep"]]
+    keys = [k for k, _ in captured[KEEP.name]]
     table = {n: _align(keys, captured[n]) for n in names}
-    base_name = "recompute" if "recompute" in s.captures else "keep"  # where nothing can be recomputed
+    base_name = RECOMPUTE.name if RECOMPUTE.name in s.captures else KEEP.name  # where nothing can be recomputed
     base = [table[base_name][k].start for k in keys]
     delta = {n: [table[n][k].start - b for k, b in zip(keys, base, strict=True)] for n in names}
     held = {n: _held(keys, delta[n], rank) for n in names}
@@ -105,7 +105,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
             n = next((n for n in names if _runs(s.captures[n], fqn) == option and (u, n) in own_peak), "")
             if not n:
                 continue
-            seconds = sum(table[n][k].seconds - table["keep"][k].seconds for k in keys if k[1] == fqn)
+            seconds = sum(table[n][k].seconds - table[KEEP.name][k].seconds for k in keys if k[1] == fqn)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) + s.replay_seconds(fqn, option)
             # rebuilt with others, a unit is recomputed or keeps all it saves; the runtime has no third way
             record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
@@ -116,7 +116,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
     links = _run_facts(s, options, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")})
     model = StepModel(order, pruned, tuple(outside), s.plain_steps.seconds, **links)
-    return Composed(model if choices.together else replace(model, linked=()), _pace(s, order, table["keep"]))
+    return Composed(model if choices.together else replace(model, linked=()), _pace(s, order, table[KEEP.name]))
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
-from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option, Replays, UnitView, mechanisms
 from ullage.planner._failed import take_away
-from ullage.planner._levels import Levels, find_levels
 from ullage.planner._links import linkable, pairs
 from ullage.planner._study import Study
 from ullage.planner._tiers import OffloadTier
-from ullage.runtime import ATTENTION, MATMUL, ROUTING
-from ullage.runtime._keep import OpsRule, kind_of, named_rule
-from ullage.runtime._tier import LEAST_BYTES
-
-Calls = frozenset[tuple[str, int]]
-MATMULS = Option("select", "matmul_attention")
+from ullage.runtime import ROUTING, Learnt
 
 
 @dataclass(frozen=True)
@@ -34,14 +25,28 @@ class Found:
 
 
 def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier | None) -> Found:
-    """Which units have routing outputs or must be kept, and the options of each, as the plain step shows them."""
-    reasons: dict[tuple[str, str], str] = {}
-    units = tuple(_with_routing(session, u) for u in units)
-    options = {u.fqn: _possible(session, u, reasons) for u in units}
-    if tier is not None:  # nothing is run again, so every unit can do that
-        for of_unit in options.values():
-            of_unit.append(OFFLOAD[tier.name])
-    return Found(units, options, reasons)
+    """Which units have routing outputs or must be kept, and what mechanisms offer each, as the plain step shows them."""
+    found = Found(tuple(_with_routing(session, u) for u in units), {}, {})
+    for unit in found.units:
+        _offer(found, unit, view_of(session, unit), tier)
+    return found
+
+
+def _offer(found: Found, unit: UnitFacts, view: UnitView, tier: OffloadTier | None) -> None:
+    """Note a unit's offers; what runs forwards again makes none to a unit that can only be kept."""
+    if unit.keep_reason:
+        found.reasons[unit.fqn, KEEP.name] = unit.keep_reason
+    options = found.options[unit.fqn] = []
+    for mechanism in mechanisms():
+        if not unit.keep_reason or mechanism.replays is Replays.NOTHING:
+            offer = mechanism.offers(view, tier)
+            options += offer.options
+            found.reasons.update({(unit.fqn, name): why for name, why in offer.reasons.items()})
+
+
+def view_of(session: Session, unit: UnitFacts) -> UnitView:
+    """A unit as mechanisms see it."""
+    return UnitView(unit.fqn, _ops_of(session, unit.fqn), unit.routing)
 
 
 def _ops_of(session: Session, fqn: str) -> list[Signature]:
@@ -61,96 +66,89 @@ def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
     return replace(unit, routing=any(o.func in ROUTING for o in ops))
 
 
-def _possible(session: Session, unit: UnitFacts, reasons: dict[tuple[str, str], str]) -> list[Option]:
-    if unit.keep_reason:
-        reasons[unit.fqn, "keep"] = unit.keep_reason
-        return [KEEP]
-    ops = _ops_of(session, unit.fqn)
-    if any(isinstance(a, float) and a > 0 for o in ops if o.func in ATTENTION for a in o.args[3:5]):
-        reasons[unit.fqn, "select:attention"] = "attention with dropout draws, so it is always run again"
-    matmuls = any(o.func in MATMUL for o in ops)
-    return [KEEP, RECOMPUTE, *([MATMULS] if matmuls else [])]
-
-
 def capture_options(s: Study) -> None:
-    """Run one step per option, with that option on every unit that has it; then one per level that the op logs show.
+    """Have every mechanism capture its options, with each on every unit that has it; then pairs of units recomputed together.
 
     An option that fails on a unit is taken from it, with the reason noted. Done once: options taken away since then stay so.
     """
     if not s.explored.begin():
         return
-    _capture(s, RECOMPUTE.name, lambda fqn: _like(s, fqn, RECOMPUTE))
-    if s.tier is not None:
-        whole = OFFLOAD[s.tier.name]
-        _capture(s, whole.name, lambda fqn: _like(s, fqn, whole))
-    able = [u.fqn for u in s.units if _has(s, u.fqn, RECOMPUTE)]
-    if not able:
-        return
-    # also on units without matmuls: what is learnt there is the op log
-    _capture(s, MATMULS.name, lambda fqn: MATMULS if _may(s, fqn, MATMULS) else _like(s, fqn, RECOMPUTE))
-    found = {f: levels for f, levels in find_levels(s, able).items() if _has(s, f, RECOMPUTE)}
-    for fqn, levels in found.items():
-        s.explored.add(fqn, levels.options)
-    of_units = {f: levels.options for f, levels in found.items()}
-    for k in range(max(map(len, of_units.values()), default=0)):
-        _capture(s, f"level {k}", functools.partial(_level_of, s, of_units, k))
-    if s.tier is not None:
-        _capture_sent(s, s.tier, found)
+    offered = list(dict.fromkeys(o for options in s.options.values() for o in options))
+    exploration = StudyExploration(s)
+    for mechanism in mechanisms():
+        mechanism.explore(exploration, [o for o in offered if o.mechanism is mechanism])
     for parity in {k % 2 for k in linkable(s)}:
         _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
 
 
-def _capture_sent(s: Study, tier: OffloadTier, levels: Mapping[str, Levels]) -> None:
-    """Levels whose kept tensors are offloaded: all of them, or as many as are sent while the unit's forward computes."""
-    for label, which in (("offloaded", _everything), ("offloaded in part", _hidden)):
-        sent = {f: _sent(x.options, tier, functools.partial(which, s, f, tier, x)) for f, x in levels.items()}
-        for fqn, options in sent.items():
-            s.explored.add(fqn, options)
-        for k in range(max(map(len, sent.values()), default=0)):
-            _capture(s, f"level {k} {label}", functools.partial(_level_of, s, sent, k))
+@dataclass(frozen=True)
+class StudyExploration:
+    """A study as mechanisms see it: `ullage.mechanisms.Exploration`."""
+
+    s: Study
+
+    @property
+    def units(self) -> Sequence[UnitView]:
+        return [view_of(self.s.session, u) for u in self.s.units]
+
+    @property
+    def tier(self) -> OffloadTier | None:
+        return self.s.tier
+
+    @property
+    def round_bytes(self) -> int:
+        return self.s.device.round_bytes
+
+    def has(self, fqn: str, option: Option) -> bool:
+        return option in self.s.options[fqn] and not self.s.explored.failed(fqn, option.name)
+
+    def may(self, fqn: str, option: Option) -> bool:
+        return self.has(fqn, RECOMPUTE) and (fqn, option.name) not in self.s.reasons
+
+    def add(self, fqn: str, options: Sequence[Option]) -> None:
+        self.s.explored.add(fqn, options)
+
+    def capture(self, label: str, choose: Callable[[str], Option | None]) -> None:
+        _capture(self.s, label, lambda fqn: choose(fqn) or (RECOMPUTE if self.has(fqn, RECOMPUTE) else KEEP))
+
+    def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
+        session = self.s.session
+        logs = list(session.family.logs_of(session.inst.model.get_submodule(fqn)).values())
+        if not logs:
+            return None
+        learnt = max(logs, key=lambda entry: len(entry.log.ops))  # of several input signatures; a rule holds for all
+        return learnt, _log_seconds(self.s, session, learnt)
+
+    def forward_seconds(self, fqn: str) -> float:
+        return self.s.forward_seconds.get(fqn, 0.0) / max(self.s.plain_session.inst.accumulate, 1)
 
 
-def _sent(levels: Sequence[Option], tier: OffloadTier, which: Callable[[Calls], Calls]) -> list[Option]:
-    """Of these levels the calls that `which` names leave; a level of which it names none is left out."""
-    rules = [named_rule(o.level, False) for o in levels]
-    sent = [r.sent(tier.name, leaving) for r in rules if isinstance(r, OpsRule) and (leaving := which(r.calls))]
-    return [Option("select", r.text) for r in sent]
+def _log_seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
+    """Per op of the log, the time of the same op in the trace: of the last call of that unit in a forward.
 
-
-def _everything(s: Study, fqn: str, tier: OffloadTier, levels: Levels, calls: Calls) -> Calls:
-    return calls
-
-
-def _hidden(s: Study, fqn: str, tier: OffloadTier, levels: Levels, calls: Calls) -> Calls:
-    """The largest calls that, together, leave while the unit's forward computes."""
-    sizes, leaving = levels.call_bytes, set()
-    passes = max(s.plain_session.inst.accumulate, 1)
-    room = s.forward_seconds.get(fqn, 0.0) / passes * tier.write_bytes_per_second
-    for call in sorted(calls, key=lambda c: (-sizes.get(c, 0), c)):
-        if LEAST_BYTES <= sizes.get(call, 0) <= room:
-            leaving.add(call)
-            room -= sizes[call]
-    return frozenset(leaving)
+    The trace also has what the runtime does on its own (`detach`), which the log leaves out.
+    """
+    seconds, trace = s.timeline(session).seconds, session.trace
+    call = next(c for c in reversed(session.calls) if c.fqn == learnt.name)
+    at, found = call.first_op, []
+    for op in learnt.log.ops:
+        k = at
+        while k < call.last_op and session.signatures[trace.signature[k]].func is not op.func:
+            k += 1
+        if k < call.last_op:
+            found.append(float(seconds[k]))
+            at = k + 1
+        else:  # what the tracker sees as another op
+            found.append(0.0)
+    return found
 
 
 def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
     """Run one step with one more option on these units; those on which it fails lose it, with the reason noted."""
-    _capture(
-        s,
-        option.name,
-        lambda fqn: option if fqn in fqns and not s.explored.failed(fqn, option.name) else _like(s, fqn, RECOMPUTE),
+    on = frozenset(fqns)
+    StudyExploration(s).capture(
+        option.name, lambda fqn: option if fqn in on and not s.explored.failed(fqn, option.name) else None
     )
-
-
-def finds_something(s: Study, fqn: str, option: Option) -> bool:
-    """Is there anything in a unit that this selective option would keep?"""
-    rule, counts = named_rule(option.level, False), Counter[Any]()
-    for op in _ops_of(s.session, fqn):
-        kind = kind_of(op.func, rule)
-        if rule(op.func, counts[kind]):
-            return True
-        counts[kind] += 1
-    return False
 
 
 def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
@@ -163,21 +161,3 @@ def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
             s.explored.keep_capture(label, s.capture(assignment))
         except OptionFailed as failed:
             take_away(s, failed)
-
-
-def _level_of(s: Study, levels: Mapping[str, Sequence[Option]], k: int, fqn: str) -> Option:
-    found = [o for o in levels.get(fqn, ()) if _has(s, fqn, o)]
-    return found[min(k, len(found) - 1)] if found else _like(s, fqn, RECOMPUTE)
-
-
-def _may(s: Study, fqn: str, option: Option) -> bool:
-    """Can a unit be run again, and has this option not been taken from it?"""
-    return _has(s, fqn, RECOMPUTE) and (fqn, option.name) not in s.reasons
-
-
-def _has(s: Study, fqn: str, option: Option) -> bool:
-    return option in s.options[fqn] and not s.explored.failed(fqn, option.name)
-
-
-def _like(s: Study, fqn: str, wanted: Option) -> Option:
-    return wanted if _has(s, fqn, wanted) else KEEP

@@ -13,16 +13,15 @@ import msgspec
 
 from ullage._bytes import Size, format_bytes, parse_budget
 from ullage._errors import ArgumentError
-from ullage.mechanisms import RECOMPUTE, Option, option_from_name
+from ullage.mechanisms import RECOMPUTE, Option, known_names, named
 from ullage.planner._choices import ALL, Choices
 from ullage.planner._executed import Steps
 from ullage.planner._names import matching, units_of
-from ullage.planner._options import capture_also, capture_options, finds_something
+from ullage.planner._options import capture_also, capture_options, view_of
 from ullage.planner._study import Study
 
 Options = dict[str, list[Option]]
 SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
-_KNOWN = "keep, recompute, select (any level), select:LEVEL, offload (any), offload:host, offload:disk"
 
 
 class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,7 +79,7 @@ class Overrides:
     def needs_tier(self) -> str:
         """The first pin that offloads tensors, or ""."""
         for glob, action in self.pin.items():
-            if action == "offload" or (action != "select" and option_from_name(action).offloads):
+            if named(action).offloads:
                 return f"pin {glob!r}={action!r}"
         return ""
 
@@ -88,11 +87,11 @@ class Overrides:
         """Raise ArgumentError for a pin that offloads to another tier than this one."""
         other = {"host": "host_budget", "disk": "disk_directory and disk_budget"}
         for glob, action in self.pin.items():
-            named = option_from_name(action).tier if action not in ("select", "offload") else ""
-            if named not in ("", tier):
+            to = named(action).tier
+            if to not in ("", tier):
                 raise ArgumentError(
-                    f"pin {glob!r}={action!r}: offloads to {named}, but this plan's tier is {tier}; "
-                    f"pin it to {action.replace('@' + named, '@' + tier).replace(':' + named, ':' + tier)}, or give {other[named]} instead"
+                    f"pin {glob!r}={action!r}: offloads to {to}, but this plan's tier is {tier}; "
+                    f"pin it to {action.replace('@' + to, '@' + tier).replace(':' + to, ':' + tier)}, or give {other[to]} instead"
                 )
 
     @property
@@ -223,29 +222,28 @@ class Restriction:
 
 def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tuple[str, Option]]:
     """A named level exists where a unit can be run again, whether or not the planner would think of it."""
-    if not action.startswith("select:"):
+    option, options = named(action).option, ALL.of(s)
+    if option is None:
         return []
-    option, options = option_from_name(action), ALL.of(s)
-    able = [
-        f for f in fqns if RECOMPUTE in options[f] and (f, action) not in s.reasons and finds_something(s, f, option)
+    able = [u for u in s.units if u.fqn in fqns and RECOMPUTE in options[u.fqn] and (u.fqn, action) not in s.reasons]
+    new = [
+        u.fqn for u in able if option not in options[u.fqn] and option.mechanism.admits(view_of(s.session, u), option)
     ]
-    new = [f for f in able if option not in options[f]]
     if new and capture:
         capture_also(s, option, new)
     return [(f, option) for f in new if not s.explored.failed(f, option.name)]
 
 
 def is_of(option: Option, action: str) -> bool:
-    """Is this what an action names? `select` names every level, `offload` every one that offloads tensors."""
-    return action in (option.name, option.action) or (action == "offload" and option.offloads)
+    """Is this what an action names? A mechanism's name alone names all options that it covers."""
+    return named(action).covers(option)
 
 
 def _check_action(where: str, action: object) -> None:
     try:
-        if action not in ("select", "offload"):
-            option_from_name(str(action) if isinstance(action, str) else "")
+        named(action if isinstance(action, str) else "")
     except ValueError as error:
-        raise ArgumentError(f"{where}: no such action; expected {_KNOWN}") from error
+        raise ArgumentError(f"{where}: no such action; expected {known_names()}") from error
 
 
 def _names(options: Sequence[Option]) -> str:

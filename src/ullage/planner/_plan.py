@@ -85,17 +85,12 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def label(self) -> str:
         """What is done with the unit, in a word or two."""
-        return action_label(self.action, self.place)
+        return replace(option_from_name(self.action), place=self.place).label
 
     def settings(self) -> UnitSettings:
         """What the runtime needs to know."""
         option = replace(option_from_name(self.action), place=self.place)
         return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
-
-
-def action_label(action: str, place: Place | None) -> str:
-    """An action, and whether its unit is rebuilt together with others."""
-    return action if place is None else f"{action} together"
 
 
 class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -338,7 +333,7 @@ def _grouped(decisions: list[Decision]) -> list[str]:
     out = []
     for first, last, n in rows:
         name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
-        action = first.action if first.place is None else "recompute together"
+        action = first.label
         out.append(
             f"{name:<44} {action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
         )

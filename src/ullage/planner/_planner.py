@@ -22,7 +22,7 @@ from ullage.planner._links import assignment_of
 from ullage.planner._model import model_of
 from ullage.planner._overrides import Overrides, Restriction
 from ullage.planner._plan import Plan
-from ullage.planner._policies import check_policy, policy_assignment
+from ullage.planner._policies import check_policy, mechanism_of, policy_assignment
 from ullage.planner._prepare import prepare
 from ullage.planner._profile import Profile
 from ullage.planner._simple import fewer_actions
@@ -108,7 +108,8 @@ def study_and_plan(
     """Do `plan`'s work, and also return the study, for reports."""
     check_policy(policy)
     overrides, tier = overrides or Overrides(), tier or TierRequest()
-    sends = "policy 'offload'" if policy == "offload" else overrides.needs_tier
+    used = mechanism_of(policy)
+    sends = f"policy {policy!r}" if used is not None and used.sends else overrides.needs_tier
     if sends and not tier.given:
         raise ArgumentError(
             f"{sends}: offloads tensors, and neither disk_directory with disk_budget nor host_budget says where to"

@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 
 from ullage._errors import ArgumentError
 from ullage.capture._units import UnitFacts
-from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Mechanism, Option, mechanisms
 
-NAMES = "optimal, none, every_block, every_n:K, sqrt, selective, offload"
+
+def named_policies(offloads: bool) -> list[str]:
+    """Policies to show beside a frontier; those that offload where tensors have a place to go to."""
+    of_mechanisms = [m.policy for m in mechanisms() if m.policy and (offloads or not m.sends)]
+    return list(dict.fromkeys(["none", "every_block", "every_n:2", "sqrt", *of_mechanisms]))
+
+
+def mechanism_of(policy: str) -> Mechanism | None:
+    """The mechanism that a policy puts on every block; None for policies that choose among blocks."""
+    return next((m for m in mechanisms() if m.policy == policy), None)
 
 
 def check_policy(policy: str) -> None:
@@ -38,21 +47,19 @@ def policy_assignment(
     """
     blocks = [u.fqn for u in units if u.block] or [u.fqn for u in units]
     every = re.fullmatch(r"every_n:([1-9][0-9]*)", policy)
-    if policy == "none":
-        wanted: dict[str, Option] = {}
-    elif policy == "every_block":
-        wanted = dict.fromkeys(blocks, RECOMPUTE)
+    wanted: dict[str, Option] = {}
+    if (mechanism := mechanism_of(policy)) is not None:
+        wanted = {f: mechanism.typical(options[f]) or KEEP for f in blocks}
     elif every:
         wanted = dict.fromkeys(blocks[int(every[1]) - 1 :: int(every[1])], RECOMPUTE)
     elif policy == "sqrt":
         step = max(round(len(blocks) / max(round(math.sqrt(len(blocks))), 1)), 1)
         wanted = {f: RECOMPUTE for i, f in enumerate(blocks) if i % step != step - 1}
-    elif policy == "selective":
-        wanted = dict.fromkeys(blocks, Option("select", "matmul_attention"))
-    elif policy == "offload":
-        wanted = {f: next((o for o in OFFLOAD.values() if o in options[f]), KEEP) for f in blocks}
     else:
-        raise ArgumentError(f"policy={policy!r}: expected one of {NAMES}")
+        names = dict.fromkeys(
+            ["optimal", "none", "every_block", "every_n:K", "sqrt", *(m.policy for m in mechanisms())]
+        )
+        raise ArgumentError(f"policy={policy!r}: expected one of {', '.join(filter(None, names))}")
     return {u.fqn: nearest(wanted.get(u.fqn, KEEP), options[u.fqn]) for u in units}
 
 

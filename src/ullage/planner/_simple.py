@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ullage._errors import BudgetInfeasible
-from ullage.mechanisms import RECOMPUTE, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner._budget import Budget
 from ullage.planner._choices import Choices
 from ullage.planner._confirm import optimal
@@ -48,7 +48,7 @@ def fewer_actions(s: Study, choices: Choices, best: Steps, tolerance: float, bud
                     found,
                     f"simple: {_actions(fewer)} instead of {most}, which changes the step time by {change:+.2%}",
                 )
-        base = chosen if size > 1 else frozenset({"keep"})
+        base = chosen if size > 1 else frozenset({KEEP.name})
     return best, f"simple: no plan with fewer than {_actions(most)} is within {tolerance:.1%} of this step time"
 
 

@@ -224,14 +224,8 @@ class Study:
             option: what is done with it.
             ops: how many ops run again, if that is known; else those of one forward per call.
         """
-        if option.action in ("keep", "offload"):
-            return 0.0
         calls, forward = self.forward_calls.get(fqn, 1), max(self.forward_ops.get(fqn, 0), 1)
-        if option.action == "select":
-            return self.host_cost.replays(True, calls, forward)
-        if ops is not None:  # several times, in runs of units
-            calls, forward = max(round(ops / forward), 1) * calls, ops
-        return self.host_cost.replays(False, calls, forward)
+        return option.mechanism.seconds(option, self.host_cost, calls, forward, ops)
 
     def another_session(self, explores: bool = False) -> Session:
         """A session from the workload's own state."""

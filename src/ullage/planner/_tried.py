@@ -10,7 +10,7 @@ import numpy as np
 
 from ullage.capture import OptionFailed
 from ullage.measure._reach import optimizers_of
-from ullage.mechanisms import KEEP, RECOMPUTE
+from ullage.mechanisms import KEEP, RECOMPUTE, Replays
 from ullage.planner._choices import ALL
 from ullage.planner._executed import Steps
 from ullage.planner._names import glob_of, units_of
@@ -109,7 +109,7 @@ def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
     options = p.choices.of(p.s)
     for u in p.s.units:
         option = p.assignment.get(u.fqn, KEEP)
-        if option.action != RECOMPUTE.action and RECOMPUTE in options[u.fqn]:
+        if option.replays is not Replays.WHOLE and RECOMPUTE in options[u.fqn]:
             groups.setdefault((u.class_name, option.name), []).append(u.fqn)
     forward = (ledger.category == "") & (ledger.birth >= 0) & (ledger.phase[ledger.birth] == "forward")
     found = []

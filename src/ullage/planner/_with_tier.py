@@ -22,6 +22,7 @@ from itertools import product
 
 from msgspec import structs
 
+from ullage.mechanisms import Replays
 from ullage.planner._channels import COMPUTE, IN, OUT, Event, overlap
 from ullage.planner._instance import NEVER_FITS, OptionFacts, StepModel, nanoseconds
 from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate, flat
@@ -81,7 +82,7 @@ def events_of(model: StepModel, pace: Pace, schedule: Schedule) -> list[Event]:
         for u in reversed(units):
             seconds = (pace.backward_seconds[u] + extra[u]) / n
             asks: list[Event] = [(IN, back, 0) for back in reversed(sent[u])]
-            if not asks or facts[u].option.action == "select":
+            if not asks or facts[u].option.replays is Replays.PART:
                 events += [*asks, (COMPUTE, seconds, 0)]
             else:
                 events += [e for ask in asks for e in (ask, (COMPUTE, seconds / len(asks), 0))]

@@ -15,7 +15,7 @@ from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
 from ullage.planner._budget import Budget
-from ullage.planner._plan import action_label, environment
+from ullage.planner._plan import environment
 from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide
 from ullage.planner._prepare import prepare
@@ -232,7 +232,7 @@ def _facts(
 
 
 def _unit_state(u: UnitFacts, option: Option) -> UnitState:
-    action = action_label(option.name, option.place)
+    action = option.label
     return UnitState(class_name=u.class_name, saved_bytes=u.saved_bytes, action=action)
 
 

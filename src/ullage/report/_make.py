@@ -16,7 +16,6 @@ from ullage.measure._state import captures
 from ullage.planner import Plan, Profile
 from ullage.planner._executed import StepCapture, Steps
 from ullage.planner._live import Ledger, categories, peak_op
-from ullage.planner._plan import action_label
 from ullage.planner._planned import execute_plan, study_plan
 from ullage.planner._study import Study
 from ullage.report._columns import Column
@@ -76,7 +75,7 @@ def timeline_of(s: Study, steps: Steps, plan: Plan | None = None) -> Timeline:
         plan_digest=plan.digest if plan is not None else "",
         policy=plan.policy if plan is not None else "",
         budget_bytes=plan.budget_bytes if plan is not None else None,
-        actions={f: action_label(o.name, o.place) for f, o in steps.assignment.items()},
+        actions={f: o.label for f, o in steps.assignment.items()},
         peak_bytes=steps.peak_bytes,
         first_step_peak_bytes=steps.first.peak_bytes,
         later_step_peak_bytes=steps.later.peak_bytes,

@@ -10,6 +10,7 @@ import msgspec
 
 from ullage._errors import MonitorError, PlanError
 from ullage.measure._measure import Measurement
+from ullage.mechanisms import KEEP
 from ullage.monitor import MonitorSummary
 from ullage.monitor._jsonl import KEY as MONITOR_KEY
 from ullage.planner import Holding, Plan, Profile
@@ -175,7 +176,7 @@ def _of_profile(p: Profile, name: str | None) -> Side:
         moment=_moment(p.phase, p.module, p.op),
         by_category=p.by_category,
         by_module=_named(by_module([*tensors, *_without_tensors(p.by_category, unit_of(p.module, units))])),
-        actions={u.fqn: "keep" for u in p.units},
+        actions={u.fqn: KEEP.name for u in p.units},
     )
 
 

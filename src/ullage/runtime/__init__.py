@@ -46,11 +46,11 @@ from ullage.runtime._ambient import host_rng, host_rng_moved, rng_states_from
 from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
 from ullage.runtime._frame import Options
-from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, level_rule
+from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, Rule, level_rule
 from ullage.runtime._local import Apart, is_bookkeeping, is_recomputing, recomputing_units, telling_of_skips, unit_of
 from ullage.runtime._log import draws
 from ullage.runtime._place import Place, Trail
-from ullage.runtime._select import select
+from ullage.runtime._select import selection_of
 from ullage.runtime._site import Learnt, Shared, Site
 from ullage.runtime._tier import Tier, run_offloaded
 from ullage.runtime._totals import totals
@@ -64,6 +64,7 @@ __all__ = [
     "Learnt",
     "Options",
     "Place",
+    "Rule",
     "Shared",
     "Site",
     "Tier",
@@ -79,7 +80,7 @@ __all__ = [
     "rng_states_from",
     "run",
     "run_offloaded",
-    "select",
+    "selection_of",
     "telling_of_skips",
     "totals",
     "unit_of",

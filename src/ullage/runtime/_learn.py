@@ -25,7 +25,7 @@ from ullage.runtime._log import Assignments, Recorder
 from ullage.runtime._memory import Memory
 from ullage.runtime._packing import packer_of_all
 from ullage.runtime._reach import forget, name_in
-from ullage.runtime._select import Selection, select
+from ullage.runtime._select import Selection, selection_of
 from ullage.runtime._site import Facts, Learnt, refused
 from ullage.runtime._survey import Survey
 
@@ -137,7 +137,7 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
         return refused(_GATHERS)
     if isinstance(rule, OpsRule) and (absent := rule.not_among(op.func for op in recorder.log.ops)):
         frame.site.say(f"its forward does not run {absent}, which it was told to keep; nothing is kept of that")
-    return select(recorder.log, rule)
+    return selection_of(recorder.log, rule)
 
 
 def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Facts:

@@ -61,7 +61,7 @@ class Selection:
     away: frozenset[int] = frozenset()
 
 
-def select(log: Log, rule: Rule) -> Selection:
+def selection_of(log: Log, rule: Rule) -> Selection:
     """Choose what to keep and what to run. `rule(op, n)`: must a replay not run the n-th call of this op?"""
     if log.refusal:
         return Selection(frozenset(), frozenset(), (), 0, log.refusal)

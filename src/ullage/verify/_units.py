@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ullage._torch import tree_flatten, tree_map
 from ullage.measure._state import preserved
-from ullage.mechanisms import Sites, UnitSettings, run_unit
+from ullage.mechanisms import Sites, UnitSettings
 from ullage.planner import Plan
 from ullage.verify._compare import compare
 from ullage.workload import Instance, run_step
@@ -48,7 +48,7 @@ class _Entry:
 def verify_units(inst: Instance, plan: Plan, say: Callable[[str], None] = lambda _: None) -> UnitResults:
     """Compare each planned unit with its plain forward and backward."""
     results = UnitResults()
-    planned = {d.unit: d.settings() for d in plan.decisions if d.settings().option.action != "keep"}
+    planned = {d.unit: d.settings() for d in plan.decisions if not d.settings().option.is_plain}
     say("running a planned step for the inputs of its units")
     with plan.apply(inst.model), preserved(inst), _entries(inst, list(planned)) as entries:
         run_step(inst)
@@ -131,7 +131,7 @@ def _alone(module: nn.Module, settings: UnitSettings | None, entry: _Entry) -> t
         if settings is None:
             out = call(*args, **kwargs)
         else:
-            out = run_unit(call, settings, Sites().site("", module, settings), args, kwargs, replayed)
+            out = settings.run(Sites().site("", module, settings), call, args, kwargs, replayed)
     outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
     result = {f"output {i}": t.detach().to("cpu", copy=True) for i, t in enumerate(outs)}
     outs = [t for t in outs if t.requires_grad]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ullage._errors import ArgumentError
-from ullage.planner._graph import Graph
+from ullage.levels._graph import Graph
 
 _INTEGRAL = 1e-7
 _SCALE = 1e6  # of the objective: HiGHS stops at a gap of 1e-6, whatever the unit

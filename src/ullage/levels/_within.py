@@ -10,9 +10,9 @@ import heapq
 import math
 from dataclasses import dataclass, replace
 
-from ullage.planner._eliminate import Curve, TooWide, curve_of
-from ullage.planner._graph import Graph
-from ullage.planner._milp import Program
+from ullage.levels._eliminate import Curve, TooWide, curve_of
+from ullage.levels._graph import Graph
+from ullage.levels._milp import Program
 
 NODE_LIMIT = 2_000
 _TIE_SECONDS, _TIE_SHARE = 1e-9, 1e-7

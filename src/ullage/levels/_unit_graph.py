@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ullage.planner._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
+from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
 from ullage.runtime._keep import OpsRule, Rule, op_name
 from ullage.runtime._log import Log, Op, Value
-from ullage.runtime._select import Flow, select
+from ullage.runtime._select import Flow, selection_of
 
 
 def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rule | None = None) -> Graph:
@@ -38,7 +38,7 @@ class _Maker:
     def __init__(self, log: Log, seconds: Sequence[float], round_bytes: int, base: Rule | None) -> None:
         self.log, self.seconds, self.round_bytes = log, seconds, round_bytes
         self.flow = Flow(log)
-        kept = select(log, base).kept if base is not None else frozenset()
+        kept = selection_of(log, base).kept if base is not None else frozenset()
         self.base = {log.saved[i][0] for i in kept}
         self.numbers: dict[Value, int] = {}
         for op in log.ops:

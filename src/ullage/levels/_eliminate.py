@@ -4,7 +4,7 @@ A variable says that a node of `Rules` holds or that a group is kept; a factor s
 (bytes, time) that can have, a forbidden one having none. To eliminate a variable the factors that have it are added up, and for each
 setting of the others only the labels that no other beats are kept (bucket elimination, Dechter 1999, with sets of Pareto-optimal labels
 for values). The work grows with the number of variables that meet in one factor: 3 to 7 in the blocks of transformers, MoE, state space and
-conv nets, where what a replay needs runs along a chain. Where it is more (a dense block), `ullage.planner._milp` solves.
+conv nets, where what a replay needs runs along a chain. Where it is more (a dense block), `ullage.levels._milp` solves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ullage.planner._graph import Graph
+from ullage.levels._graph import Graph
 
 MOST_VARIABLES = 12  # in one factor
 MOST_WORK = 500_000  # labels and settings, in all; about a second

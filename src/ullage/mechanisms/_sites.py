@@ -1,39 +1,17 @@
-"""Run one unit's forward under an option, on ullage's runtime."""
+"""The sites of a model's units: what the runtime knows of each, shared among units of one structure."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 from weakref import ref
 
 from torch import nn
 
-from ullage.mechanisms._options import Option
-from ullage.runtime import Learnt, Options, Shared, Site, Tier, Trail, run, run_offloaded, select
-from ullage.runtime._keep import named_rule
-
-
-@dataclass(frozen=True)
-class UnitSettings:
-    """What running a unit needs beside its option.
-
-    Attributes:
-        option: what to do.
-        buffers: names, below the unit, of the buffers its forward changes.
-        keeps_routing: the unit has routing or index outputs (topk, sort, ...), which are always kept.
-    """
-
-    option: Option
-    buffers: tuple[str, ...] = ()
-    keeps_routing: bool = False
-
-    def runtime_options(self) -> Options:
-        """What the runtime is told."""
-        level = self.option.level if self.option.action == "select" else ""
-        rule = named_rule(level, self.keeps_routing) if level or self.keeps_routing else None
-        return Options(rule=rule, place=self.option.place)
+from ullage.mechanisms._settings import UnitSettings
+from ullage.runtime import Learnt, Shared, Site, Tier, Trail, selection_of
 
 
 class Sites:
@@ -72,10 +50,10 @@ class Sites:
             shared = self._shared[structure, settings] = Shared()
             if self._explores:
                 shared.logs = self._logs.setdefault(structure, {})
-                rule = settings.runtime_options().rule
+                rule = settings.runtime_options.rule
                 if rule is not None:
                     for signature, learnt in shared.logs.items():
-                        shared.know(signature, select(learnt.log, rule), learnt.notes)
+                        shared.know(signature, selection_of(learnt.log, rule), learnt.notes)
         return shared
 
     def logs_of(self, module: nn.Module) -> dict[Hashable, Learnt]:
@@ -98,28 +76,3 @@ def _flags_and_functions(module: nn.Module) -> Hashable:
         elif isinstance(value, types.FunctionType):  # made anew in each block, it is the same by its code
             told.append((name, value.__code__))
     return tuple(told)
-
-
-def run_unit(
-    call: Callable[..., Any],
-    settings: UnitSettings,
-    site: Site,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    on_recompute: Callable[[], None] | None = None,
-) -> Any:
-    """Call `call(*args, **kwargs)` so that its activations are treated as the option says.
-
-    Args:
-        call: the unit's plain forward.
-        settings: what to do.
-        site: what is known of the unit.
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
-        on_recompute: called at the start of every replay.
-    """
-    if settings.option.action == "keep":
-        return call(*args, **kwargs)
-    if settings.option.action == "offload":
-        return run_offloaded(site, call, args, kwargs)
-    return run(site, settings.runtime_options(), call, args, kwargs, on_recompute)

@@ -1,0 +1,320 @@
+"""The protocol that every mechanism is written on, the options that mechanisms make, and the registry of both.
+
+A mechanism is a way to do without a unit's saved tensors until backward asks for them: a subclass of `Mechanism`, in one
+file, that `register` makes known. The planner, `apply`, `verify`, reports and the command ask it what they need to know and
+name no mechanism themselves; `docs/extending.md` builds one.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+from ullage._errors import ArgumentError
+from ullage.runtime import Learnt, Options, Place, Rule, Site
+
+
+class Replays(Enum):
+    """How much of a unit's forward runs again in backward."""
+
+    NOTHING = "nothing"
+    PART = "part"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done with a unit.
+
+    Attributes:
+        action: the mechanism's name.
+        level: which of its variants, in a text that the mechanism reads; "" if it has one only.
+        place: where the unit is among units that are recomputed together; None where each is by itself.
+    """
+
+    action: str
+    level: str = ""
+    place: Place | None = None
+
+    @property
+    def name(self) -> str:
+        """`ACTION`, or `ACTION:LEVEL` such as `select:gelu[0]+mm[0,2]@disk`."""
+        return f"{self.action}:{self.level}" if self.level else self.action
+
+    @property
+    def label(self) -> str:
+        """The name, and whether the unit is recomputed together with others."""
+        return self.name if self.place is None else f"{self.name} together"
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The mechanism whose option this is."""
+        return _registered[self.action]
+
+    @property
+    def is_plain(self) -> bool:
+        """Is the unit left as it is?"""
+        return self.mechanism.is_plain
+
+    @property
+    def replays(self) -> Replays:
+        """How much of the unit's forward runs again in backward."""
+        return self.mechanism.replays
+
+    @property
+    def tier(self) -> str:
+        """The tier that saved tensors are offloaded to, "host" or "disk"; "" if none are."""
+        return self.mechanism.tier_of(self.level)
+
+    @property
+    def offloads(self) -> bool:
+        """Are any saved tensors offloaded?"""
+        return bool(self.tier)
+
+
+class Op(Protocol):
+    """An op that a unit ran."""
+
+    @property
+    def func(self) -> Any:
+        """The ATen overload."""
+
+    @property
+    def args(self) -> Sequence[Any]:
+        """Its positional arguments; tensors are descriptions."""
+
+
+@dataclass(frozen=True)
+class UnitView:
+    """What a mechanism is told of a unit before it makes offers.
+
+    Attributes:
+        fqn: the module's name.
+        ops: the ops of its forwards in one step, in their order.
+        routing: it has routing or index outputs (topk, sort, ...), which are kept under any option.
+    """
+
+    fqn: str
+    ops: Sequence[Op]
+    routing: bool = False
+
+
+class TierView(Protocol):
+    """Where tensors may be offloaded to."""
+
+    @property
+    def name(self) -> str:
+        """ "host" or "disk"."""
+
+    @property
+    def write_bytes_per_second(self) -> float:
+        """How fast tensors get there."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Options that a unit may have, and why others are not among them.
+
+    Attributes:
+        options: in the order in which messages list them.
+        reasons: why there is no such option, by its name.
+    """
+
+    options: tuple[Option, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+class HostTimes(Protocol):
+    """The time that the host needs beside the ops, as the planner measured it."""
+
+    def replays(self, selective: bool, calls: int, ops: int) -> float:
+        """Seconds of so many replays that run so many ops each."""
+
+
+class Exploration(Protocol):
+    """The planner, as a mechanism sees it that looks for more options by running steps on fake tensors."""
+
+    @property
+    def units(self) -> Sequence[UnitView]:
+        """All units, in forward order."""
+
+    @property
+    def tier(self) -> TierView | None:
+        """Where tensors may be offloaded to."""
+
+    @property
+    def round_bytes(self) -> int:
+        """What the device's allocator rounds to."""
+
+    def has(self, fqn: str, option: Option) -> bool:
+        """Is this still one of the unit's options?"""
+
+    def may(self, fqn: str, option: Option) -> bool:
+        """Can the unit be run again, and has the option not failed on it?"""
+
+    def add(self, fqn: str, options: Sequence[Option]) -> None:
+        """Give a unit more options."""
+
+    def capture(self, label: str, choose: Callable[[str], Option | None]) -> None:
+        """Run one step with `choose(fqn)` on each unit; None: recomputed if it can be, else kept.
+
+        An option that fails on a unit is taken from it, and the step is run without it.
+        """
+
+    def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
+        """The op log of one call of a unit that was run selectively, and the seconds of each of its ops."""
+
+    def forward_seconds(self, fqn: str) -> float:
+        """The time of a unit's forward in one pass."""
+
+
+class Mechanism(ABC):
+    """A way to do without a unit's saved tensors until backward.
+
+    Every method has a default that suits a mechanism with one option, which runs nothing again and offloads nothing;
+    `run` is what makes it one. Its docstring says when to use it and when not to.
+
+    Attributes:
+        action: its name in plans, pins and messages: a lower-case identifier.
+        forms: the texts that pins may give, for messages and help; the name alone if empty.
+        policy: the name of the policy that gives every block its first option; "" for none.
+        replays: how much of a unit's forward runs again in backward. What replays is not offered for units that can only be kept.
+        sends: every option of it offloads.
+        is_plain: it leaves units as they are.
+    """
+
+    action: ClassVar[str]
+    forms: ClassVar[tuple[str, ...]] = ()
+    policy: ClassVar[str] = ""
+    replays: ClassVar[Replays] = Replays.NOTHING
+    sends: ClassVar[bool] = False
+    is_plain: ClassVar[bool] = False
+
+    def parse(self, level: str) -> Option:
+        """The option of this level, as plans and pins write it.
+
+        Raises:
+            ValueError: there is none; its text, if any, says why.
+        """
+        if level:
+            raise ValueError
+        return Option(self.action)
+
+    def covers(self, option: Option) -> bool:
+        """Does the mechanism's name alone, in a pin or in `forbid`, mean this option too?"""
+        return option.action == self.action
+
+    def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
+        """What a unit may have."""
+        return Offer((Option(self.action),))
+
+    def admits(self, unit: UnitView, option: Option) -> bool:
+        """May a unit that can be run again have an option that a pin names and the mechanism did not offer?"""
+        return False
+
+    def typical(self, options: Sequence[Option]) -> Option | None:
+        """What its policy puts on a block that may have these options; None: nothing."""
+        return next((o for o in options if o.action == self.action), None)
+
+    def explore(self, exploration: Exploration, offered: Sequence[Option]) -> None:
+        """Have each option captured once, on every unit that has it; add options that only captured steps show.
+
+        Args:
+            exploration: the planner.
+            offered: what the mechanism offered for some unit.
+        """
+        for option in offered:
+            exploration.capture(option.name, lambda fqn, o=option: o if exploration.has(fqn, o) else None)  # type: ignore[misc]
+
+    def seconds(self, option: Option, host: HostTimes, calls: int, ops: int, again: int | None) -> float:
+        """What a unit's option adds to a step beside the ops that run in it.
+
+        Args:
+            option: one of the mechanism's.
+            host: how long replays take.
+            calls: of the unit in a step.
+            ops: of these forwards.
+            again: ops that run again in the step, if that is known.
+        """
+        return 0.0
+
+    def tier_of(self, level: str) -> str:
+        """The tier that an option of this level offloads to, or ""."""
+        return ""
+
+    def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
+        """What a replay need not run again; None: it runs everything again."""
+        return None
+
+    def run(
+        self,
+        site: Site,
+        options: Options,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        on_recompute: Callable[[], None] | None,
+    ) -> Any:
+        """Call `call(*args, **kwargs)` so that its activations are treated as the option says.
+
+        Args:
+            site: what the runtime knows of the unit.
+            options: what the runtime is told: the option's rule and place.
+            call: the unit's plain forward.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            on_recompute: called at the start of every replay.
+        """
+        return call(*args, **kwargs)
+
+    def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`run` as Dynamo can trace it in one graph; by default the plain forward, which keeps everything."""
+        return call(*args, **kwargs)
+
+
+_registered: dict[str, Mechanism] = {}
+
+
+def register(mechanism: Mechanism) -> None:
+    """Make a mechanism known: plans made from now on may use it, and files that name it can be read.
+
+    Raises:
+        ArgumentError: its action is no lower-case identifier, or another mechanism has it.
+    """
+    action = getattr(mechanism, "action", None)
+    if not isinstance(action, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", action):
+        raise ArgumentError(
+            f"mechanism {type(mechanism).__name__}: action={action!r}: expected a lower-case identifier"
+        )
+    if action in _registered:
+        other = type(_registered[action])
+        raise ArgumentError(
+            f"mechanism {type(mechanism).__name__}: {other.__module__}.{other.__name__} has the action {action!r}; give it another"
+        )
+    _registered[action] = mechanism
+
+
+def unregister(action: str) -> None:
+    """Forget a mechanism that was registered; plans that use it can't be read any more."""
+    _registered.pop(action, None)
+
+
+def mechanisms() -> Iterator[Mechanism]:
+    """All mechanisms, in the order of their registration."""
+    return iter(tuple(_registered.values()))
+
+
+def option_from_name(name: str) -> Option:
+    """The option that a plan's file names; ValueError for one that no registered mechanism knows."""
+    action, _, level = name.partition(":")
+    mechanism = _registered.get(action)
+    if mechanism is None:
+        raise ValueError(name)
+    try:
+        return mechanism.parse(level)
+    except ValueError as error:
+        raise ValueError(f"{name} ({error})" if str(error) else name) from None

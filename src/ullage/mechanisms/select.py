@@ -1,0 +1,127 @@
+"""select: keep some of what a unit saves, and run again what the rest is made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ullage.mechanisms._mechanism import (
+    Exploration,
+    HostTimes,
+    Mechanism,
+    Offer,
+    Option,
+    Replays,
+    TierView,
+    UnitView,
+    register,
+)
+from ullage.mechanisms.recompute import RECOMPUTE
+from ullage.runtime import ATTENTION, MATMUL, Options, Rule, Site, checkpoint, run
+from ullage.runtime._keep import kind_of, named_rule
+
+
+class Select(Mechanism):
+    """Keep the outputs of selected ops, on the device or in a tier, and run again in backward only what the others need.
+
+    Use it where recomputing a unit takes too long: cheap ops that save large outputs (activations, norms, masks) run again,
+    dear ones (matmuls, attention) don't. It needs more memory than `recompute`, and host time for replays that skip ops.
+
+    Sources: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022 (arXiv:2205.05198), for
+    selecting by kind of op; its levels are exact choices inside a unit: `ullage.levels`.
+    """
+
+    action = "select"
+    forms = ("select (any level)", "select:LEVEL")
+    policy = "selective"
+    replays = Replays.PART
+
+    def parse(self, level: str) -> Option:
+        """A level's name, or single calls of ops."""
+        if not level:
+            raise ValueError
+        named_rule(level)
+        return Option(self.action, level)
+
+    def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
+        """Matmuls, convolutions and attention kept, where there are some; `explore` finds the exact levels."""
+        draws = any(isinstance(a, float) and a > 0 for o in unit.ops if o.func in ATTENTION for a in o.args[3:5])
+        reasons = (
+            {f"{self.action}:attention": "attention with dropout draws, so it is always run again"} if draws else {}
+        )
+        matmuls = any(o.func in MATMUL for o in unit.ops)
+        return Offer((SELECTIVE,) if matmuls else (), reasons)
+
+    def admits(self, unit: UnitView, option: Option) -> bool:
+        """Any level that would keep something."""
+        rule, counts = named_rule(option.level, False), Counter[Any]()
+        for op in unit.ops:
+            kind = kind_of(op.func, rule)
+            if rule(op.func, counts[kind]):
+                return True
+            counts[kind] += 1
+        return False
+
+    def typical(self, options: Sequence[Option]) -> Option | None:
+        """What other tools select: matmuls, convolutions and attention."""
+        return SELECTIVE if SELECTIVE in options else None
+
+    def explore(self, exploration: Exploration, offered: Sequence[Option]) -> None:
+        """Run every unit selectively once; of the op logs that this leaves, find levels and run them, whole and offloaded."""
+        # the solvers of the choice inside a unit are not needed to import ullage
+        from ullage.mechanisms._levels import find_levels, hidden, sent
+
+        x, action = exploration, self.action
+        x.capture(SELECTIVE.name, lambda fqn: SELECTIVE if x.may(fqn, SELECTIVE) else None)
+        able = [u.fqn for u in x.units if x.has(u.fqn, RECOMPUTE)]
+        found = find_levels(x, able, action)
+        ladders = [("", {fqn: list(levels.options) for fqn, levels in found.items()})]
+        if (tier := x.tier) is not None:
+            whole = {f: sent(levels, tier, lambda calls: calls, action) for f, levels in found.items()}
+            speed = tier.write_bytes_per_second
+            part = {f: sent(v, tier, hidden(v, x.forward_seconds(f) * speed), action) for f, v in found.items()}
+            ladders += [(" offloaded", whole), (" offloaded in part", part)]
+        for label, options in ladders:
+            for fqn, rungs in options.items():
+                x.add(fqn, rungs)
+            for k in range(max(map(len, options.values()), default=0)):
+                x.capture(f"level {k}{label}", lambda fqn, k=k, of=options: _rung(x, of.get(fqn, ()), k, fqn))  # type: ignore[misc]
+
+    def seconds(self, option: Option, host: HostTimes, calls: int, ops: int, again: int | None) -> float:
+        """A replay per call, whose ops are skipped or run one by one."""
+        return host.replays(True, calls, ops)
+
+    def tier_of(self, level: str) -> str:
+        """The tier behind the first `@`: all calls of a level that are offloaded go to one."""
+        return level.rpartition("@")[2].partition("+")[0] if "@" in level else ""
+
+    def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
+        """The level's."""
+        return named_rule(option.level, keeps_routing)
+
+    def run(
+        self,
+        site: Site,
+        options: Options,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        on_recompute: Callable[[], None] | None,
+    ) -> Any:
+        """Run under the runtime, which keeps what the level names."""
+        return run(site, options, call, args, kwargs, on_recompute)
+
+    def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Dynamo knows `checkpoint`."""
+        return checkpoint(call, *args, keep=option.level, **kwargs)
+
+
+def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option | None:
+    """The k-th of those that the unit still has, or its last."""
+    left = [o for o in options if x.has(fqn, o)]
+    return left[min(k, len(left) - 1)] if left else None
+
+
+register(Select())
+SELECTIVE = Option(Select.action, "matmul_attention")
