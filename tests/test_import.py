@@ -11,8 +11,13 @@ import torch
 from ullage.runtime._keep import _ops_of
 
 SCRIPT = """
-import json, logging, os, sys, warnings
+import gc, json, logging, os, random, signal, sys, threading, warnings
 import torch
+state = lambda: (
+    torch.initial_seed(), torch.get_rng_state().tolist(), random.getstate(), torch.get_num_threads(), torch.get_default_dtype(),
+    threading.active_count(), signal.getsignal(signal.SIGINT), sys.excepthook, os.getcwd(), gc.isenabled(), gc.get_threshold(),
+)
+before = state()
 modules, environment, filters, path = set(sys.modules), dict(os.environ), list(warnings.filters), list(sys.path)
 levels = {name: logger.level for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
 import ullage
@@ -22,6 +27,7 @@ print(json.dumps({
     "environment": environment == dict(os.environ),
     "filters": filters == warnings.filters,
     "path": path == sys.path,
+    "state": before == state(),
     "levels": all(logging.getLogger(name).level == level for name, level in levels.items()),
 }))
 """
@@ -31,7 +37,7 @@ def test_what_an_import_adds() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     added = found.pop("added")
-    assert found == {"environment": True, "filters": True, "path": True, "levels": True}
+    assert found == {"environment": True, "filters": True, "path": True, "state": True, "levels": True}
     assert len(added) <= 300
     assert not [
         name

@@ -75,7 +75,7 @@ from ullage._torch._elsewhere import (
     settings_of_accelerators,
     warns_only,
 )
-from ullage._torch._find import PRIVATE, SEEN, Missing, Private, notes, table, tell
+from ullage._torch._find import NEWEST, OLDEST, PRIVATE, Missing, Private, at_least, notes, table, tell
 from ullage._torch._tensors import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -102,8 +102,9 @@ from ullage._torch._tensors import (
 )
 
 __all__ = [
+    "NEWEST",
+    "OLDEST",
     "PRIVATE",
-    "SEEN",
     "DataDependentOutputException",
     "DeviceContext",
     "DisableTorchDispatch",
@@ -125,10 +126,10 @@ __all__ = [
     "TensorGuards",
     "TensorWeakRef",
     "TorchDispatchMode",
-
     "WeakTensorKeyDictionary",
     "all_schemas",
     "at_end_of_backward",
+    "at_least",
     "attention_kernels",
     "attention_order",
     "autograd_node",
@@ -174,7 +175,6 @@ __all__ = [
     "push_hooks",
     "recurrent",
     "recurrent_module",
-
     "sdpa_backward_flops",
     "sdpa_flops",
     "sequence_number",
@@ -186,7 +186,8 @@ __all__ = [
     "settings",
     "settings_of_accelerators",
     "storage_users",
-    "table", "tell",
+    "table",
+    "tell",
     "throw_on_data_ptr",
     "top_hooks",
     "tree_flatten",

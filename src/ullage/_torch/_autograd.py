@@ -38,6 +38,7 @@ make_saved_tensor = find(
     _CHECKPOINT,
     stand_in=None,
     instead="a small `autograd.Function` saves it",
+    since="2.12",
 )
 set_versions = find(
     "torch._C._autograd._unsafe_set_version_counter",

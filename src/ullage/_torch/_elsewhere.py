@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.optim.optimizer as optim
 
-from ullage._torch._find import SEEN, find
+from ullage._torch._find import OLDEST, find
 
 _PLANS = "a plan or a profile"
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_pack_padded_sequence", "_pad_packed_sequence")
@@ -58,11 +58,10 @@ cuda_record = find(
 Setting = tuple[Callable[[], Any], Callable[..., Any]]  # get, set
 _SETTINGS = "a replay under the settings of its forward"
 _NOT_PUT_BACK = "a replay does not see that setting: leave it alone between a unit's forward and its backward"
-_KNOWN = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= tuple(map(int, SEEN.split(".")))
 
 
-def _setting(get: str, put: str) -> Setting | None:
-    """A setting by the names of what gets and sets it. An older torch may lack it; where a newer one does, that is said."""
+def _setting(get: str, put: str, since: str = OLDEST) -> Setting | None:
+    """A setting by the names of what gets and sets it. That a torch from `since` on lacks it is said."""
     getter, setter = (
         find(
             f"torch._C.{name}",
@@ -70,7 +69,8 @@ def _setting(get: str, put: str) -> Setting | None:
             _SETTINGS,
             stand_in=None,
             instead=_NOT_PUT_BACK,
-            said=_KNOWN,
+            said=True,
+            since=since,
         )
         for name in (get, put)
     )
@@ -89,8 +89,12 @@ _ACCELERATORS = ("blas_preferred_backend", "linalg_preferred_backend", "cudnn_de
 _KERNELS = ("flash", "mem_efficient", "math", "cudnn", "overrideable", "fa3")
 
 
+_SINCE = {"_get_cudnn_depthwise_kernel": "2.13"}
+
+
 def _settings(pairs: list[tuple[str, str]]) -> tuple[Setting, ...]:
-    return tuple([found for get, put in pairs if (found := _setting(get, put)) is not None])
+    found = [_setting(get, put, _SINCE.get(get, OLDEST)) for get, put in pairs]
+    return tuple([setting for setting in found if setting is not None])
 
 
 settings = _settings([(f"_get_{n}", f"_set_{n}") for n in _NAMES])

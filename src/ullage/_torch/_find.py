@@ -16,7 +16,7 @@ import torch
 from ullage._errors import UllageWarning, UnsupportedTorch
 
 _NOTHING: Any = object()
-SEEN = "2.13"  # the torch in which all names were there
+OLDEST, NEWEST = "2.11", "2.14"  # the versions in which names were looked for
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Private:
         feature: what can't be done without it, as `UnsupportedTorch` says it.
         instead: what is done in its place where it is gone; "" if nothing can be.
         said: can that change a plan or what a replay computes, so that a warning and the plan's notes say it?
+        since: the oldest version in which it was seen, of those from `OLDEST` on; it was in all after it, up to `NEWEST`.
         found: is it there?
     """
 
@@ -37,7 +38,13 @@ class Private:
     feature: str
     instead: str
     said: bool
+    since: str
     found: bool
+
+    @property
+    def seen(self) -> str:
+        """The versions in which it was seen."""
+        return f"{self.since} to {NEWEST}"
 
     def __str__(self) -> str:
         return f"torch {torch.__version__} has no `{self.name}`"
@@ -55,24 +62,31 @@ def find(
     instead: str = "",
     stand_in: Any = _NOTHING,
     said: bool = False,
+    since: str = OLDEST,
     beside: tuple[str, ...] = (),
 ) -> Any:
     """What has that name in torch; where it is gone the stand-in, or what raises `UnsupportedTorch` when it is called.
 
     Args:
-        name, what, feature, instead, said: see `Private`.
+        name, what, feature, instead, said, since: see `Private`.
         through: what is bound if the name is there, where that is not what has the name (a value that is to be read anew each time).
         stand_in: what is bound in its place.
         beside: names that are listed already and are used wherever this one is: attributes, which can't be bound.
     """
     found = look_up(name)
-    entry = PRIVATE[name] = Private(name, what, feature, instead, said, found is not _NOTHING)
+    entry = PRIVATE[name] = Private(name, what, feature, instead, said, since, found is not _NOTHING)
     gone = entry if not entry.found else next((PRIVATE[n] for n in beside if not PRIVATE[n].found), None)
     if gone is None:
         return found if through is _NOTHING else through
     if stand_in is _NOTHING:
         return Missing(gone, feature)
     return stand_in
+
+
+def at_least(version: str) -> bool:
+    """Is this torch that one or newer?"""
+    here = torch.__version__.partition("+")[0].split(".")[:2]
+    return tuple(map(int, here)) >= tuple(map(int, version.split(".")))
 
 
 def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = (), asked: bool = False) -> Any:
@@ -124,13 +138,13 @@ def look_up(name: str) -> Any:
 
 def notes() -> list[str]:
     """What is otherwise than in the versions that ullage knows, for a plan to say."""
-    return [f"{p}: {p.instead}" for p in PRIVATE.values() if p.said and not p.found]
+    return [f"{p}: {p.instead}" for p in PRIVATE.values() if p.said and not p.found and at_least(p.since)]
 
 
 def table() -> list[str]:
     """The rows of docs/private-torch.md."""
     return [
-        f"| `{p.name}` | {p.what} | {p.instead + (' (said)' if p.said else '') if p.instead else f'{p.feature} raises'} |"
+        f"| `{p.name}` | {p.seen} | {p.what} | {p.instead + (' (said)' if p.said else '') if p.instead else f'{p.feature} raises'} |"
         for p in PRIVATE.values()
     ]
 
@@ -169,7 +183,7 @@ class Missing:
 
 def _error(entry: Private, feature: str) -> UnsupportedTorch:
     return UnsupportedTorch(
-        f"{feature} needs `{entry.name}` ({entry.what}), which torch {torch.__version__} does not have (torch {SEEN} does): "
-        f"install torch {SEEN}, or an ullage that knows this torch",
+        f"{feature} needs `{entry.name}` ({entry.what}), which torch {torch.__version__} does not have (torch {entry.seen} do): "
+        "install one of these, or an ullage that knows this torch",
         entry.name,
     )
