@@ -25,7 +25,7 @@ from ullage._errors import (
     WorkloadError,
 )
 from ullage._version import __version__ as __version__
-from ullage.apply import Handle, Report
+from ullage.apply import Handle, HandleReport
 from ullage.cost import devices
 from ullage.measure._measure import Measurement, measure
 from ullage.monitor import Monitor, MonitorSummary
@@ -52,9 +52,9 @@ from ullage.planner import (
 )
 from ullage.report import (
     Baseline,
+    CheckResult,
     Comparison,
-    Gate,
-    Overview,
+    StepReport,
     Timeline,
     check,
     compare,
@@ -63,14 +63,18 @@ from ullage.report import (
     timeline,
 )
 from ullage.runtime import checkpoint, is_recomputing
-from ullage.verify import Check, verify
+from ullage.verify import Verification, verify
 from ullage.workload import Workload, load_target
+
+# Older names of these classes, which go with version 0.2
+Check, Gate, Overview, Report = Verification, CheckResult, StepReport, HandleReport
 
 __all__ = [
     "AlreadyCheckpointed", "ApplyError", "ArgumentError", "Baseline", "Bounds", "BudgetError", "BudgetInfeasible", "CaptureError", "Check",
-    "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle", "Holding",
-    "HostStore", "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError", "Overview", "PinCost", "Plan", "PlanError",
-    "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "Timeline", "Tried", "UllageError", "UllageWarning", "UnsupportedTorch", "VerifyError",
-    "Workload", "WorkloadError", "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target",
-    "measure", "measure_bandwidth", "measure_link", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
+    "CheckResult", "Comparison", "Decision", "DeviceError", "DiskStore", "Fit", "Forecast", "Frontier", "FrontierPoint", "Gate", "Handle",
+    "HandleReport", "Holding", "HostStore", "Lever", "Measurement", "Monitor", "MonitorError", "MonitorSummary", "OffloadError",
+    "Overview", "PinCost", "Plan", "PlanError", "PlanMismatch", "PolicyPoint", "Profile", "ReplayError", "Report", "StepReport",
+    "Timeline", "Tried", "UllageError", "UllageWarning", "UnsupportedTorch", "Verification", "VerifyError", "Workload", "WorkloadError",
+    "bounds", "check", "checkpoint", "compare", "devices", "fit", "frontier", "is_recomputing", "load_target", "measure",
+    "measure_bandwidth", "measure_link", "parse_budget", "plan", "profile", "record_snapshot", "report", "timeline", "verify",
 ]  # fmt: skip

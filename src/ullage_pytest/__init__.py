@@ -20,7 +20,7 @@ def ullage_check(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`ullage_check(work, max_peak=..., against=..., ...)`: as `ullage.check`, but the test fails where the gate does.
 
     `work` may be a target as the command takes it. A baseline's path is relative to the test's folder, as a file target is to
-    the one that pytest was started in. Returns the `ullage.Gate`.
+    the one that pytest was started in. Returns the `ullage.CheckResult`.
     """
 
     def check(work: Any, *, against: str | Path | None = None, **more: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import ullage as ul
 from ullage.planner import Decision, Forecast, FrontierPoint, PolicyPoint
 from ullage.planner._plan import Fingerprint
-from ullage.report import Allocations, Events, Overview
+from ullage.report import Allocations, Events, StepReport
 from ullage.report._columns import Column
 from ullage.report._timeline import VERSION
 
@@ -89,7 +89,7 @@ def timeline(layers: int = 126, events: int = 100_000, scale: int = 1, micro: in
     return ul.Timeline(peak_bytes=int(live.max()), peak_event=int(live.argmax()), **peaks, **made)
 
 
-def overview(plain: ul.Timeline, planned: ul.Timeline, budget: int | None = None) -> Overview:
+def overview(plain: ul.Timeline, planned: ul.Timeline, budget: int | None = None) -> StepReport:
     """A plan that recomputes all layers, and a frontier of it and the plain step."""
     plan = ul.Plan(
         version=1,
@@ -117,7 +117,7 @@ def overview(plain: ul.Timeline, planned: ul.Timeline, budget: int | None = None
     frontier = ul.Frontier(
         version=1, device="cpu", estimate=False, costs="roofline", memory_bytes=None, points=points, policies=policies
     )
-    return Overview(
+    return StepReport(
         title="made</script><b>",
         plan=plan,
         plain=plain,

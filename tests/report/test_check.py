@@ -174,7 +174,7 @@ from tests.small import blocks
 
 def test_stays(ullage_check):
     gate = ullage_check(blocks(), max_peak="1GiB", against="base.json", costs="roofline")
-    assert isinstance(gate, ul.Gate) and gate.ok
+    assert isinstance(gate, ul.CheckResult) and gate.ok
 
 def test_target(ullage_check):
     ullage_check("{target}", max_peak="1GiB", costs="roofline")

@@ -11,23 +11,23 @@ import pytest
 import ullage as ul
 from tests.report.browser import Opened, needs_browser
 from tests.small import tiny
-from ullage.report import Overview, Transfer
+from ullage.report import StepReport, Transfer
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Overview:
+def shown(tmp_path_factory: pytest.TempPathFactory) -> StepReport:
     work = tiny()
     at = tmp_path_factory.mktemp("disk")
     plan = ul.plan(work, policy="offload", costs="roofline", disk_directory=at, disk_budget="32MiB")
     return ul.report(work, plan, points=None, title="tiny")
 
 
-def of(shown: Overview, step: str, out: bool) -> list[Transfer]:
+def of(shown: StepReport, step: str, out: bool) -> list[Transfer]:
     assert shown.planned is not None
     return [x for x in shown.planned.transfers if x.step == step and x.out == out]
 
 
-def test_transfers_are_those_of_the_plan(shown: Overview) -> None:
+def test_transfers_are_those_of_the_plan(shown: StepReport) -> None:
     t, traffic = shown.planned, shown.plan.predicted.traffic
     assert t is not None and traffic is not None and not shown.plain.transfers
     for step, some in t.steps.items():
@@ -46,7 +46,7 @@ def test_transfers_are_those_of_the_plan(shown: Overview) -> None:
     assert t.step_seconds == shown.plan.predicted.step_seconds
 
 
-def test_lanes_of_the_trace(shown: Overview, tmp_path: Path) -> None:
+def test_lanes_of_the_trace(shown: StepReport, tmp_path: Path) -> None:
     assert shown.planned is not None
     shown.planned.export(tmp_path / "t.json")
     events: list[dict[str, Any]] = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
@@ -61,7 +61,7 @@ def test_lanes_of_the_trace(shown: Overview, tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_lanes_of_the_page(shown: Overview, browser: Any, tmp_path: Path) -> None:
+def test_lanes_of_the_page(shown: StepReport, browser: Any, tmp_path: Path) -> None:
     shown.export(tmp_path / "report.html")
     opened = Opened(browser, tmp_path / "report.html")
     bars = opened.js("() => document.getElementById('lanes').data.map((t) => [t.y[0], t.x.length])")

@@ -12,7 +12,7 @@ import ullage as ul
 from tests.report import pages
 from tests.report.browser import NEEDS_BROWSER, Opened
 from tests.small import tiny
-from ullage.report import Overview
+from ullage.report import StepReport
 
 pytestmark = NEEDS_BROWSER
 LIVE = """() => document.getElementById("timeline").data.filter((t) => t.stackgroup).map((t) => t.y)"""
@@ -20,7 +20,7 @@ PICTURE = """() => [...document.querySelectorAll("#timeline .scatterlayer path, 
 
 
 @pytest.fixture(scope="module")
-def overview() -> Overview:
+def overview() -> StepReport:
     work = tiny()
     plan = ul.plan(work, budget="80% of plain", costs="roofline")
     runs = [ul.measure(work, plan, 3), ul.measure(work, None, 3)]
@@ -28,14 +28,14 @@ def overview() -> Overview:
 
 
 @pytest.fixture(scope="module")
-def opened(browser: Any, overview: Overview, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+def opened(browser: Any, overview: StepReport, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """Each test leaves it as it found it: to open it takes a second or two."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     overview.export(path)
     return Opened(browser, path)
 
 
-def test_the_peak_and_the_units(opened: Opened, overview: Overview) -> None:
+def test_the_peak_and_the_units(opened: Opened, overview: StepReport) -> None:
     at = overview.judged.peak
     said = opened.page.locator("#timeline .annotation-text").all_text_contents()
     peak = next(text for text in said if "peak" in text)
@@ -59,7 +59,7 @@ def test_the_peak_and_the_units(opened: Opened, overview: Overview) -> None:
     opened.check()
 
 
-def test_the_toggle_changes_the_picture_and_back(opened: Opened, overview: Overview) -> None:
+def test_the_toggle_changes_the_picture_and_back(opened: Opened, overview: StepReport) -> None:
     planned = opened.js(PICTURE)
     tree = "() => document.getElementById('tree').data[0].values"
     assert opened.js(tree)[0] == overview.judged.peak_bytes < overview.plain.peak_bytes
@@ -192,7 +192,7 @@ def test_a_large_model(browser: Any, tmp_path: Path) -> None:
     opened.check()
 
 
-def test_a_comparison(browser: Any, overview: Overview, tmp_path: Path) -> None:
+def test_a_comparison(browser: Any, overview: StepReport, tmp_path: Path) -> None:
     plan, plain = overview.plan, overview.plain
     found, path = ul.compare(plain, plan, overview.measured[0].measurement), tmp_path / "compare.html"
     found.export(path)

@@ -162,7 +162,7 @@ def test_the_command(capsys: Any) -> None:
     assert Path("s.html").read_text() == text  # the same every time
     capsys.readouterr()
     assert run(["report", FACTORY, "--no-frontier", "--json", *FAST]) == 0
-    found = msgspec.json.decode(capsys.readouterr().out, type=ul.Overview)
+    found = msgspec.json.decode(capsys.readouterr().out, type=ul.StepReport)
     assert found.frontier is None and found.plain == ul.timeline(ul.Workload.from_factory(blocks), **ROOFLINE)
     assert run(["plan", FACTORY, "--policy", "every_block", "-o", "plan.json", *FAST]) == 0
     assert run(["measure", FACTORY, "--plan", "plan.json", "--json"]) == 0

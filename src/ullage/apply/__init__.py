@@ -1,11 +1,11 @@
 """Apply a decision to a model in place, and undo it."""
 
-from ullage.apply._handle import Handle, Report, UnitReport, apply_plan, handle_on, model_of
+from ullage.apply._handle import Handle, HandleReport, UnitReport, apply_plan, handle_on, model_of
 from ullage.apply._wrap import Unit, disabled, install, installed, uninstall
 
 __all__ = [
     "Handle",
-    "Report",
+    "HandleReport",
     "Unit",
     "UnitReport",
     "apply_plan",

@@ -46,7 +46,7 @@ class UnitReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class HandleReport:
     """Observed numbers of an applied plan, beside the predicted ones.
 
     Attributes:
@@ -148,7 +148,7 @@ class Handle:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
-    def report(self) -> Report:
+    def report(self) -> HandleReport:
         """Return predicted and observed numbers so far."""
         by_fqn = {u.fqn: u for u in self._units}
         rows = []
@@ -161,7 +161,7 @@ class Handle:
             sent, late = (unit.site.sent_bytes, unit.site.late) if unit else (0, 0)
             rows.append(UnitReport(d.unit, d.action, fired, again, d.bytes_freed, skipped, stale, note, sent, late))
         larger, stats = max((u.larger for u in self._units), default=0), self._store_stats()
-        return Report(
+        return HandleReport(
             tuple(rows),
             self.plan.predicted.peak_bytes,
             self._observed_peak(),

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError
-from ullage.apply import Report
+from ullage.apply import HandleReport
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
 from ullage.planner._budget import Budget
@@ -51,7 +51,7 @@ def plan(
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
     checksums: bool = False,
-    feedback: Report | None = None,
+    feedback: HandleReport | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute, select or offload so that the step's peak stays within `budget`.

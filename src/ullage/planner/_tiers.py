@@ -16,7 +16,7 @@ import msgspec
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError, DeviceError, OffloadError
-from ullage.apply import Report
+from ullage.apply import HandleReport
 from ullage.offload import BLOCK, measure_bandwidth, measure_link
 from ullage.planner._channels import Channels, Overlap
 from ullage.planner._device import DeviceChoice, choose_device
@@ -146,7 +146,7 @@ class TierRequest:
     disk_directory: str | Path | None = None
     disk_budget: int | str | None = None
     host_budget: int | str | None = None
-    feedback: Report | None = None
+    feedback: HandleReport | None = None
     checksums: bool = False
 
     @property
@@ -167,7 +167,7 @@ def choose_tier(
         OffloadError: the directory is no place for a file of that size, or the memory
             can't be pinned.
     """
-    if request.feedback is not None and not isinstance(request.feedback, Report):
+    if request.feedback is not None and not isinstance(request.feedback, HandleReport):
         kind_of = type(request.feedback).__name__
         raise ArgumentError(f"feedback: expected what `Handle.report()` gives, got {kind_of}")
     if request.checksums and request.disk_budget is None:

@@ -2,11 +2,11 @@
 
 from ullage.report import _page as _page  # it says how results are written as pages
 from ullage.report._baseline import Baseline, StepFacts, UnitState
-from ullage.report._check import Gate, check
+from ullage.report._check import CheckResult, check
 from ullage.report._compare import Comparison, UnitRow, compare
 from ullage.report._export import ENDINGS, check_export
 from ullage.report._make import timeline
-from ullage.report._overview import Measured, Overview
+from ullage.report._overview import Measured, StepReport
 from ullage.report._recorded import record_snapshot
 from ullage.report._records import Allocation, Allocations, Event, Events, Transfer
 from ullage.report._report import report
@@ -19,15 +19,15 @@ __all__ = [
     "Allocation",
     "Allocations",
     "Baseline",
+    "CheckResult",
     "Comparison",
     "Event",
     "Events",
-    "Gate",
     "Measured",
-    "Overview",
     "Row",
     "Side",
     "StepFacts",
+    "StepReport",
     "Timeline",
     "Transfer",
     "UnitRow",

@@ -28,7 +28,7 @@ from ullage.workload import Workload
 _ROWS = 8
 
 
-class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CheckResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Result of `check`; `str(gate)` says it in words.
 
     Attributes:
@@ -124,10 +124,10 @@ def check(
     costs: str = "auto",
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Gate:
+) -> CheckResult:
     """Judge a step by its predicted peak and time: the plain step, the step under a plan, or the best within a budget.
 
-    It does not raise where a limit is exceeded or no plan fits the budget: see `Gate.ok`.
+    It does not raise where a limit is exceeded or no plan fits the budget: see `CheckResult.ok`.
 
     Args:
         work: what is trained; left as found.
@@ -164,7 +164,7 @@ def check(
     old, new = (None, None) if before is None else (before.judged, now.judged)
     if infeasible and before is not None:  # what grew in the step that the plan would have had to shrink
         old, new = before.plain, now.plain
-    return Gate(
+    return CheckResult(
         ok=not failures,
         failures=failures,
         max_peak_bytes=limit,

@@ -9,14 +9,14 @@ import numpy as np
 
 from ullage.planner import Frontier
 from ullage.report._compare import LETTERS, Comparison
-from ullage.report._overview import Overview
+from ullage.report._overview import StepReport
 from ullage.report._records import PHASES, Array
 from ullage.report._thin import PARTS, kept_events
 from ullage.report._timeline import Timeline
 from ullage.report._tree import tree
 
 
-def drawn_overview(o: Overview) -> dict[str, Any]:
+def drawn_overview(o: StepReport) -> dict[str, Any]:
     """All of a report's drawings. Bytes are exact; seconds have nine digits."""
     return {
         "views": {"plain": drawn_timeline(o.plain)} | ({"planned": drawn_timeline(o.planned)} if o.planned is not None else {}),

@@ -1,4 +1,4 @@
-"""`Overview`: the data of a report on one step: its timelines, plan, frontier and measurements."""
+"""`StepReport`: the data of a report on one step: its timelines, plan, frontier and measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     measurement: Measurement
 
 
-class Overview(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class StepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A step at a glance. `str(overview)` is a few lines, `overview.export("report.html")` a page.
 
     Attributes:

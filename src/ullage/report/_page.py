@@ -17,7 +17,7 @@ from ullage.planner._overrides import describe
 from ullage.planner._plan import environment
 from ullage.report._compare import LETTERS, Comparison, said_of_units
 from ullage.report._drawn import drawn_comparison, drawn_overview
-from ullage.report._overview import Overview
+from ullage.report._overview import StepReport
 from ullage.report._rows import by_module, signed
 from ullage.report._sides import NO_MODULE
 from ullage.report._tables import frontier_rows, measured_rows
@@ -39,8 +39,8 @@ def check_page(path: str | Path) -> Path:
     return path
 
 
-@writes(Overview, "export")
-def overview_page(o: Overview, path: str | Path) -> None:
+@writes(StepReport, "export")
+def overview_page(o: StepReport, path: str | Path) -> None:
     """Write a report. The same overview gives the same file."""
     shown = [("planned", o.planned)] if o.planned is not None else []
     shown += [("plain", o.plain)]

@@ -15,7 +15,7 @@ from ullage.planner._planned import study_plan
 from ullage.planner._planner import decide, study_and_plan
 from ullage.planner._restate import restate
 from ullage.report._make import plain_timeline_of, planned_timeline_of
-from ullage.report._overview import Measured, Overview
+from ullage.report._overview import Measured, StepReport
 from ullage.report._sides import read
 from ullage.workload import Workload
 
@@ -35,7 +35,7 @@ def report(
     costs: str = "auto",
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Overview:
+) -> StepReport:
     """Gather timeline, plan, frontier and measurements of a step for a page: `report(work, budget="6GiB").export("report.html")`.
 
     Everything comes from one study, so that the plan, its timeline and the frontier share their times.
@@ -79,7 +79,7 @@ def report(
     if plan is not None and plan.predicted.peak_bytes != made.predicted.peak_bytes:
         before, now = (format_bytes(p.predicted.peak_bytes) for p in (plan, made))
         notes.append(f"the plan's file says a peak of {before}, but it is {now}: edited by hand, or another torch")
-    return Overview(
+    return StepReport(
         title=title or type(s.session.inst.model).__name__,
         plan=made,
         plain=plain,

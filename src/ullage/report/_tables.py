@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ullage.planner import Frontier
-from ullage.report._overview import Overview
+from ullage.report._overview import StepReport
 from ullage.report._rows import signed
 
 
@@ -56,7 +56,7 @@ def frontier_rows(f: Frontier) -> list[FrontierRow]:
     return rows
 
 
-def measured_rows(o: Overview) -> list[MeasuredRow]:
+def measured_rows(o: StepReport) -> list[MeasuredRow]:
     """Peaks of the first and of later steps, and times, of each measurement beside what is predicted of its step."""
     rows = []
     for run in o.measured:

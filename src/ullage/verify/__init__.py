@@ -1,5 +1,5 @@
 """Gradients, buffers, parameters and optimizer state: bitwise against the plain step."""
 
-from ullage.verify._verify import Check, Difference, verify
+from ullage.verify._verify import Difference, Verification, verify
 
-__all__ = ["Check", "Difference", "verify"]
+__all__ = ["Difference", "Verification", "verify"]

@@ -30,7 +30,7 @@ class Difference(msgspec.Struct, frozen=True):
     max_abs: float
 
 
-class Check(msgspec.Struct, frozen=True, kw_only=True):
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """Result of `verify`.
 
     Attributes:
@@ -86,7 +86,7 @@ def verify(
     scope: str = "auto",
     *,
     progress: Callable[[str], None] | None = None,
-) -> Check:
+) -> Verification:
     """Prove that the plan changes no bit of gradients, buffers, parameters and optimizer state.
 
     Args:
@@ -123,7 +123,7 @@ def verify(
     names = {n for n, _ in found.unstable}
     rows = [Difference(n, d) for n, d in found.differences if n not in names]
     unstable = [Difference(n, d) for n, d in found.unstable]
-    return Check(
+    return Verification(
         ok=not rows,
         scope="units",
         steps=1,
@@ -145,7 +145,7 @@ def _plain_fits(inst: Instance, plan: Plan) -> bool:
     return available is None or needed <= available
 
 
-def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None]) -> Check:
+def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None]) -> Verification:
     say("running plain steps")
     first, _ = _run(inst, None, steps)
     say("running plain steps again")
@@ -160,7 +160,7 @@ def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None])
     replays = sum(u.recomputed for u in handle.report().units) if handle is not None else 0
     gradients = [n for n in first if "gradient of" in n]
     proven = not gradients or any(n not in names for n in gradients)
-    return Check(
+    return Verification(
         ok=not differences and proven,
         scope="step",
         steps=steps,
