@@ -40,9 +40,9 @@ class Curve:
 
     labels: tuple[Label, ...]
 
-    def solve(self, limit: int | None, price: float) -> tuple[frozenset[int], float]:
-        """Of what holds at most `limit` bytes: the groups with the least seconds + price * bytes, and those."""
-        able = self.labels if limit is None else [label for label in self.labels if label[0] <= limit]
+    def solve(self, keep_bytes: int | None, price: float) -> tuple[frozenset[int], float]:
+        """Of what holds at most `keep_bytes` bytes: the groups with the least seconds + price * bytes, and those."""
+        able = self.labels if keep_bytes is None else [label for label in self.labels if label[0] <= keep_bytes]
         values = [time / _PICO + price * nbytes for nbytes, time, _ in able]
         best = values.index(min(values))
         bits = able[best][2]

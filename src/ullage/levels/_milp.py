@@ -88,8 +88,8 @@ class Program:
         if sum(c for c in row.values() if c < 0) < least:
             self.rows.append((row, least))
 
-    def solve(self, limit: int | None, price: float) -> tuple[frozenset[int] | None, float]:
-        """Of what holds at most `limit` bytes: the groups with the least seconds + price * bytes, and a lower bound on those.
+    def solve(self, keep_bytes: int | None, price: float) -> tuple[frozenset[int] | None, float]:
+        """Of what holds at most `keep_bytes` bytes: the groups with the least seconds + price * bytes, and a lower bound on those.
 
         No groups: it stopped before it found any.
         """
@@ -97,16 +97,16 @@ class Program:
         objective = self.seconds * self.scale
         objective[:groups] = self.nbytes * (price * self.scale)
         upper = np.ones(len(objective))
-        if limit is not None:
-            upper[:groups] = self.nbytes <= limit
+        if keep_bytes is not None:
+            upper[:groups] = self.nbytes <= keep_bytes
         # without a limit the relaxation is nearly always integral, and takes a tenth of the time
-        for integral in (False, True) if limit is None else (True,):
-            x, bound = self._run(objective, upper, self._constraints(limit), integral)
+        for integral in (False, True) if keep_bytes is None else (True,):
+            x, bound = self._run(objective, upper, self._constraints(keep_bytes), integral)
             if x is None or not np.abs(x[:groups] - x[:groups].round()).max() > _INTEGRAL:
                 break
         bound = self.sunk + max(bound, 0.0) / self.scale
         kept = frozenset(np.flatnonzero(x[:groups] > 0.5).tolist()) if x is not None else None
-        if kept is not None and limit is not None and self.graph.nbytes(kept) > limit:
+        if kept is not None and keep_bytes is not None and self.graph.nbytes(kept) > keep_bytes:
             kept = None  # beyond what the solver's tolerance should let through
         return kept, bound
 
@@ -122,13 +122,13 @@ class Program:
         bound = result.mip_dual_bound if integral else result.fun
         return result.x, bound if bound is not None and math.isfinite(bound) else 0.0
 
-    def _constraints(self, limit: int | None) -> list[Any]:
+    def _constraints(self, keep_bytes: int | None) -> list[Any]:
         optimize, sparse = _scipy()
         rows = self.rows
-        if limit is not None:
+        if keep_bytes is not None:
             # in the largest unit that all sizes are multiples of; half of one is room for the solver's tolerance
             sizes = {g: -float(n // self.unit) for g, n in enumerate(self.nbytes.tolist())}
-            rows = [*rows, (sizes, -(limit // self.unit) - 0.5)]
+            rows = [*rows, (sizes, -(keep_bytes // self.unit) - 0.5)]
         if not rows:
             return []
         ends = np.cumsum([0, *(len(row) for row, _ in rows)])

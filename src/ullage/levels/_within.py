@@ -113,19 +113,19 @@ class _Search:
             if below <= self.tie or not left.nbytes < level.nbytes < right.nbytes:
                 return [_Gap(left, right, gap.searched, True)]
             return [_Gap(left, level, gap.searched), _Gap(level, right, level.nbytes)]
-        limit = (gap.searched + right.nbytes - 1) // 2 if right.nbytes - gap.searched > 2 else gap.searched + 1
-        limit = max(limit, gap.searched + 1)
-        level = self._solve(limit, 0.0, left)
+        keep_bytes = (gap.searched + right.nbytes - 1) // 2 if right.nbytes - gap.searched > 2 else gap.searched + 1
+        keep_bytes = max(keep_bytes, gap.searched + 1)
+        level = self._solve(keep_bytes, 0.0, left)
         if level.seconds >= left.seconds - self.tie:
-            return [_Gap(left, right, limit, True)]
-        return [_Gap(left, level, gap.searched, True), _Gap(level, right, limit, True)]
+            return [_Gap(left, right, keep_bytes, True)]
+        return [_Gap(left, level, gap.searched, True), _Gap(level, right, keep_bytes, True)]
 
-    def _solve(self, limit: int | None, price: float, known: Level) -> Level:
-        """The best within a limit, or at a price; `known` if the solver finds nothing."""
+    def _solve(self, keep_bytes: int | None, price: float, known: Level) -> Level:
+        """The best that keeps `keep_bytes` at most, or at a price; `known` if the solver finds nothing."""
         fewest = self.tie / max(self.total, 1)  # of two that take as long, the one that holds less
-        kept, value = self.solver.solve(limit, price + fewest)
+        kept, value = self.solver.solve(keep_bytes, price + fewest)
         level = self._level(known.kept if kept is None else kept)
-        bound = max(value - (price + fewest) * (level.nbytes if limit is None else limit), 0.0)
+        bound = max(value - (price + fewest) * (level.nbytes if keep_bytes is None else keep_bytes), 0.0)
         return level if bound >= level.seconds - 2 * self.tie else replace(level, lower_bound=bound)
 
     def _level(self, kept: frozenset[int]) -> Level:

@@ -124,9 +124,9 @@ def study_and_plan(
     s = prepare(work, device, costs, profile, units, progress, chosen)
     plain = s.plain_steps.peak_bytes
     reserve = overrides.headroom_bytes(plain, s.device.memory_bytes)
-    limit = Budget(wanted.resolve(plain, s.device.memory_bytes), reserve) if wanted is not None else None
-    restriction = overrides.restrict(s, solver=limit is not None)
-    return s, decide(s, limit, policy, restriction, choices=restriction.choices(s), explain=True)
+    asked = Budget(wanted.resolve(plain, s.device.memory_bytes), reserve) if wanted is not None else None
+    restriction = overrides.restrict(s, solver=asked is not None)
+    return s, decide(s, asked, policy, restriction, choices=restriction.choices(s), explain=True)
 
 
 @without_failures

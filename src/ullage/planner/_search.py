@@ -27,7 +27,7 @@ class Found:
     """The best path found, and a lower bound on the cost of any that uses known steps only.
 
     Attributes:
-        cost: NEVER if there is none below the limit.
+        cost: NEVER if there is none below `max_cost`.
         whole: no label was dropped for the width's sake.
         path: items as (unit, option) or (first unit, -last unit).
     """
@@ -82,8 +82,8 @@ class Search:
         room: Ints = np.minimum(np.minimum(top.run_room[v], onward), known)
         return room
 
-    def run(self, limit: int, width: int) -> Found:
-        """The cheapest schedule that costs less than `limit`, among `width` labels per unit."""
+    def run(self, max_cost: int, width: int) -> Found:
+        """The cheapest schedule that costs less than `max_cost`, among `width` labels per unit."""
         n, zero = self.chain.size, np.zeros(1, np.int64)
         arriving: list[list[_Labels]] = [[] for _ in range(n + 1)]
         arriving[0].append(_Labels(zero, zero, zero, zero, zero))
@@ -93,27 +93,27 @@ class Search:
             here = _best(arriving[v])
             arriving[v] = []
             if v < n and len(here.held):
-                keep, dropped = self._promising(v, here, limit, width)
+                keep, dropped = self._promising(v, here, max_cost, width)
                 here, missed = here.pick(keep), min(missed, dropped)
             labels.append(here)
             if v < n and len(here.held):
                 self._singles(v, here, arriving)
-                self._runs(v, here, limit, arriving)
+                self._runs(v, here, max_cost, arriving)
         best = int(labels[n].cost[-1]) if len(labels[n].cost) else NEVER
-        if best >= limit:
-            return Found(NEVER, min(limit, self.bounds.at_least(missed)), missed == np.inf, ())
+        if best >= max_cost:
+            return Found(NEVER, min(max_cost, self.bounds.at_least(missed)), missed == np.inf, ())
         return Found(best, min(best, self.bounds.at_least(missed)), missed == np.inf, _path(labels))
 
-    def _promising(self, v: int, labels: _Labels, limit: int, width: int) -> tuple[Ints, float]:
+    def _promising(self, v: int, labels: _Labels, max_cost: int, width: int) -> tuple[Ints, float]:
         total = labels.cost + self.bounds.rest(v, labels.held)
-        keep = np.flatnonzero(self._below(total, limit))
+        keep = np.flatnonzero(self._below(total, max_cost))
         if len(keep) <= width:
             return keep, np.inf
         order = np.argsort(total[keep], kind="stable")
         return np.sort(keep[order[:width]]), float(total[keep[order[width]]])
 
-    def _below(self, total: Floats, limit: int) -> npt.NDArray[np.bool_]:
-        return total - self.bounds.error <= limit - 1
+    def _below(self, total: Floats, max_cost: int) -> npt.NDArray[np.bool_]:
+        return total - self.bounds.error <= max_cost - 1
 
     def _singles(self, v: int, labels: _Labels, arriving: list[list[_Labels]]) -> None:
         top, unit = self.top, self.chain.units[v]
@@ -126,7 +126,7 @@ class Search:
                 held, cost = labels.held[:k] + more, labels.cost[:k] + seconds
                 arriving[v + 1].append(_Labels(held, cost, np.full(k, v), index, np.full(k, c)))
 
-    def _runs(self, v: int, labels: _Labels, limit: int, arriving: list[list[_Labels]]) -> None:
+    def _runs(self, v: int, labels: _Labels, max_cost: int, arriving: list[list[_Labels]]) -> None:
         """Every label with every run that starts at v, unless the bounds rule the pair out."""
         top, bounds = self.top, self.bounds
         runs = np.flatnonzero(self.room[v] >= labels.held[0])
@@ -136,7 +136,7 @@ class Search:
         rest = bounds.offsets[v + 2 + runs][:, bounds.near] - top.freed[v][runs][:, None] * prices
         least = self.chain.least[top.kinds[v][runs]]
         priced = labels.cost[:, None] + labels.held[:, None] * prices
-        useful = self._below((priced.min(axis=0) + rest).max(axis=1) + least, limit)
+        useful = self._below((priced.min(axis=0) + rest).max(axis=1) + least, max_cost)
         runs, rest, least = runs[useful], rest[useful], least[useful]
         for a in range(0, len(runs), max(1, BLOCK // len(labels.held))):
             part = slice(a, a + max(1, BLOCK // len(labels.held)))
@@ -146,17 +146,24 @@ class Search:
             self.work += total.size
             total += least[part, None]
             fits = labels.held <= self.room[v][runs[part], None]
-            at, label = np.nonzero(fits & self._below(total, limit))
+            at, label = np.nonzero(fits & self._below(total, max_cost))
             if len(at):
                 after: Floats = total[at, label] - least[part][at]
-                self._run_pairs(v, labels, runs[part][at], label, after, limit, arriving)
+                self._run_pairs(v, labels, runs[part][at], label, after, max_cost, arriving)
 
     def _run_pairs(
-        self, v: int, labels: _Labels, run: Ints, label: Ints, total: Floats, limit: int, arriving: list[list[_Labels]]
+        self,
+        v: int,
+        labels: _Labels,
+        run: Ints,
+        label: Ints,
+        total: Floats,
+        max_cost: int,
+        arriving: list[list[_Labels]],
     ) -> None:
         """Add each pair's label after its run; `total` bounds its cost but for the run's own, runs in order."""
         added = self._rebuild_cost(v, self.top.kinds[v][run], labels.held[label])
-        index = np.flatnonzero(self._below(total + added, limit))
+        index = np.flatnonzero(self._below(total + added, max_cost))
         run, label, added = run[index], label[index], added[index]
         held, cost = labels.held[label] - self.top.freed[v][run], labels.cost[label] + added
         cuts = [0, *(np.flatnonzero(np.diff(run)) + 1), len(run)] if len(run) else []

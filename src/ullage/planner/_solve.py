@@ -138,9 +138,9 @@ class _Solver:
             self.bound = max(self.bound, min(bounds.root, self.best))
         search = Search(self.top, frontiers, bounds)
         for step in (self.unit, GROWTH * self.unit, NEVER):  # first with guesses of what is enough
-            limit = min(self.best, bounds.root + step)
-            found = self._search(search, frontiers, limit, NARROW, final)
-            if found.cost < limit or limit == self.best:
+            max_cost = min(self.best, bounds.root + step)
+            found = self._search(search, frontiers, max_cost, NARROW, final)
+            if found.cost < max_cost or max_cost == self.best:
                 break
         width = NARROW
         while final and not found.whole and self.bound < self.best:
@@ -151,10 +151,10 @@ class _Solver:
             found = self._search(search, frontiers, self.best, width, final)
         return True
 
-    def _search(self, search: Search, frontiers: Frontiers, limit: int, width: int, final: bool) -> Found:
-        """Search below a limit; what is found is the best schedule if it can be one."""
+    def _search(self, search: Search, frontiers: Frontiers, max_cost: int, width: int, final: bool) -> Found:
+        """Search below a cost; what is found is the best schedule if it can be one."""
         done = search.work
-        found = search.run(limit, width)
+        found = search.run(max_cost, width)
         self.left -= search.work - done
         if found.cost < self.best and not frontiers.effort.optimistic:
             self.schedule = _schedule(self.chain, frontiers, self.top.budget, found.path)
