@@ -8,6 +8,7 @@ from ullage.runtime import (
     _again,
     _ahead,
     _ambient,
+    _call,
     _classes,
     _collect,
     _content,
@@ -22,7 +23,9 @@ from ullage.runtime import (
     _local,
     _log,
     _memory,
+    _modified,
     _notes,
+    _options,
     _packing,
     _place,
     _reach,
@@ -45,10 +48,10 @@ from ullage.runtime import (
 from ullage.runtime._ambient import host_rng, host_rng_moved, rng_states_from
 from ullage.runtime._checkpoint import checkpoint, run
 from ullage.runtime._eager import keep_eager
-from ullage.runtime._frame import Options
 from ullage.runtime._keep import ATTENTION, LEVELS, MATMUL, ROUTING, Rule, level_rule
 from ullage.runtime._local import Apart, is_bookkeeping, is_recomputing, recomputing_units, telling_of_skips, unit_of
 from ullage.runtime._log import draws
+from ullage.runtime._options import Options
 from ullage.runtime._place import Place, Trail
 from ullage.runtime._select import selection_of
 from ullage.runtime._site import Learnt, Shared, Site
@@ -87,7 +90,7 @@ __all__ = [
 ]  # fmt: skip
 
 _EAGER = [
-    _array, _source, _torch_autograd, _torch_tensors, _after, _again, _ahead, _ambient, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _notes, _packing, _place, _reach, _reads, _replay,
+    _array, _source, _torch_autograd, _torch_tensors, _after, _again, _ahead, _ambient, _call, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _modified, _notes, _options, _packing, _place, _reach, _reads, _replay,
     _select, _settings, _site, _skip, _sparse, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch,
 ]  # fmt: skip
 keep_eager(_EAGER)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ullage.runtime._call import Call
 from ullage.runtime._content import content_of, put_content, same_content
 from ullage.runtime._reach import Reached
 from ullage.runtime._traverse import all_places, traverse, with_classes
@@ -20,7 +21,6 @@ from ullage.runtime._walk import is_part
 
 if TYPE_CHECKING:
     from ullage.runtime._collect import Collector
-    from ullage.runtime._frame import Frame
 
 _MOST_PLACES = 256  # where replays of one unit have stopped
 
@@ -96,7 +96,7 @@ class Left:
 
     __slots__ = ("_attributes", "_everything", "_key", "_site")
 
-    def __init__(self, frame: Frame, replay: Collector) -> None:
+    def __init__(self, frame: Call, replay: Collector) -> None:
         self._attributes, self._site = Attributes(frame.reached), frame.site
         self._key: Hashable = None
         self._everything: Everything | None = None

@@ -15,8 +15,9 @@ from torch import nn
 
 from ullage._errors import ArgumentError, ReplayError
 from ullage._torch import checkpoint_debug, checkpoint_early_stop, in_forward_mode, peek_interpreter, tell
-from ullage.runtime._frame import Frame, Options
+from ullage.runtime._frame import Frame
 from ullage.runtime._keep import Keep, rule_of, torch_contexts
+from ullage.runtime._options import Options
 from ullage.runtime._reach import Reached, objects_in, roots_of
 from ullage.runtime._site import Site
 

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ullage._errors import ReplayError
 from ullage._source import source_line
+from ullage.runtime._call import Call
 from ullage.runtime._debug import first_difference
 from ullage.runtime._fills import may_be_unfilled
 from ullage.runtime._jagged import with_rows
 from ullage.runtime._local import local, quiet
+from ullage.runtime._modified import Modified
 from ullage.runtime._notes import Check, meta_of
 from ullage.runtime._select import Selection
 from ullage.runtime._skip import Placeholder, Stale
 from ullage.runtime._tier import brought_back, tensor_of
 from ullage.runtime._watch import Watch
-
-if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
-
-
-@dataclass(frozen=True)
-class Modified:
-    """In the place of a saved tensor that is not what it was: told only if backward asks for it, as by autograd.
-
-    Attributes:
-        shape: its shape.
-        by: what changed between forward and backward and went into it; "" if the unit itself writes to it after it was saved.
-        now: what it is now.
-        argument: it is an argument of a unit in this one, whose backward may do without it.
-    """
-
-    shape: torch.Size
-    by: str = ""
-    _version: int = 0
-    now: Tensor | None = None
-    argument: bool = False
-
 
 _version = attrgetter("_version")
 
@@ -60,7 +38,7 @@ class Collector:
         copies: copy the arguments of units in this one, which this one writes to afterwards.
     """
 
-    def __init__(self, frame: Frame, selection: Selection | None, whole: str = "", copies: bool = False) -> None:
+    def __init__(self, frame: Call, selection: Selection | None, whole: str = "", copies: bool = False) -> None:
         self.frame, self.selection, self.name = frame, selection, frame.site.name
         self.store: dict[int, Any] = {}
         self.versions: list[int] = []

@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 from weakref import ReferenceType, ref
@@ -20,18 +19,19 @@ from torch import Tensor
 from ullage._errors import ReplayError
 from ullage._torch import at_end_of_backward, graph_group, graph_task, pop_hooks, push_hooks
 from ullage.runtime import _ambient as ambient
-from ullage.runtime._collect import Modified
+from ullage.runtime._call import Call
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import unset
 from ullage.runtime._inputs import Inputs
 from ullage.runtime._jagged import Rows
-from ullage.runtime._keep import Rule
 from ullage.runtime._local import blame, local, quiet
 from ullage.runtime._memory import Back, same_memory, storage_of
+from ullage.runtime._modified import Modified
 from ullage.runtime._notes import Notes
+from ullage.runtime._options import Options
 from ullage.runtime._packing import Pack, packer, packer_of_all
-from ullage.runtime._place import NOWHERE, Place
+from ullage.runtime._place import NOWHERE
 from ullage.runtime._reach import Reached, name_in, objects_in, roots_of
 from ullage.runtime._reads import SMALL, Around, Reads, changed_error
 from ullage.runtime._replay import rebuild, rebuild_arguments
@@ -41,20 +41,6 @@ from ullage.runtime._state import State, Unreachable, describe
 from ullage.runtime._tier import Away, tensor_of
 
 _NONE: Any = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a unit is run; see `ullage.checkpoint`."""
-
-    rule: Rule | None = None
-    preserve_rng_state: bool = True
-    determinism_check: str = "default"
-    early_stop: bool = True
-    context_fn: Callable[[], tuple[Any, Any]] | None = None
-    debug: bool = False
-    host_rng: bool = False
-    place: Place | None = None
 
 
 class Frame:
@@ -96,7 +82,7 @@ class Frame:
     reads: Reads | None = None
     group: Any = None  # the `GraphExecGroup` that it was last rebuilt in
     back: Back | None = None  # what is put back for the replay that runs
-    previous: Frame | None = None  # the call whose output makes this one's input
+    previous: Call | None = None  # the call whose output makes this one's input
     place = NOWHERE
     # what the pack hook of its forward notes
     expected: Notes

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ullage._torch import is_lazy
 from ullage.runtime import _ambient as ambient
+from ullage.runtime._call import Call
 from ullage.runtime._eager import check
 from ullage.runtime._fills import late_kernels, mark
-from ullage.runtime._frame import Frame
 from ullage.runtime._gathered import swapped
 from ullage.runtime._keep import OpsRule
 from ullage.runtime._local import quiet
@@ -32,7 +32,7 @@ from ullage.runtime._survey import Survey
 _GATHERS = "FSDP gathers its parameters inside it, in a replay not as in forward; call ullage.checkpoint inside the sharded module's forward instead"
 
 
-def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
+def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
     """The unit's output.
 
     Args:
@@ -99,7 +99,7 @@ def learn(frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fa
 
 
 @contextlib.contextmanager
-def _recording(frame: Frame, recorder: Recorder | None) -> Iterator[None]:
+def _recording(frame: Call, recorder: Recorder | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if recorder is not None:
             stack.enter_context(recorder)
@@ -108,12 +108,12 @@ def _recording(frame: Frame, recorder: Recorder | None) -> Iterator[None]:
         yield
 
 
-def _makes_parameters(frame: Frame) -> bool:
+def _makes_parameters(frame: Call) -> bool:
     """Does a lazy module make parameters or buffers in this call?"""
     return any(is_lazy(t) for t in frame.reached.tensors())
 
 
-def _replacing(frame: Frame, tensors: list[Tensor], memory: Memory) -> str:
+def _replacing(frame: Call, tensors: list[Tensor], memory: Memory) -> str:
     """Why a forward that gives tensors other memory can't be run again; "" if it does not, or if what it replaces is put back."""
     put_back = {id(o) for o, _ in frame.entry.values} if frame.entry is not None else set()
     lost = [tensors[i] for i in memory.moved(tensors) if id(tensors[i]) not in put_back]
@@ -122,13 +122,13 @@ def _replacing(frame: Frame, tensors: list[Tensor], memory: Memory) -> str:
     return f"its forward gives {name_in(frame.roots, lost[0])} other memory (`.data =`, `set_`), which a replay would replace again"
 
 
-def _gathers(frame: Frame, recorder: Recorder) -> bool:
+def _gathers(frame: Call, recorder: Recorder) -> bool:
     """Did FSDP's hooks run inside, or only around the unit? Inside they record functions and run ops that are not aten's."""
     is_foreign = any(op.func.namespace != "aten" for op in recorder.log.ops)
     return is_foreign and any(hasattr(m, "_get_fsdp_state") for m in frame.reached.all_modules())
 
 
-def _selection(frame: Frame, recorder: Recorder) -> Selection:
+def _selection(frame: Call, recorder: Recorder) -> Selection:
     rule = frame.options.rule
     assert rule is not None
     if frame.reached.is_compiled():
@@ -140,7 +140,7 @@ def _selection(frame: Frame, recorder: Recorder) -> Selection:
     return selection_of(recorder.log, rule)
 
 
-def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
+def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
     with quiet():
         changing = frame.site.changing
         changes, entry = survey.changes(changing() if changing is not None else set(), swapped(frame.reached))
@@ -163,7 +163,7 @@ def _facts(frame: Frame, survey: Survey, host: Any, earlier: Facts | None) -> Fa
     return Facts(changes, moved, must_keep)
 
 
-def _drop(frame: Frame, keep: frozenset[int]) -> None:
+def _drop(frame: Call, keep: frozenset[int]) -> None:
     dropped = [i for i in frame.kept if i not in keep]
     proof = frame.known.proof if frame.known is not None else frame.site.shared.proof
     if proof.claim(frame) and frame.digests is None:
@@ -175,7 +175,7 @@ def _drop(frame: Frame, keep: frozenset[int]) -> None:
         frame.held[i] = None
 
 
-def _send(frame: Frame, away: frozenset[int]) -> None:
+def _send(frame: Call, away: frozenset[int]) -> None:
     for i in sorted(away):
         tensor, version = frame.kept[i]
         if isinstance(tensor, Tensor) and tensor._version == version:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ullage._torch import count_modes
+from ullage.runtime._call import Call
 from ullage.runtime._digest import comparable, digest
 from ullage.runtime._fills import is_fresh
 from ullage.runtime._jagged import is_jagged, rows_of
@@ -19,14 +20,13 @@ from ullage.runtime._local import local, quiet
 from ullage.runtime._notes import Notes, meta_of
 
 if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
     from ullage.runtime._tier import Away
 
 
 Pack = Callable[[Tensor], int]
 
 
-def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
+def packer(frame: Call, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
     """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
 
     Of those that are kept, the ones in `away` are offloaded.
@@ -92,7 +92,7 @@ def packer(frame: Frame, expected: Notes, keep: Any = (), away: Any = ()) -> Pac
     return pack_some
 
 
-def packer_of_all(frame: Frame, saved: Callable[[Tensor], None] | None = None) -> Pack:
+def packer_of_all(frame: Call, saved: Callable[[Tensor], None] | None = None) -> Pack:
     """A pack hook that keeps everything; `saved` is called with each tensor."""
     pack = packer(frame, Notes())
     kept: dict[int, tuple[Tensor | Away, int]] = {}

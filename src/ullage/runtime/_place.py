@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ReferenceType, ref
 
 from torch import Tensor
 
 from ullage._torch import tree_flatten
-
-if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
 
 
 @dataclass(frozen=True)
@@ -38,16 +35,16 @@ NOWHERE = Place()
 class Trail(threading.local):
     """The last call, in this thread, of a unit that the next one may rely on; one per model."""
 
-    last: tuple[ReferenceType[Frame], list[tuple[ReferenceType[Tensor], int] | None]] | None = None
+    last: tuple[ReferenceType[Any], list[tuple[ReferenceType[Tensor], int] | None]] | None = None
 
-    def note(self, frame: Frame, out: Any) -> None:
+    def note(self, frame: Any, out: Any) -> None:
         """A call is over."""
         self.last = None
         if frame.complete and frame.reads is not None:  # else it keeps everything, or nothing needs it
             leaves = tree_flatten(out)[0]
             self.last = ref(frame), [(ref(t), t._version) if isinstance(t, Tensor) else None for t in leaves]
 
-    def take(self) -> tuple[Frame, dict[int, int]] | None:
+    def take(self) -> tuple[Any, dict[int, int]] | None:
         """The call before, and which leaf of its output each living tensor is, by id."""
         last, self.last = self.last, None
         frame = last[0]() if last is not None else None

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
 from ullage._errors import ReplayError
-from ullage.runtime._collect import Modified
+from ullage.runtime._call import Call
 from ullage.runtime._digest import digest
 from ullage.runtime._gathered import swapped
 from ullage.runtime._local import quiet
 from ullage.runtime._memory import Back, Memory, fits_in, has_memory, kind_of, same_memory, storage_of, storages_of
+from ullage.runtime._modified import Modified
 from ullage.runtime._reach import name_in
 from ullage.runtime._state import State
-
-if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
 
 SMALL = 4096  # elements of a tensor that is copied on entry even if no call has changed it yet
 _version = attrgetter("_version")
@@ -95,7 +93,7 @@ class Places:
 
     __slots__ = ("ids", "keys")
 
-    def __init__(self, frame: Frame, replaced: Container[tuple[int, str]], ids: list[int]) -> None:
+    def __init__(self, frame: Call, replaced: Container[tuple[int, str]], ids: list[int]) -> None:
         self.ids, self.keys = ids, list[dict[str, int]]()
         i = 0
         for d in frame.reached.dicts():
@@ -105,7 +103,7 @@ class Places:
                     keys[key], i = (i, i + 1) if t is not None else (-1, i)
             self.keys.append(keys)
 
-    def in_dicts(self, frame: Frame) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    def in_dicts(self, frame: Call) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
         """The dicts, each with its keys."""
         return zip(frame.reached.dicts(), self.keys, strict=True)
 
@@ -122,7 +120,7 @@ class Reads:
 
     __slots__ = ("_places", "_tensors", "held", "ids", "memory", "replaced", "versions")
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Call) -> None:
         self.replaced = frame.entry.replaced() if frame.entry is not None else ()
         tensors: list[Any] = frame.reached.tensors(self.replaced)
         site, self.held = frame.site, False
@@ -135,7 +133,7 @@ class Reads:
             tensors[i] = ref(tensors[i])
         self._tensors: list[Any] = tensors
 
-    def now(self, frame: Frame) -> list[Tensor]:
+    def now(self, frame: Call) -> list[Tensor]:
         """What stands in the places of those tensors now."""
         return frame.reached.tensors(self.replaced)
 
@@ -151,7 +149,7 @@ class Reads:
         t = self._tensors[i]
         return t() if type(t) is ReferenceType else t
 
-    def changed(self, frame: Frame, back: Back) -> dict[int, str]:
+    def changed(self, frame: Call, back: Back) -> dict[int, str]:
         """Names, by storage, of what a replay would read and is not what the forward could; into `back` goes what can be put back.
 
         Raises:
@@ -188,7 +186,7 @@ class Reads:
         return found
 
     def _note_content(
-        self, frame: Frame, d: dict[str, Any], keys: dict[str, int], back: Back, found: dict[int, str]
+        self, frame: Call, d: dict[str, Any], keys: dict[str, int], back: Back, found: dict[int, str]
     ) -> None:
         content: dict[str, Any] = {}
         for key, i in keys.items():
@@ -201,7 +199,7 @@ class Reads:
         if list(d) != list(content) or not all(map(is_, d.values(), content.values())):
             back.dicts.append((d, content))
 
-    def put_back(self, frame: Frame) -> list[str]:
+    def put_back(self, frame: Call) -> list[str]:
         """After a replay: names of what it has replaced, which is put back, and of what it has written to."""
         now = self.now(frame)
         if (
@@ -226,7 +224,7 @@ class Reads:
         return names
 
     @staticmethod
-    def _name(frame: Frame, d: dict[str, Any], key: str, t: Tensor) -> str:
+    def _name(frame: Call, d: dict[str, Any], key: str, t: Tensor) -> str:
         now = d.get(key)
         return name_in(frame.roots, now if now is not None else t)
 
@@ -243,13 +241,13 @@ class Before:
 
     __slots__ = ("_around", "_reads")
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Call) -> None:
         reads = frame.reads
         self._reads = reads if reads is None or reads.held else Reads(frame)
         with quiet():
             self._around = [(t, t.detach()) for a in frame.around if (t := a.tensor()) is not None]
 
-    def put_back(self, frame: Frame) -> str:
+    def put_back(self, frame: Call) -> str:
         """Put back what the replay has replaced; the name of one such tensor, or of one that it has written to, or ""."""
         names = self._reads.put_back(frame) if self._reads is not None else []
         for t, data in self._around:
@@ -259,7 +257,7 @@ class Before:
         return names[0] if names else ""
 
 
-def changed_reads(frame: Frame) -> dict[int, str]:
+def changed_reads(frame: Call) -> dict[int, str]:
     """What the unit can read and is not what the forward could: names by storage. What can be put back is in `frame.back`.
 
     Raises:
@@ -284,7 +282,7 @@ def changed_reads(frame: Frame) -> dict[int, str]:
     return changed
 
 
-def _changed_copies(frame: Frame, back: Back) -> dict[int, str]:
+def _changed_copies(frame: Call, back: Back) -> dict[int, str]:
     """The replay reads the entry copy of a changed tensor, so that tensor itself must not be handed to backward."""
     lost: dict[int, str] = {}
     restored = dict(frame.restored)
@@ -322,7 +320,7 @@ def mark_restored(restored: Mapping[int, str], store: dict[int, Any]) -> None:
             store[i] = Modified(t.shape, name)
 
 
-def changed_error(frame: Frame, name: str, read: str = "") -> ReplayError:
+def changed_error(frame: Call, name: str, read: str = "") -> ReplayError:
     """The error for a replay that reads something else than its forward did; `read`: an op that reads on the host what follows from that."""
     why = (
         f", and {read} reads a value that follows from it: what the unit does next may hang on that"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from ullage._errors import ReplayError
 from ullage._torch import pop_hooks, push_hooks, set_grad_enabled
 from ullage.runtime import _ambient as ambient
 from ullage.runtime._after import Left
-from ullage.runtime._collect import Collector, Modified, Stop
+from ullage.runtime._call import Call
+from ullage.runtime._collect import Collector, Stop
 from ullage.runtime._debug import OpNames
 from ullage.runtime._digest import digest
 from ullage.runtime._local import Giving, local, quiet
 from ullage.runtime._memory import storage_of
+from ullage.runtime._modified import Modified
 from ullage.runtime._reads import Before, changed_error, changed_reads, mark_restored
 from ullage.runtime._select import Selection
 from ullage.runtime._site import Facts, refused
@@ -26,11 +28,8 @@ from ullage.runtime._sparse import SparseProducts
 from ullage.runtime._totals import totals
 from ullage.runtime._watch import Changed, Watch
 
-if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
 
-
-def rebuild(frame: Frame) -> dict[int, Any]:
+def rebuild(frame: Call) -> dict[int, Any]:
     """Rebuild what a frame dropped: selectively where that is proven, else in full.
 
     Raises:
@@ -45,7 +44,7 @@ def rebuild(frame: Frame) -> dict[int, Any]:
         return _without(frame, moved.names)
 
 
-def _from_what_was(frame: Frame) -> dict[int, Any]:
+def _from_what_was(frame: Call) -> dict[int, Any]:
     """Rebuild from the arguments, parameters and state of the forward."""
     selection = _usable(frame)
     if selection is not None:
@@ -69,7 +68,7 @@ def _from_what_was(frame: Frame) -> dict[int, Any]:
     return store
 
 
-def rebuild_arguments(frame: Frame) -> dict[int, Any]:
+def rebuild_arguments(frame: Call) -> dict[int, Any]:
     """Rebuild with copies of the arguments of units in this one, as they were when those were called.
 
     The plain step does not save such an argument, so there the unit may write to it afterwards.
@@ -82,7 +81,7 @@ def rebuild_arguments(frame: Frame) -> dict[int, Any]:
     return {i: x for i, x in store.items() if type(x) is not Modified}
 
 
-def run_again(frame: Frame, record: bool) -> Any:
+def run_again(frame: Call, record: bool) -> Any:
     """Run a unit's forward to its end for its output.
 
     Args:
@@ -105,7 +104,7 @@ def run_again(frame: Frame, record: bool) -> Any:
     return out
 
 
-def _without(frame: Frame, changed: dict[int, str], copies: bool = False) -> dict[int, Any]:
+def _without(frame: Call, changed: dict[int, str], copies: bool = False) -> dict[int, Any]:
     """Rebuild every saved tensor; leave out those computed from an input that changed since the forward."""
     try:
         return _attempt(frame, None, Watch(changed), copies=copies)[0]
@@ -113,7 +112,7 @@ def _without(frame: Frame, changed: dict[int, str], copies: bool = False) -> dic
         raise changed_error(frame, changing.name, changing.read) from None
 
 
-def _usable(frame: Frame) -> Selection | None:
+def _usable(frame: Call) -> Selection | None:
     known = frame.known
     if known is None or not frame.complete:
         return None
@@ -131,14 +130,14 @@ def _usable(frame: Frame) -> Selection | None:
     return selection
 
 
-def _note_stale(frame: Frame, why: str) -> None:
+def _note_stale(frame: Call, why: str) -> None:
     frame.site.stale += 1
     totals.stale += 1
     frame.site.shared.forget(frame.signature)
     frame.site.say(f"a stale op log ({why}); what it dropped is rebuilt in full, the next call makes a new log")
 
 
-def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
+def _proven(frame: Call, store: dict[int, Any], selection: Selection) -> bool:
     """Compare with the digests, where there are some; a log whose replay gave other bits is not used again."""
     known = frame.known
     assert known is not None
@@ -153,7 +152,7 @@ def _proven(frame: Frame, store: dict[int, Any], selection: Selection) -> bool:
     return False
 
 
-def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
+def _differing(frame: Call, store: dict[int, Any]) -> int | None:
     if not frame.digests:
         return None
     # what the unit's forward writes to is what the plain step's backward would find now, too: not what was saved
@@ -174,7 +173,7 @@ def _differing(frame: Frame, store: dict[int, Any]) -> int | None:
 _WHY = "state or random draws that ullage can't see, or an op that is not deterministic"
 
 
-def _check_values(frame: Frame, store: dict[int, Any]) -> None:
+def _check_values(frame: Call, store: dict[int, Any]) -> None:
     shared = frame.site.shared
     if not frame.digests:
         if shared.distrust:  # a call from before that was found
@@ -198,7 +197,7 @@ def _check_values(frame: Frame, store: dict[int, Any]) -> None:
 
 
 def _attempt(
-    frame: Frame, selection: Selection | None, watch: Watch | None = None, whole: str = "", copies: bool = False
+    frame: Call, selection: Selection | None, watch: Watch | None = None, whole: str = "", copies: bool = False
 ) -> tuple[dict[int, Any], Any]:
     replay = Collector(frame, selection, whole, copies)
     if selection is None or not local.units:
@@ -248,7 +247,7 @@ def _attempt(
             raise _written(frame, name)
 
 
-def _written(frame: Frame, name: str) -> ReplayError:
+def _written(frame: Call, name: str) -> ReplayError:
     """The error for a replay that did to a parameter what no call that was looked at has done; later calls are kept."""
     must_keep = (
         f"some of its forwards write {name} or give it other memory (`.data =`, `set_`), which a replay would do again"
@@ -268,7 +267,7 @@ class _Moved(Exception):
         self.names = names
 
 
-def _arguments(frame: Frame, watch: Watch | None) -> tuple[tuple[list[Any], dict[str, Any]], dict[int, str]]:
+def _arguments(frame: Call, watch: Watch | None) -> tuple[tuple[list[Any], dict[str, Any]], dict[int, str]]:
     """The arguments, as they were or followed by `watch`; and which are copies: the plain step would fail where it saves these.
 
     `_Moved` if there is no `watch` and one is not as it was.
@@ -288,7 +287,7 @@ def _arguments(frame: Frame, watch: Watch | None) -> tuple[tuple[list[Any], dict
 
 
 @contextlib.contextmanager
-def _as_it_was(frame: Frame, now: ambient.Flags) -> Iterator[None]:
+def _as_it_was(frame: Call, now: ambient.Flags) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ambient.flags_as(frame.flags, now))
         if frame.contexts is None:  # else it is set within these, which may set it themselves
@@ -301,7 +300,7 @@ def _as_it_was(frame: Frame, now: ambient.Flags) -> Iterator[None]:
 
 
 def _run(
-    frame: Frame,
+    frame: Call,
     replay: Collector,
     selection: Selection | None,
     args: list[Any],
@@ -337,6 +336,6 @@ def _run(
         local.units.pop()
 
 
-def _call(frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _call(frame: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """The forward, with the context variables of its call; those that it sets are gone afterwards."""
     return frame.context.copy().run(frame.fn, *args, **kwargs)

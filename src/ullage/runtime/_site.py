@@ -21,9 +21,8 @@ from ullage.runtime._state import Changes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ullage.runtime._frame import Options
     from ullage.runtime._memory import Layout
-    from ullage.runtime._reads import Places
+    from ullage.runtime._options import Options
     from ullage.runtime._tier import Away, Tier
 
 MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
@@ -170,7 +169,7 @@ class Site(Apart):
     late: int = 0
     notes: dict[str, None] = field(default_factory=dict)
     layout: Layout | None = None
-    places: Places | None = None
+    places: Any = None  # a `Places` of `_reads`, which stands above
     fills: bool = False
     digests_last: bool = False
     leaves: dict[Hashable, bool] = field(default_factory=dict)

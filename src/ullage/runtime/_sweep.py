@@ -15,17 +15,13 @@ Source: nested checkpoints as in Griewank & Walther, "Revolve" (ACM TOMS 26, 200
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ullage._torch import tree_flatten
+from ullage.runtime._call import Call
 from ullage.runtime._local import quiet
 from ullage.runtime._replay import run_again
 
-if TYPE_CHECKING:
-    from ullage.runtime._frame import Frame
 
-
-def make_inputs(frame: Frame, recording: bool) -> None:
+def make_inputs(frame: Call, recording: bool) -> None:
     """The sweep that gives a frame its input. `recording`: what is saved on the way may be kept.
 
     Raises:

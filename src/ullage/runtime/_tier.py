@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 import torch
@@ -33,10 +33,21 @@ from ullage.runtime._memory import IN_GRAPH, LEAF, kind_of
 from ullage.runtime._reach import Reached, roots_of
 from ullage.runtime._totals import totals
 
-if TYPE_CHECKING:
-    from ullage.runtime._site import Site
-
 LEAST_BYTES = 4096  # a block of the disk store
+
+
+class Sender(Protocol):
+    """The unit's site whose saved tensors are offloaded."""
+
+    name: str
+    tier: Any
+    late: int
+    sent_bytes: int
+
+    def send(self, x: Tensor) -> Away | None:
+        """Have a saved tensor leave, if it may."""
+
+
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -45,7 +56,7 @@ class Parcel:
 
     __slots__ = ("__weakref__", "_left", "_version", "back", "number", "site", "ticket", "users")
 
-    def __init__(self, ticket: Ticket, number: int, site: Site) -> None:
+    def __init__(self, ticket: Ticket, number: int, site: Sender) -> None:
         self.ticket, self.number, self.site = ticket, number, site
         self.users = 0  # saved tensors in this storage
         self._left = 0  # of these, how many have not asked for it since it came back
@@ -140,7 +151,7 @@ class Tier(Apart):
         self._ahead = Ahead()
         self._lock = threading.Lock()
 
-    def pack(self, x: Tensor, site: Site) -> Away | None:
+    def pack(self, x: Tensor, site: Sender) -> Away | None:
         """Have a saved tensor of a unit's, and its storage, leave; None if it is not one that can.
 
         Raises:
@@ -227,13 +238,13 @@ class _Waiting:
     def __init__(self, x: Tensor) -> None:
         self.saved: Any = (x.detach(), x._version)
 
-    def leave(self, site: Site) -> None:
+    def leave(self, site: Sender) -> None:
         tensor, version = self.saved
         if tensor._version == version:  # else backward says what happened
             self.saved = site.send(tensor) or self.saved
 
 
-def run_offloaded(site: Site, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_offloaded(site: Sender, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a unit's forward and offload what it saves; no op runs again.
 
     Raises:
