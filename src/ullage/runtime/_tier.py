@@ -45,7 +45,7 @@ class Sender(Protocol):
     sent_bytes: int
 
     def send(self, x: Tensor) -> Away | None:
-        """Have a saved tensor leave, if it may."""
+        """Offload a saved tensor, if it may be."""
 
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
