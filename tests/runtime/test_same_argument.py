@@ -51,7 +51,7 @@ def test_attention_in_an_outer_checkpoint(
 ) -> None:
     """What the inner unit holds, it holds as saved tensors of the outer one, also where torch can't make one by itself."""
     if older:
-        monkeypatch.setattr(_inputs, "_make_saved_tensor", None)
+        monkeypatch.setattr(_inputs, "make_saved_tensor", None)
     attention = nn.MultiheadAttention(16, 4, batch_first=True)
 
     def inner(h: Tensor) -> Tensor:
