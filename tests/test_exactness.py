@@ -49,6 +49,7 @@ def test_unit_by_unit() -> None:
 
 @pytest.mark.slow
 def test_everything_is_left_as_found() -> None:
+    """Alone shows it of plan, verify and measure in a row on one model with buffers and gradients."""
     work = workload("resnet")
     work.model(work.batch).sum().backward()
     before = {n: t.clone() for n, t in work.model.state_dict().items()}

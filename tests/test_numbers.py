@@ -91,12 +91,14 @@ def test_saved_numbers_are_predicted_to_the_byte() -> None:
 
 @pytest.mark.slow
 def test_saved_numbers_under_autocast() -> None:
+    """Alone shows numbers that are saved under autocast."""
     check(FORMS["several"], FORMS["gelu_new"], autocast=torch.bfloat16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(FORMS), 3))
 def test_saved_numbers_of_every_form(first: int) -> None:
+    """Alone shows all the forms; the faster one shows two."""
     check(*list(FORMS.values())[first : first + 3], nested=first == 0)
 
 

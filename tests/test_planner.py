@@ -79,11 +79,13 @@ def _digests(*arguments: str) -> set[str]:
 
 @pytest.mark.slow
 def test_the_same_workload_gives_the_same_plan_without_timing() -> None:
+    """Alone compares plans of processes with other hash seeds and threads."""
     assert len(_digests()) == 1
 
 
 @pytest.mark.slow
 def test_the_same_profile_gives_the_same_plan(tmp_path: Path) -> None:
+    """Alone shows the same for a profile with measured times that is read from a file."""
     path = tmp_path / "profile.json"
     work = workload("gpt")
     profile = ul.profile(work)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_a_70b_step_is_planned_in_little_memory() -> None:
+    """Alone plans a model of real size."""
     options = ["--seq", "8192", "--batch", "2", "--dtype", "bf16", "--device", "h200", "--budget", "700GiB", "--json"]
     command = [sys.executable, "-m", "ullage.cli", "plan", "configs/llama-3-70b.json", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

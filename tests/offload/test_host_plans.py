@@ -192,6 +192,8 @@ def test_a_frontier_with_host_memory() -> None:
 
 @pytest.mark.slow
 def test_a_larger_batch_fits_with_host_memory() -> None:
+    """Alone shows `fit` with a tier."""
+
     def make(batch: int) -> ul.Workload:
         torch.manual_seed(0)
         model = torch.nn.Sequential(*(Block(256) for _ in range(3)))

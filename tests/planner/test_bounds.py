@@ -201,6 +201,7 @@ def test_what_a_step_of_one_s_own_leaves_behind_has_a_name() -> None:
     "family", ["shared", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "shared")]
 )
 def test_families(family: str) -> None:
+    """The slow ones alone show that the bytes of each family's peak add up, and that it has levers."""
     work = workload(family)
     plan = ul.plan(work, policy="every_block", **ROOFLINE)
     found = plan.bounds

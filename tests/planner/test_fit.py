@@ -90,6 +90,7 @@ def test_a_sequence_is_bound_by_what_can_be_run() -> None:
 
 @pytest.mark.slow
 def test_any_keyword_that_takes_a_whole_number() -> None:
+    """Alone shows a fit along a keyword of any name."""
     found = ul.fit(lambda *, layers: blocks(layers=layers), "300KiB", "layers", **FAST)
     check(found, lambda layers: blocks(layers=layers))
     assert found.axis == "layers" and found.unit == "samples/s"

@@ -34,6 +34,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_budget_is_that_of_plan() -> None:
+    """Alone compares a report's plan, timelines and frontier with those asked for one by one."""
     work = tiny()
     plan = ul.plan(work, "80% of plain", **ROOFLINE)
     found = ul.report(work, budget="80% of plain", points=2, **ROOFLINE)
@@ -50,6 +51,7 @@ def test_a_budget_is_that_of_plan() -> None:
 
 @pytest.mark.slow
 def test_a_plan_from_a_file_is_restated() -> None:
+    """Alone shows a report of a plan that was edited by hand."""
     work = tiny()
     plan = ul.plan(work, "70% of plain", **ROOFLINE)
     found = ul.report(work, plan, points=None)

@@ -14,6 +14,7 @@ from tests.runtime.running import Leaks, Verdict, checked
 
 @pytest.mark.parametrize("programs", [120, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_programs(programs: int) -> None:
+    """The slow one alone tries 1,000; each is judged beside the plain step and torch's own checkpoint."""
     kinds: Counter[str] = Counter()
     bad: list[tuple[int, Verdict]] = []
     selective = skipped = 0
