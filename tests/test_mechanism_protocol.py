@@ -29,12 +29,11 @@ CODE = "\n".join(
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """The page's module, whose mechanism is registered for this file's tests."""
     path = tmp_path_factory.mktemp("toy") / "bits_toy.py"
-    path.write_text(CODE.replace("register(Bits())", ""))
+    path.write_text(CODE)
     module = ModuleType("bits_toy")
     module.__file__ = str(path)
     sys.modules["bits_toy"] = module
     exec(compile(path.read_text(), path, "exec"), vars(module))
-    register(module.Bits())
     yield module
     unregister("bits")
     del sys.modules["bits_toy"]
@@ -121,11 +120,15 @@ def test_the_command(
         assert cli.run([*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
+    unregister("bits")  # as in a new process: the file registers it
     common = ["--costs", "roofline"]
     plan = run("plan", target, "--policy", "none", "--pin", "blocks.*=bits", "-o", "plan.json", *common)
     assert [d["action"] for d in plan["decisions"]] == ["bits"] * 4
+    unregister("bits")
     assert run("verify", target, "--plan", "plan.json", "--steps", "1")["ok"]
     assert "bits" in [p["policy"] for p in run("frontier", target, "--points", "3", *common)["policies"]]
+    unregister("bits")
+    register(toy.Bits())
 
 
 def test_a_file_that_names_an_unknown_mechanism(toy: ModuleType, tmp_path: Path) -> None:
@@ -138,7 +141,12 @@ def test_a_file_that_names_an_unknown_mechanism(toy: ModuleType, tmp_path: Path)
         register(toy.Bits())
 
 
-def test_registering() -> None:
+def test_registering(toy: ModuleType) -> None:
+    toy_again = type("Bits", (toy.Bits,), {"__module__": toy.Bits.__module__, "__qualname__": toy.Bits.__qualname__})
+    register(toy_again())  # as a notebook's cell that is run again
+    assert type(Option("bits").mechanism) is toy_again
+    register(toy.Bits())
+
     class Nameless(Mechanism):
         pass
 

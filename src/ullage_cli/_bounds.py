@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ullage_cli._options import cost_options, json_option, load, show, target_options, verb
+from ullage_cli._options import cost_options, json_option, load_with_plan, show, target_options, verb
 from ullage_cli._progress import progress
 
 
@@ -19,7 +19,7 @@ def bounds(as_json: bool, plan_path: str | None, device: str | None, costs: str,
     """Say what holds the peak: the moment, the tensors alive then, and what would lower it, with numbers."""
     import ullage as ul
 
-    plan = ul.Plan.load(plan_path) if plan_path is not None else None
+    work, plan = load_with_plan(options, plan_path)
     with progress() as report:
-        result = ul.bounds(load(options), plan, device, costs, progress=report)
+        result = ul.bounds(work, plan, device, costs, progress=report)
     show(result, as_json)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ullage_cli._errors import FAILED
-from ullage_cli._options import budget_value, cost_options, json_option, load, show, target_options, verb
+from ullage_cli._options import budget_value, cost_options, json_option, load_with_plan, show, target_options, verb
 from ullage_cli._progress import progress
 
 
@@ -55,14 +55,15 @@ def check(
         check_writable(against)  # refused now, not after the work
     if max_peak is None and max_slowdown is None and against is None and budget is None:
         raise click.UsageError("nothing to check: give --max-peak, --max-slowdown, --budget or --against")
+    work, plan = load_with_plan(options, plan_path)
     with progress() as report:
         gate = ul.check(
-            load(options),
+            work,
             max_peak=budget_value(max_peak) if max_peak is not None else None,
             max_slowdown=max_slowdown,
             against=None if update else against,
             allow_growth=budget_value(allow_growth),
-            plan=ul.Plan.load(plan_path) if plan_path is not None else None,
+            plan=plan,
             budget=budget_value(budget) if budget is not None else None,
             device=device,
             costs=costs,

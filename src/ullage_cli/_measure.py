@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ullage_cli._options import json_option, load, output_file, show, target_options, verb
+from ullage_cli._options import json_option, load_with_plan, output_file, show, target_options, verb
 from ullage_cli._progress import progress
 
 
@@ -25,10 +25,10 @@ def measure(as_json: bool, plan_path: str | None, steps: int, snapshot: str | No
     """Run real steps: peak bytes and step times."""
     import ullage as ul
 
-    plan = ul.Plan.load(plan_path) if plan_path is not None else None
+    given, plan = load_with_plan(options, plan_path)
     with progress() as report:
         report("building the model")
-        work = load(options).build()
+        work = given.build()
         result = ul.measure(work, plan, steps, progress=report)
         if snapshot is not None:
             report("recording a memory snapshot")

@@ -125,6 +125,14 @@ def load(options: dict[str, Any]) -> Workload:
     return load_target(**options)
 
 
+def load_with_plan(options: dict[str, Any], path: str | None) -> tuple[Workload, Plan | None]:
+    """The workload, and the plan in a file. The target comes first: it may register a mechanism that the plan uses."""
+    from ullage.planner import Plan
+
+    work = load(options)
+    return work, Plan.load(path) if path is not None else None
+
+
 def budget_value(text: str) -> int | str:
     """A budget as the functions take it: digits alone are bytes."""
     return int(text) if text.isdecimal() else text

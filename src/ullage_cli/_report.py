@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from ullage_cli._options import budget_value, cost_options, json_option, load, page_option, show, target_options, verb
+from ullage_cli._options import (
+    budget_value,
+    cost_options,
+    json_option,
+    load_with_plan,
+    page_option,
+    show,
+    target_options,
+    verb,
+)
 from ullage_cli._progress import progress
 
 
@@ -44,10 +53,10 @@ def report(
 
     if output is None and not as_json:
         raise click.UsageError("name the file with -o, such as -o report.html")
-    plan = ul.Plan.load(plan_path) if plan_path is not None else None
+    work, plan = load_with_plan(options, plan_path)
     with progress() as say:
         result = ul.report(
-            load(options),
+            work,
             plan,
             budget=budget_value(budget) if budget is not None else None,
             points=None if no_frontier else points,

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from ullage_cli._options import cost_options, json_option, load, output_file, show, show_plot, target_options, verb
+from ullage_cli._options import (
+    cost_options,
+    json_option,
+    load_with_plan,
+    output_file,
+    show,
+    show_plot,
+    target_options,
+    verb,
+)
 from ullage_cli._progress import progress
 
 
@@ -52,9 +61,9 @@ def timeline(
     import ullage as ul
     from ullage.report._terminal import terminal
 
-    plan = ul.Plan.load(plan_path) if plan_path is not None else None
+    work, plan = load_with_plan(options, plan_path)
     with progress() as report:
-        result = ul.timeline(load(options), plan, device=device, costs=costs, progress=report)
+        result = ul.timeline(work, plan, device=device, costs=costs, progress=report)
         report("writing")
         if output is not None:
             result.save(output)

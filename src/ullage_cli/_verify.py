@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ullage_cli._errors import FAILED
-from ullage_cli._options import json_option, load, show, target_options, verb
+from ullage_cli._options import json_option, load_with_plan, show, target_options, verb
 from ullage_cli._progress import progress
 
 
@@ -31,9 +31,10 @@ def verify(context: click.Context, /, as_json: bool, plan_path: str, steps: int,
     """
     import ullage as ul
 
-    plan = ul.Plan.load(plan_path)
+    work, plan = load_with_plan(options, plan_path)
+    assert plan is not None  # it is required
     with progress() as report:
         report("building the model")
-        check = ul.verify(load(options).build(), plan, steps, scope, progress=report)
+        check = ul.verify(work.build(), plan, steps, scope, progress=report)
     show(check, as_json)
     context.exit(0 if check.ok else FAILED)

@@ -282,6 +282,8 @@ _registered: dict[str, Mechanism] = {}
 def register(mechanism: Mechanism) -> None:
     """Make a mechanism known: plans made from now on may use it, and files that name it can be read.
 
+    A class of the same module and name takes the place of the one before: a cell that is run again, a file that is loaded again.
+
     Raises:
         ArgumentError: its action is no lower-case identifier, or another mechanism has it.
     """
@@ -290,8 +292,8 @@ def register(mechanism: Mechanism) -> None:
         raise ArgumentError(
             f"mechanism {type(mechanism).__name__}: action={action!r}: expected a lower-case identifier"
         )
-    if action in _registered:
-        other = type(_registered[action])
+    other = type(_registered.get(action, mechanism))
+    if (other.__module__, other.__qualname__) != (type(mechanism).__module__, type(mechanism).__qualname__):
         raise ArgumentError(
             f"mechanism {type(mechanism).__name__}: {other.__module__}.{other.__name__} has the action {action!r}; give it another"
         )
