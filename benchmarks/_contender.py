@@ -22,8 +22,8 @@ from torch import Tensor
 import ullage as ul
 from ullage.measure._allocator import record_steps
 from ullage.measure._measure import keep_pages, resident_bytes
-from ullage.planner import _planner as planner
-from ullage.planner._budget import Budget
+from ullage.planner.decide import _planner as planner
+from ullage.planner.plan._budget import Budget
 from ullage.workload import Instance, run_step
 from ullage.workload._step import compute_loss
 

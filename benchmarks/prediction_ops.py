@@ -26,7 +26,7 @@ from _machine import machine
 from _op_steps import OpStep, names, steps
 
 import ullage as ul
-import ullage.planner._study
+import ullage.planner.study._study
 from ullage.measure._measure import _peaks
 from ullage.measure._state import preserved
 
@@ -123,7 +123,7 @@ def main() -> int:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     wanted = options.only or names()
     # times are not judged here: those of the host are taken once, not for every op
-    ullage.planner._study.measure_host = functools.cache(ullage.planner._study.measure_host)
+    ullage.planner.study._study.measure_host = functools.cache(ullage.planner.study._study.measure_host)
     rows: list[Row] = []
     begin = time.perf_counter()
     for step in steps(set(wanted), options.samples):

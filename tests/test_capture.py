@@ -19,9 +19,9 @@ from ullage.capture._outputs import KnownOutputs, argument_key
 from ullage.capture._trace import spec_of
 from ullage.cost._made import make_tensor
 from ullage.mechanisms import KEEP, RECOMPUTE
-from ullage.planner._model import model_of
-from ullage.planner._prepare import study
-from ullage.planner._study import Study
+from ullage.planner.model._model import model_of
+from ullage.planner.study._prepare import study
+from ullage.planner.study._study import Study
 
 RNG_STATE_BYTES = 5056  # a unit holds one from entry to exit, to see whether it drew
 

@@ -20,7 +20,7 @@ def _script() -> Any:
 def test_there_are_none() -> None:
     script = _script()
     graph = script.imports(script.SOURCE)
-    assert len(graph) > 200 and "ullage.planner._study" in graph["ullage.planner._confirm"]
+    assert len(graph) > 200 and "ullage.planner.study._study" in graph["ullage.planner.decide._confirm"]
     assert script.circles(graph) == script.circles(script.by_folder(graph, script.SOURCE)) == []
 
 

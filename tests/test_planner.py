@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import ullage as ul
 from tests.zoo import workload
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
-from ullage.planner._model import OptionFacts, StepModel
-from ullage.planner._solve import smallest, solve
+from ullage.planner.model._model import OptionFacts, StepModel
+from ullage.solver._solve import smallest, solve
 
 _ACTIONS = [KEEP, RECOMPUTE, Option("select", "attention")]
 _size = st.integers(0, 40)

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from _op_steps import steps
 
 import ullage as ul
-import ullage.planner._study
+import ullage.planner.study._study
 from ullage.capture._timeline import OpCost
 from ullage.cost import HostCost
 from ullage.measure._measure import _peaks
@@ -54,7 +54,7 @@ HANG_ON_VALUES = ["index_fill", "masked_fill", "masked_scatter"]
 
 @pytest.fixture(autouse=True)
 def no_host_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ullage.planner._study, "measure_host", HostCost)
+    monkeypatch.setattr(ullage.planner.study._study, "measure_host", HostCost)
 
 
 def predicted_and_recorded(name: str) -> tuple[ul.Profile, list[int], list[int]]:
@@ -119,7 +119,7 @@ def test_planning_from_a_profile_measures_no_node(monkeypatch: pytest.MonkeyPatc
     def refused(*_: Any) -> OpCost:
         raise AssertionError("a node is measured")
 
-    monkeypatch.setattr("ullage.planner._nodes.measure_node", refused)
+    monkeypatch.setattr("ullage.planner.study._nodes.measure_node", refused)
     ul.plan(routed(), policy="every_block", profile=profile)
 
 

@@ -17,12 +17,13 @@ from tests.runtime import running
 from tests.runtime.programs import random_program
 from tests.runtime.steps import bits
 from tests.unit_logs import UNITS, Choose, indices_of, log_of, random_log, subsets, unit_of
-from ullage.levels import _eliminate, _within
+from ullage.levels import _choice as _within
+from ullage.levels import _eliminate
+from ullage.levels._choice import Level, levels
 from ullage.levels._eliminate import Curve, TooWide, curve_of
 from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
 from ullage.levels._milp import Program
 from ullage.levels._unit_graph import graph_of, rule_for
-from ullage.levels._within import Level, levels
 from ullage.runtime import Options, Site, _learn, level_rule, run
 from ullage.runtime._log import Log
 from ullage.runtime._select import RUN, SKIP, selection_of

@@ -23,7 +23,7 @@ from ullage_cli._progress import progress
 
 def _picture(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Refused now, not after the work."""
-    from ullage.planner._draw import check_picture
+    from ullage.planner.answers._draw import check_picture
 
     if value is not None:
         check_picture(value)
@@ -50,7 +50,7 @@ def frontier(
     The plot, and --picture, need the extra `plot`.
     """
     import ullage as ul
-    from ullage.planner._draw import terminal
+    from ullage.planner.answers._draw import terminal
 
     tier = taken_tier(options)
     with progress() as report:

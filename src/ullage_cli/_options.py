@@ -11,7 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from ullage.planner import Plan
-    from ullage.planner._study import Study
+    from ullage.planner.study._study import Study
     from ullage.workload import Workload
 
 Command = Callable[..., Any]

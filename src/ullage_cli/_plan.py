@@ -65,9 +65,9 @@ def plan(
 
     Exit code 3: no plan fits; the smallest budget that would is said.
     """
-    from ullage.planner._overrides import Overrides
-    from ullage.planner._planner import study_and_plan
-    from ullage.planner._tiers import TierRequest
+    from ullage.planner.decide._planner import study_and_plan
+    from ullage.planner.plan._overrides import Overrides
+    from ullage.planner.study._tiers import TierRequest
 
     tier = TierRequest(**taken_tier(options))
     work = load(options)  # its file may register a mechanism that the overrides name

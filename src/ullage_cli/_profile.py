@@ -14,7 +14,7 @@ from ullage_cli._progress import progress
 @json_option
 def profile(as_json: bool, device: str | None, costs: str, **options: Any) -> None:
     """Capture one step without running it: the peak, what holds it, the units."""
-    from ullage.planner._profile import study_and_profile
+    from ullage.planner.plan._profile import study_and_profile
 
     with progress() as report:
         study, result = study_and_profile(load(options), device, costs, progress=report)

@@ -15,7 +15,7 @@ import torch
 import ullage as ul
 from tests.offload.conftest import Gate, data, until, when
 from ullage.offload import DiskTicket
-from ullage.offload._books import Books
+from ullage.offload._disk_state import Books
 from ullage.offload._record import Charge
 
 Hold = Callable[[], Gate]

@@ -12,11 +12,11 @@ import pytest
 from msgspec import structs
 
 from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
-from ullage.planner._channels import COMPUTE, IN, OUT, Channels, Event, overlap
-from ullage.planner._instance import OptionFacts, StepModel
-from ullage.planner._schedule import Single, flat
-from ullage.planner._tiers import Disk
-from ullage.planner._with_tier import WINDOWS, Pace, events_of, solve_with_tier
+from ullage.planner.model._with_tier import WINDOWS, Pace, events_of, solve_with_tier
+from ullage.planner.study._tiers import Disk
+from ullage.solver._channels import COMPUTE, IN, OUT, Channels, Event, overlap
+from ullage.solver._instance import OptionFacts, StepModel
+from ullage.solver._schedule import Single, flat
 
 WRITE, READ = 2, 1  # bytes a tick
 

@@ -17,9 +17,9 @@ from tests.offload.test_host_steps import Tower
 from ullage.apply import _open
 from ullage.cost import find_device
 from ullage.offload import Bandwidth
-from ullage.planner import _tiers
-from ullage.planner._device import DeviceChoice
-from ullage.planner._tiers import Disk, TierRequest, choose_tier
+from ullage.planner.study import _tiers
+from ullage.planner.study._device import DeviceChoice
+from ullage.planner.study._tiers import Disk, TierRequest, choose_tier
 
 
 @pytest.mark.parametrize("name", ["copy_out", "copy_in"])

@@ -13,7 +13,7 @@ import ullage as ul
 from tests.offload.planned import CAPACITY, backward, offload, tower
 from ullage.apply._handle import _slower
 from ullage.offload import Bandwidth, Stats
-from ullage.planner._tiers import Disk, Host, Traffic
+from ullage.planner.study._tiers import Disk, Host, Traffic
 
 
 def made(plan: ul.Plan, **of_traffic: Any) -> ul.Plan:
@@ -35,7 +35,7 @@ def test_waits_beyond_those_simulated_are_slower_transfers() -> None:
 
 
 def test_the_next_plan_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ullage.planner._tiers.measure_bandwidth", lambda *_, **__: Bandwidth(4e8, 8e8, True))
+    monkeypatch.setattr("ullage.planner.study._tiers.measure_bandwidth", lambda *_, **__: Bandwidth(4e8, 8e8, True))
     work = tower(2)
     with offload(work, tmp_path).apply(work.model) as handle:
         backward(work.model, work.batch)

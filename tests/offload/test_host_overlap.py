@@ -8,8 +8,8 @@ import pytest
 
 import ullage as ul
 from tests.offload.streams import SimulatedLink
-from ullage.planner._channels import COMPUTE, IN, OUT, Channels, Event, overlap
 from ullage.runtime import Site, Tier
+from ullage.solver._channels import COMPUTE, IN, OUT, Channels, Event, overlap
 
 BLOCK = 4096
 Step = list[tuple[int, int, int]]  # per unit: bytes that leave, seconds of its forward and of its backward

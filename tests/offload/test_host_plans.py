@@ -14,12 +14,12 @@ from ullage.cost import find_device
 from ullage.mechanisms import Option, option_from_name
 from ullage.mechanisms._levels import find_levels
 from ullage.offload import whole_blocks
-from ullage.planner._budget import Budget
-from ullage.planner._model import model_of
-from ullage.planner._options import StudyExploration
-from ullage.planner._planner import decide
-from ullage.planner._prepare import prepare
-from ullage.planner._tiers import Host, TierRequest, choose_tier
+from ullage.planner.decide._planner import decide
+from ullage.planner.model._model import model_of
+from ullage.planner.plan._budget import Budget
+from ullage.planner.study._options import StudyExploration
+from ullage.planner.study._prepare import prepare
+from ullage.planner.study._tiers import Host, TierRequest, choose_tier
 from ullage.runtime._keep import OpsRule
 
 ROWS = 8 * 32  # of a tower's input

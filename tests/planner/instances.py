@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
-from ullage.planner._instance import OptionFacts, StepModel
-from ullage.planner._schedule import Item, Run, Schedule, Single, evaluate
+from ullage.solver._instance import OptionFacts, StepModel
+from ullage.solver._schedule import Item, Run, Schedule, Single, evaluate
 
 _ACTIONS = [RECOMPUTE, RECOMPUTE, KEEP, Option("select", "attention"), Option("select", "matmul_attention")]
 

@@ -18,9 +18,9 @@ from tests.planner.models import LOGITS, ROWS, VOCABULARY, WIDTH, ChunkedHead, H
 from tests.small import tiny
 from tests.zoo import FAMILIES, workload
 from ullage.mechanisms import RECOMPUTE
-from ullage.planner._live import categories
-from ullage.planner._names import glob_of, matching
-from ullage.planner._prepare import study
+from ullage.planner.explain._names import glob_of, matching
+from ullage.planner.study._liveness import categories
+from ullage.planner.study._prepare import study
 
 ROOFLINE: Any = {"costs": "roofline"}
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import ullage as ul
 from ullage.mechanisms import KEEP, Option
-from ullage.planner._budget import Budget
-from ullage.planner._links import assignment_of
-from ullage.planner._model import model_of
-from ullage.planner._planner import decide
-from ullage.planner._prepare import prepare
-from ullage.planner._schedule import Run, Schedule, Single
-from ullage.planner._study import Study
+from ullage.planner.decide._planner import decide
+from ullage.planner.model._model import model_of
+from ullage.planner.plan._budget import Budget
+from ullage.planner.study._links import assignment_of
+from ullage.planner.study._prepare import prepare
+from ullage.planner.study._study import Study
+from ullage.solver._schedule import Run, Schedule, Single
 
 
 class Block(nn.Module):

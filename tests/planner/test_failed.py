@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ullage as ul
 from ullage.capture import OptionFailed, Session
-from ullage.planner._failed import TRIED_ALONE
+from ullage.planner.study._failed import TRIED_ALONE
 
 
 class Block(nn.Module):

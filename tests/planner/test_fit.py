@@ -13,7 +13,7 @@ from torch import nn
 import ullage as ul
 from tests.small import Blocks, blocks, tiny
 from ullage.measure._measure import record_peak
-from ullage.planner import _fit
+from ullage.planner.answers import _fit
 
 FAST = {"costs": "roofline"}
 

@@ -18,12 +18,13 @@ import ullage as ul
 from tests.small import blocks, tiny
 from tests.zoo import workload
 from ullage.measure._measure import record_peak
-from ullage.planner import _frontier, _prepare, _study
-from ullage.planner._budget import Budget
-from ullage.planner._draw import terminal
-from ullage.planner._frontier import curve, spread
-from ullage.planner._policies import named_policies
-from ullage.planner._study import Study
+from ullage.planner.answers import _frontier
+from ullage.planner.answers._draw import terminal
+from ullage.planner.answers._frontier import curve, spread
+from ullage.planner.plan._budget import Budget
+from ullage.planner.plan._policies import named_policies
+from ullage.planner.study import _prepare, _study
+from ullage.planner.study._study import Study
 
 POLICIES = named_policies(offloads=False)
 

@@ -13,9 +13,9 @@ from ullage.capture._timeline import OpCost
 from ullage.cost import HostCost, find_device, host_cost_in, measure_host
 from ullage.cost._host import _line
 from ullage.mechanisms import KEEP, RECOMPUTE
-from ullage.planner._model import model_of
-from ullage.planner._prepare import study
-from ullage.planner._study import Study
+from ullage.planner.model._model import model_of
+from ullage.planner.study._prepare import study
+from ullage.planner.study._study import Study
 
 GIVEN = HostCost(full=2e-3, full_op=3e-5, selective=1e-3, selective_op=1e-5)
 

@@ -13,7 +13,7 @@ import torch
 import ullage as ul
 from tests.planner.models import Mlp, Tower, tower
 from tests.small import tiny
-from ullage.planner._overrides import Overrides
+from ullage.planner.plan._overrides import Overrides
 
 ROOFLINE: Any = {"costs": "roofline"}
 BUDGET = "72% of plain"

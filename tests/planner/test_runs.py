@@ -12,10 +12,10 @@ import pytest
 
 from tests.planner.instances import blocks, unit_chain
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
-from ullage.planner._chain import Chain
-from ullage.planner._instance import OptionFacts, StepModel
-from ullage.planner._runs import ALL, Effort, Frontiers, TooManyPoints, at
-from ullage.planner._solve import smallest, solve
+from ullage.solver._chain import Chain
+from ullage.solver._instance import OptionFacts, StepModel
+from ullage.solver._runs import ALL, Effort, Frontiers, TooManyPoints, at
+from ullage.solver._solve import smallest, solve
 
 
 @lru_cache

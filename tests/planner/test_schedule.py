@@ -6,8 +6,8 @@ import pytest
 
 from tests.planner.instances import unit_chain
 from ullage.mechanisms import KEEP, RECOMPUTE
-from ullage.planner._instance import OptionFacts, StepModel
-from ullage.planner._schedule import Item, Run, Schedule, Single, check, evaluate, flat
+from ullage.solver._instance import OptionFacts, StepModel
+from ullage.solver._schedule import Item, Run, Schedule, Single, check, evaluate, flat
 
 
 def _chain(units: int) -> StepModel:

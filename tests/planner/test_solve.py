@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.planner.instances import MB, blocks, frontier, long_inputs, random_model, unit_chain
-from ullage.planner._bounds import TopLevel
-from ullage.planner._chain import chain_of
-from ullage.planner._instance import StepModel
-from ullage.planner._schedule import Run, check, evaluate
-from ullage.planner._solve import Solution, _Solver, smallest, solve
+from ullage.solver._bounds import TopLevel
+from ullage.solver._chain import chain_of
+from ullage.solver._instance import StepModel
+from ullage.solver._schedule import Run, check, evaluate
+from ullage.solver._solve import Solution, _Solver, smallest, solve
 
 
 def _agrees(model: StepModel, rng: random.Random, budgets: int) -> None:

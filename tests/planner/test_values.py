@@ -14,13 +14,13 @@ import ullage as ul
 from tests.small import tiny
 from ullage.capture import Session
 from ullage.mechanisms import KEEP, RECOMPUTE
-from ullage.planner._budget import Budget
-from ullage.planner._choices import Choices
-from ullage.planner._confirm import optimal
-from ullage.planner._executed import Executed, StepCapture, Steps
-from ullage.planner._planner import decide
-from ullage.planner._prepare import prepare
-from ullage.planner._study import Study
+from ullage.planner.decide._confirm import optimal
+from ullage.planner.decide._planner import decide
+from ullage.planner.plan._budget import Budget
+from ullage.planner.study._choices import Choices
+from ullage.planner.study._executed import Executed, StepCapture, Steps
+from ullage.planner.study._prepare import prepare
+from ullage.planner.study._study import Study
 
 MOST_STEPS = 18  # as many as it took before executed steps were values
 SOURCE = Path(ul.__file__).parent

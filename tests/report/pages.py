@@ -8,7 +8,7 @@ import numpy as np
 
 import ullage as ul
 from ullage.planner import Decision, Forecast, FrontierPoint, PolicyPoint
-from ullage.planner._plan import Fingerprint
+from ullage.planner.plan._plan import Fingerprint
 from ullage.report import Allocations, Events, StepReport
 from ullage.report._columns import Column
 from ullage.report._timeline import VERSION

@@ -18,9 +18,9 @@ from tests.planner import models
 from tests.planner.models import Mlp, Tower
 from tests.small import blocks, next_byte, tiny
 from tests.zoo import adamw, workload
-from ullage.planner._live import by_category, live_tensors, peak_op
-from ullage.planner._planned import execute_plan, study_plan
-from ullage.planner._planner import smallest_bytes
+from ullage.planner.decide._planner import smallest_bytes
+from ullage.planner.plan._planned import execute_plan, study_plan
+from ullage.planner.study._liveness import by_category, live_tensors, peak_op
 from ullage.report import Timeline
 from ullage.report._make import timeline_of
 

@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from ullage._errors import OffloadError
-from ullage.offload._books import Books
+from ullage.offload._disk_state import Books
+from ullage.offload._failures import failed, full, modified, refused
 from ullage.offload._file import cause_of, hint_for
 from ullage.offload._guard import Guard
 from ullage.offload._ledger import Limits
@@ -25,7 +26,6 @@ from ullage.offload._memory import Memory
 from ullage.offload._queues import URGENT
 from ullage.offload._record import Charge, Failure, FileRecord, Mover, Phase
 from ullage.offload._staging import Staging
-from ullage.offload._words import failed, full, modified, refused
 
 
 class Engine(Guard[FileRecord]):

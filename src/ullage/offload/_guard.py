@@ -8,8 +8,8 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import Generic
 
+from ullage.offload._failures import refused
 from ullage.offload._ledger import Ledger, R
-from ullage.offload._words import refused
 
 
 class Guard(ABC, Generic[R]):

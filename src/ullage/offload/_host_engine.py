@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from ullage.offload._facts import Stats
+from ullage.offload._failures import full, modified, refused
 from ullage.offload._guard import Guard
-from ullage.offload._host_books import HostBooks, HostRecord
+from ullage.offload._host_state import HostBooks, HostRecord
 from ullage.offload._ledger import Limits
 from ullage.offload._link import Link
 from ullage.offload._record import Charge, Phase
-from ullage.offload._words import full, modified, refused
 
 
 class HostEngine(Guard[HostRecord]):

@@ -14,12 +14,12 @@ from ullage.capture import UnitFacts
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
 from ullage.planner import Plan, Profile
-from ullage.planner._budget import Budget
-from ullage.planner._plan import environment
-from ullage.planner._planned import study_plan
-from ullage.planner._planner import decide
-from ullage.planner._prepare import prepare
-from ullage.planner._study import Study
+from ullage.planner.decide._planner import decide
+from ullage.planner.plan._budget import Budget
+from ullage.planner.plan._plan import environment
+from ullage.planner.plan._planned import study_plan
+from ullage.planner.study._prepare import prepare
+from ullage.planner.study._study import Study
 from ullage.report._baseline import VERSION, Baseline, StepFacts, UnitState
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._rows import Row, by_module, grouped, rows, signed

@@ -14,10 +14,10 @@ from ullage.capture import Session
 from ullage.measure._reach import optimizers_of
 from ullage.measure._state import captures
 from ullage.planner import Plan, Profile
-from ullage.planner._executed import StepCapture, Steps
-from ullage.planner._live import Ledger, categories, peak_op
-from ullage.planner._planned import execute_plan, study_plan
-from ullage.planner._study import Study
+from ullage.planner.plan._planned import execute_plan, study_plan
+from ullage.planner.study._executed import StepCapture, Steps
+from ullage.planner.study._liveness import Ledger, categories, peak_op
+from ullage.planner.study._study import Study
 from ullage.report._columns import Column
 from ullage.report._records import PHASES, Allocations, Events, Transfer
 from ullage.report._timeline import VERSION, Timeline

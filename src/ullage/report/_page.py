@@ -13,8 +13,8 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import ArgumentError
 from ullage._files import check_writable, write_whole
 from ullage._writers import writes
-from ullage.planner._overrides import describe
-from ullage.planner._plan import environment
+from ullage.planner.plan._overrides import describe
+from ullage.planner.plan._plan import environment
 from ullage.report._compare import LETTERS, Comparison, said_of_units
 from ullage.report._drawn import drawn_comparison, drawn_overview
 from ullage.report._overview import StepReport

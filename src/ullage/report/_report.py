@@ -10,10 +10,10 @@ from ullage._errors import ArgumentError
 from ullage.measure._measure import Measurement
 from ullage.measure._state import captures
 from ullage.planner import Plan, Profile
-from ullage.planner._frontier import check_points, frontier_of
-from ullage.planner._planned import study_plan
-from ullage.planner._planner import decide, study_and_plan
-from ullage.planner._restate import restate
+from ullage.planner.answers._frontier import check_points, frontier_of
+from ullage.planner.decide._planner import decide, study_and_plan
+from ullage.planner.decide._restate import restate
+from ullage.planner.plan._planned import study_plan
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._overview import Measured, StepReport
 from ullage.report._sides import read

@@ -16,7 +16,7 @@ from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage._writers import write
 from ullage.planner import Holding
-from ullage.planner._peak import holding_rows
+from ullage.planner.explain._peak import holding_rows
 from ullage.report._records import (
     CATEGORIES,
     INSIDE,

@@ -2,7 +2,7 @@
 
 What left last is asked for first. Inside a unit the order may be another one, as a replay asks for what its forward made
 first: so the rest of what the unit sent comes before what others sent. What left before the last backward began is of other graphs.
-The runtime and the simulation of a step (`ullage.planner._channels`) both go by it.
+The runtime and the simulation of a step (`ullage.solver._channels`) both go by it.
 """
 
 from __future__ import annotations

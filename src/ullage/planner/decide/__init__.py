@@ -1,0 +1,1 @@
+"""From a study and a budget to a plan whose step has been executed."""

@@ -1,0 +1,165 @@
+"""From an executed assignment to a plan: what is predicted, and what is said of each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from msgspec import structs
+
+from ullage._bytes import format_bytes
+from ullage._errors import BudgetError
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
+from ullage.offload import BLOCK
+from ullage.planner.explain._peak import bounds_of
+from ullage.planner.model._model import model_of
+from ullage.planner.plan._budget import Budget
+from ullage.planner.plan._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
+from ullage.planner.study._choices import Choices
+from ullage.planner.study._executed import Executed, StepCapture, Steps
+from ullage.planner.study._study import Study
+from ullage.planner.study._tiers import Disk, Host, OffloadTier, Traffic
+from ullage.workload import note_of
+
+
+def forecast(steps: Steps) -> Forecast:
+    """What is predicted of an executed first and later step."""
+    moved, (phase, module, op) = steps.later.overlap, steps.worst.moment
+    return Forecast(
+        peak_bytes=steps.peak_bytes,
+        step_seconds=steps.seconds,
+        first_step_peak_bytes=steps.first.peak_bytes,
+        later_step_peak_bytes=steps.later.peak_bytes,
+        phase=phase,
+        module=module,
+        op=op,
+        traffic=Traffic.of(moved) if moved is not None else None,
+    )
+
+
+def finish(
+    s: Study,
+    choices: Choices,
+    steps: Steps,
+    budget: Budget | None,
+    policy: str,
+    bound: float,
+    pinned: Mapping[str, str],
+    explain: bool = False,
+) -> Plan:
+    """The plan of executed steps.
+
+    Args:
+        s: the study.
+        choices: what there was to choose from.
+        steps: what was decided on.
+        budget: it fits, if there is one.
+        policy: "optimal", or the one that was named.
+        bound: seconds that no step within the budget can do without.
+        pinned: reasons that are known already, by unit.
+        explain: say what holds the peak and what would lower it, which takes a step or two more.
+    """
+    if not steps.fits_tier:
+        larger = max(steps.both, key=lambda e: e.offloaded_bytes)
+        raise too_much_offloaded(larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
+    predicted, tier, first = forecast(steps), _tier(steps), s.capture_fresh(steps.assignment)[0]
+    notes = list(s.plain_session.values.assumptions)
+    notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != KEEP.name})[:8]
+    if s.device.estimate:
+        notes.append(
+            f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
+        )
+    notes += note_of(s.evaluation)
+    model = first.session.inst.model if s.work.factory is not None else s.work.model
+    return Plan(
+        version=VERSION,
+        budget_bytes=budget.total if budget is not None else None,
+        policy=policy,
+        device=s.device.name,
+        costs=s.costs_mode,
+        estimate=s.device.estimate,
+        predicted=predicted,
+        baseline=forecast(s.plain_steps),
+        lower_bound_seconds=min(bound, predicted.step_seconds),
+        gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
+        decisions=_decisions(s, choices, steps, first, policy, pinned),
+        shapes={u.fqn: list(u_shape) for u in s.units for u_shape in _first_shape(first, u.fqn)},
+        model=fingerprint(model),
+        notes=notes,
+        environment=environment(),
+        headroom_bytes=budget.reserve if budget is not None else 0,
+        bounds=bounds_of(s, choices, steps) if explain else None,
+        disk=tier if isinstance(tier, Disk) else None,
+        host=tier if isinstance(tier, Host) else None,
+        evaluation=list(s.evaluation),
+    )
+
+
+def _tier(steps: Steps) -> OffloadTier | None:
+    """The tier as a handle makes it: a file as large as was said, of pinned memory what the steps need."""
+    tier = steps.later.tier
+    if not isinstance(tier, Host):
+        return tier
+    return structs.replace(tier, capacity_bytes=max(BLOCK, *(e.offloaded_bytes for e in steps.both)))
+
+
+def _decisions(
+    s: Study, choices: Choices, steps: Steps, first: StepCapture, policy: str, pinned: Mapping[str, str]
+) -> list[Decision]:
+    """What is done with each unit, what that frees and costs, and why."""
+    facts = model_of(s, choices) if len(s.captures) > 1 else None
+    rows = []
+    for index, u in enumerate(s.units):
+        option = steps.assignment[u.fqn]
+        known = {o.option: o for o in facts.options[index]} if facts else {}
+        keep, mine = known.get(KEEP), known.get(replace(option, place=None))
+        freed = max((keep.held_bytes if keep else u.saved_bytes) - (mine.held_bytes if mine else 0), 0)
+        if facts is not None and option.place is not None and option.place.depth:
+            freed += facts.link_bytes[index]
+        ops, seconds = steps.later.recomputed.get(u.fqn, (0, 0.0))
+        shape = max((c for c in first.session.calls if c.fqn == u.fqn), key=lambda c: _elements(c.shapes), default=None)
+        rows.append(
+            Decision(
+                unit=u.fqn,
+                action=option.name,
+                bytes_freed=0 if option == KEEP else freed,
+                seconds_added=seconds,
+                recomputed_ops=ops,
+                reason=u.keep_reason or pinned.get(u.fqn) or _why(s, u.fqn, option, policy),
+                buffers=list(u.buffers),
+                keeps_routing=u.routing,
+                input_elements=_elements(shape.shapes) if shape else 0,
+                place=option.place,
+            )
+        )
+    return rows
+
+
+def _why(s: Study, fqn: str, option: Option, policy: str) -> str:
+    """Why a unit that nobody pinned has its option."""
+    if option != KEEP:
+        return "needed for the budget" if policy == "optimal" else f"policy {policy}"
+    return s.reasons.get((fqn, RECOMPUTE.name), "fits")
+
+
+def _elements(shapes: tuple[tuple[int, ...], ...]) -> int:
+    total = 0
+    for shape in shapes:
+        n = 1
+        for d in shape:
+            n *= d
+        total += n
+    return total
+
+
+def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
+    return next(([c.shapes[0]] for c in capture.session.calls if c.fqn == fqn and c.shapes), [])
+
+
+def too_much_offloaded(step: Executed, why: str) -> BudgetError:
+    """The tier is too small for what a step sends."""
+    assert step.tier is not None
+    there, needed = format_bytes(step.tier.capacity_bytes), format_bytes(step.offloaded_bytes)
+    return BudgetError(
+        f"{step.tier.argument}: {there}, but {needed} are offloaded at once {why}; raise it, or offload fewer units"
+    )

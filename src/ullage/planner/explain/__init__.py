@@ -1,0 +1,1 @@
+"""What holds a peak, and what would lower it."""

@@ -1,0 +1,1 @@
+"""From a study to what the solver sees of it."""

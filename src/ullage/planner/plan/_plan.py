@@ -1,0 +1,340 @@
+"""`Plan`: a decision as plain data. Versioned JSON, readable, hand-editable, with a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import nn
+
+from ullage._bytes import format_bytes, format_seconds
+from ullage._errors import PlanError, PlanMismatch
+from ullage._files import write_whole
+from ullage._version import __version__
+from ullage.mechanisms import UnitSettings, option_from_name
+from ullage.offload import endurance_note
+from ullage.planner.explain._peak import Bounds
+from ullage.planner.plan._overrides import PinCost, describe
+from ullage.planner.study._tiers import Disk, Host, OffloadTier, Traffic
+from ullage.runtime import Place
+
+if TYPE_CHECKING:
+    from ullage.apply import Handle
+
+VERSION = 1
+
+
+class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A step's predicted peak and time.
+
+    Attributes:
+        peak_bytes: bytes; the larger of the two below.
+        step_seconds: seconds of a later step.
+        first_step_peak_bytes: bytes; in the first step optimizer state is still to be made.
+        later_step_peak_bytes: bytes.
+        phase: "forward", "backward" or "optimizer": where the peak is.
+        module: fully qualified name of the innermost module there; "" for the root.
+        op: the op that runs there.
+        traffic: bytes offloaded and brought back, and the seconds waited for them; None without offloading.
+    """
+
+    peak_bytes: int
+    step_seconds: float
+    first_step_peak_bytes: int
+    later_step_peak_bytes: int
+    phase: str
+    module: str
+    op: str
+    traffic: Traffic | None = None
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A unit's option, the bytes it frees, the seconds it costs per step, and the reason.
+
+    Attributes:
+        unit: fully qualified name of the module.
+        action: the option: "keep", "recompute", "select:LEVEL" or "offload:TIER".
+        bytes_freed: bytes between forward and backward of one micro-batch, less than with "keep".
+        seconds_added: seconds per step.
+        recomputed_ops: ops that one replay runs.
+        reason: why this option, in words.
+        buffers: buffers that the unit's forward changes; a replay puts them back.
+        keeps_routing: whether the unit makes indices (topk, sort, ...); these are always kept, so that a replay takes the same way.
+        input_elements: elements of the tensors that go in, by which a larger batch is noticed.
+        place: where the unit is among units that are recomputed as a group; None if it is alone.
+    """
+
+    unit: str
+    action: str
+    bytes_freed: int
+    seconds_added: float
+    recomputed_ops: int
+    reason: str
+    buffers: list[str]
+    keeps_routing: bool
+    input_elements: int
+    place: Place | None = None
+
+    @property
+    def label(self) -> str:
+        """What is done with the unit, in a word or two."""
+        return replace(option_from_name(self.action), place=self.place).label
+
+    def settings(self) -> UnitSettings:
+        """What the runtime needs to know."""
+        option = replace(option_from_name(self.action), place=self.place)
+        return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
+
+
+class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A parameter or buffer as the fingerprint sees it."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    requires_grad: bool
+
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model a plan was made for: class, parameters and buffers."""
+
+    model_class: str
+    tensors: list[TensorFact]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a model; values do not matter."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    facts = [TensorFact(n, list(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for n, t in named]
+    return Fingerprint(f"{type(model).__module__}.{type(model).__qualname__}", facts)
+
+
+def environment() -> dict[str, str]:
+    """Versions that explain a plan; not part of its digest."""
+    return {"ullage": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A plan: an option per unit, predictions, and the model they are for. `str(plan)` is a table.
+
+    A field that has its default is left out of the file, so files of older versions are read as they were written.
+
+    Attributes:
+        version: of the file's format.
+        budget_bytes: bytes; None for a named policy without a budget.
+        policy: "optimal" or a named policy.
+        device: name of the device that was planned for.
+        costs: "measured" or "roofline".
+        estimate: whether that device is not here.
+        predicted: the step under this plan.
+        baseline: the plain step.
+        lower_bound_seconds: no plan within the budget is predicted to take less; 0 for a named policy.
+        gap: how much this plan is above that, as a share of the bound.
+        decisions: one per unit, in the order of the forward.
+        shapes: shape of each unit's first input, by the unit's name.
+        model: the model's class, and name, shape, dtype and requires_grad of its parameters and buffers.
+        notes: what a person should know, in sentences.
+        environment: versions of ullage, torch and Python; not part of the digest.
+        headroom_bytes: bytes of the budget that the plan leaves free.
+        forbidden: actions that no unit may have, but by a pin.
+        pins: what each pin costs.
+        bounds: what holds the predicted peak, and what would lower it.
+        disk: the file for offloaded tensors; None if the plan uses none.
+        host: the pinned memory for offloaded tensors; None if the plan uses none.
+        evaluation: modules in evaluation mode in the planned step, of those whose code reads the mode.
+    """
+
+    version: int
+    budget_bytes: int | None
+    policy: str
+    device: str
+    costs: str
+    estimate: bool
+    predicted: Forecast
+    baseline: Forecast
+    lower_bound_seconds: float
+    gap: float
+    decisions: list[Decision]
+    shapes: dict[str, list[int]]
+    model: Fingerprint
+    notes: list[str]
+    environment: dict[str, str]
+    headroom_bytes: int = 0
+    forbidden: list[str] = []
+    pins: list[PinCost] = []
+    bounds: Bounds | None = None
+    disk: Disk | None = None
+    host: Host | None = None
+    evaluation: list[
+        str
+    ] = []  # modules that were in evaluation mode in the planned step, of those whose code reads the mode
+
+    @property
+    def tier(self) -> OffloadTier | None:
+        """The tier that saved tensors are offloaded to, if any are."""
+        return self.host if self.host is not None else self.disk
+
+    @property
+    def endurance(self) -> str:
+        """What the plan writes to its disk, in a sentence; "" without one."""
+        t, seconds = self.predicted.traffic, self.predicted.step_seconds
+        if self.disk is None or t is None or not seconds:
+            return ""
+        return endurance_note(t.sent_bytes, 1 / seconds)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything but the environment."""
+        data = msgspec.to_builtins(self)
+        data.pop("environment")
+        return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        data = msgspec.to_builtins(self) | {"digest": self.digest}
+        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
+        write_whole(path, text + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. The digest is not checked: plans may be edited by hand.
+
+        Raises:
+            PlanError: not readable, cut off, of a newer version, or with keys or actions this version does not know.
+        """
+        try:
+            raw = msgspec.json.decode(Path(path).read_bytes())
+        except OSError as error:
+            raise PlanError(f"plan {path}: can't be read: {error}") from error
+        except msgspec.DecodeError as error:
+            raise PlanError(f"plan {path}: not whole JSON ({error}); was it cut off? save it again") from error
+        if not isinstance(raw, dict) or type(raw.get("version")) is not int or raw["version"] < 1:
+            raise PlanError(f"plan {path}: not a plan of ullage: it has no version; write one with `ullage plan -o`")
+        if raw["version"] > VERSION:
+            raise PlanError(
+                f"plan {path}: version {raw['version']} is newer than this ullage reads ({VERSION}); upgrade ullage"
+            )
+        raw.pop("digest", None)
+        try:
+            plan = msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise PlanError(f"plan {path}: {error}; put that right, or plan again") from error
+        check_actions(plan, f"plan {path}")
+        return plan
+
+    def counts(self) -> dict[str, int]:
+        """How many units there are per action."""
+        return dict(Counter(d.action for d in self.decisions).most_common())
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PlanMismatch, naming what differs, unless the model is the one that was planned."""
+        now = fingerprint(model)
+        if now == self.model:
+            return
+        where = "the plan is for another model, or the model changed since planning: "
+        if now.model_class != self.model.model_class:
+            raise PlanMismatch(f"{where}class {now.model_class}, planned {self.model.model_class}")
+        old, new = ({t.name: t for t in f.tensors} for f in (self.model, now))
+        differences = [f"{n} is missing" for n in old if n not in new] + [f"{n} is new" for n in new if n not in old]
+        for n in old.keys() & new.keys():
+            a, b = old[n], new[n]
+            for field in ("shape", "dtype", "requires_grad"):
+                if getattr(a, field) != getattr(b, field):
+                    differences.append(f"{n}: {field} {getattr(b, field)}, planned {getattr(a, field)}")
+        shown = "; ".join(sorted(differences)[:5]) or "the order of parameters"
+        raise PlanMismatch(f"{where}{shown}{' ...' if len(differences) > 5 else ''}. Plan again")
+
+    def check_modes(self, evaluation: Sequence[str]) -> None:
+        """Raise PlanMismatch unless these modules, as captured, are the ones that were in evaluation mode."""
+        other = sorted(set(evaluation) ^ set(self.evaluation))
+        if other:
+            now, then = ("evaluation", "training") if other[0] in evaluation else ("training", "evaluation")
+            raise PlanMismatch(
+                f"{other[0] or 'the root'}: in {now} mode, but planned in {then} mode ({len(other)} modules differ); plan again, or put the "
+                "model into the mode it was planned in"
+            )
+
+    def apply(self, model: nn.Module) -> Handle:
+        """Apply in place; see `ullage.apply.apply_plan`."""
+        from ullage.apply import apply_plan
+
+        return apply_plan(self, model)
+
+    def __str__(self) -> str:
+        p, b = self.predicted, self.baseline
+        title = (
+            f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
+        )
+        budget = "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)
+        budget += f", of which {format_bytes(self.headroom_bytes)} are headroom" if self.headroom_bytes else ""
+        slower = p.step_seconds / b.step_seconds - 1 if b.step_seconds else 0.0
+        lines = [
+            title,
+            f"  budget     {budget}",
+            f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
+            f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
+            f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
+            *([_moves(p.traffic, self.tier)] if p.traffic is not None and self.tier is not None else []),
+            *([f"  endurance  {self.endurance}"] if self.endurance else []),
+            "  decisions",
+        ]
+        lines += [f"    {row}" for row in _grouped(self.decisions)]
+        lines += [f"  pin {describe(cost)}" for cost in self.pins]
+        lines += [f"  forbidden: {', '.join(self.forbidden)}"] if self.forbidden else []
+        lines += self.bounds.summary() if self.bounds is not None else []
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)
+
+
+def _moves(t: Traffic, tier: OffloadTier) -> str:
+    """Bytes offloaded and brought back in a step, and the seconds waited for them."""
+    times = f"{format_seconds(t.hidden_seconds)} hidden, {format_seconds(t.stalled_seconds)} stalled"
+    sizes = f"{format_bytes(t.sent_bytes)} out, {format_bytes(t.fetched_bytes)} in"
+    return f"  {tier.name:<10} {sizes}: {times}; {tier}"
+
+
+def check_actions(plan: Plan, where: str) -> None:
+    """Raise PlanError for an action that this version does not know."""
+    try:
+        for d in plan.decisions:
+            d.settings()
+    except ValueError as error:
+        raise PlanError(
+            f"{where}: unknown action {error}; known: keep, recompute, offload:host, offload:disk, select:LEVEL or calls of ops such as select:mm[0,2]@host"
+        ) from error
+
+
+def _grouped(decisions: list[Decision]) -> list[str]:
+    """One row per run of neighbours with the same action and effect."""
+    rows: list[list[Any]] = []
+    for d in decisions:
+        if d.place is not None and d.place.depth:  # one row per run
+            rows[-1][1], rows[-1][2] = d, rows[-1][2] + 1
+            continue
+        same = (
+            rows
+            and d.place is None
+            and rows[-1][0].place is None
+            and rows[-1][0].action == d.action
+            and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
+        )
+        if same and rows[-1][0].reason == d.reason:
+            rows[-1][1] = d
+            rows[-1][2] += 1
+        else:
+            rows.append([d, d, 1])
+    out = []
+    for first, last, n in rows:
+        name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
+        action = first.label
+        out.append(
+            f"{name:<44} {action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
+        )
+    return out

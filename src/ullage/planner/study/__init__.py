@@ -1,0 +1,1 @@
+"""What is known of one workload: the plain step, its units, their options, and what executed steps showed."""

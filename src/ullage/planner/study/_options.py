@@ -1,0 +1,163 @@
+"""Which options each unit could have, and one captured step per option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ullage.capture import OptionFailed, Session, UnitFacts
+from ullage.capture._trace import Signature
+from ullage.mechanisms import KEEP, RECOMPUTE, Option, Replays, UnitView, mechanisms
+from ullage.planner.study._failed import take_away
+from ullage.planner.study._links import linkable, pairs
+from ullage.planner.study._study import Study
+from ullage.planner.study._tiers import OffloadTier
+from ullage.runtime import ROUTING, Learnt
+
+
+@dataclass(frozen=True)
+class Found:
+    """Units, the options of each, and why it does not have others, by (unit, option)."""
+
+    units: tuple[UnitFacts, ...]
+    options: dict[str, list[Option]]
+    reasons: dict[tuple[str, str], str]
+
+
+def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier | None) -> Found:
+    """Which units have routing outputs or must be kept, and what mechanisms offer each, as the plain step shows them."""
+    found = Found(tuple(_with_routing(session, u) for u in units), {}, {})
+    for unit in found.units:
+        _offer(found, unit, view_of(session, unit), tier)
+    return found
+
+
+def _offer(found: Found, unit: UnitFacts, view: UnitView, tier: OffloadTier | None) -> None:
+    """Note a unit's offers; what runs forwards again makes none to a unit that can only be kept."""
+    if unit.keep_reason:
+        found.reasons[unit.fqn, KEEP.name] = unit.keep_reason
+    options = found.options[unit.fqn] = []
+    for mechanism in mechanisms():
+        if not unit.keep_reason or mechanism.replays is Replays.NOTHING:
+            offer = mechanism.offers(view, tier)
+            options += offer.options
+            found.reasons.update({(unit.fqn, name): why for name, why in offer.reasons.items()})
+
+
+def view_of(session: Session, unit: UnitFacts) -> UnitView:
+    """A unit as mechanisms see it."""
+    return UnitView(unit.fqn, _ops_of(session, unit.fqn), unit.routing)
+
+
+def _ops_of(session: Session, fqn: str) -> list[Signature]:
+    stacks = {i for i, s in enumerate(session.tracker.stacks) if fqn in s}
+    t = session.trace
+    return [
+        session.signatures[t.signature[i]]
+        for i in range(t.marks[1])
+        if t.stack[i] in stacks and t.phase[i] == "forward"
+    ]
+
+
+def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
+    ops = _ops_of(session, unit.fqn)
+    if any("c10d" in o.func.namespace for o in ops):
+        return replace(unit, keep_reason=unit.keep_reason or "it runs collectives, which a replay would run again")
+    return replace(unit, routing=any(o.func in ROUTING for o in ops))
+
+
+def capture_options(s: Study) -> None:
+    """Have every mechanism capture its options, with each on every unit that has it; then pairs of units recomputed together.
+
+    An option that fails on a unit is taken from it, with the reason noted. Done once: options taken away since then stay so.
+    """
+    if not s.explored.begin():
+        return
+    offered = list(dict.fromkeys(o for options in s.options.values() for o in options))
+    exploration = StudyExploration(s)
+    for mechanism in mechanisms():
+        mechanism.explore(exploration, [o for o in offered if o.mechanism is mechanism])
+    for parity in {k % 2 for k in linkable(s)}:
+        _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class StudyExploration:
+    """A study as mechanisms see it: `ullage.mechanisms.Exploration`."""
+
+    s: Study
+
+    @property
+    def units(self) -> Sequence[UnitView]:
+        return [view_of(self.s.session, u) for u in self.s.units]
+
+    @property
+    def tier(self) -> OffloadTier | None:
+        return self.s.tier
+
+    @property
+    def round_bytes(self) -> int:
+        return self.s.device.round_bytes
+
+    def has(self, fqn: str, option: Option) -> bool:
+        return option in self.s.options[fqn] and not self.s.explored.failed(fqn, option.name)
+
+    def may(self, fqn: str, option: Option) -> bool:
+        return self.has(fqn, RECOMPUTE) and (fqn, option.name) not in self.s.reasons
+
+    def add(self, fqn: str, options: Sequence[Option]) -> None:
+        self.s.explored.add(fqn, options)
+
+    def capture(self, label: str, choose: Callable[[str], Option | None]) -> None:
+        _capture(self.s, label, lambda fqn: choose(fqn) or (RECOMPUTE if self.has(fqn, RECOMPUTE) else KEEP))
+
+    def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
+        session = self.s.session
+        logs = list(session.family.logs_of(session.inst.model.get_submodule(fqn)).values())
+        if not logs:
+            return None
+        learnt = max(logs, key=lambda entry: len(entry.log.ops))  # of several input signatures; a rule holds for all
+        return learnt, _log_seconds(self.s, session, learnt)
+
+    def forward_seconds(self, fqn: str) -> float:
+        return self.s.forward_seconds.get(fqn, 0.0) / max(self.s.plain_session.inst.accumulate, 1)
+
+
+def _log_seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
+    """Per op of the log, the time of the same op in the trace: of the last call of that unit in a forward.
+
+    The trace also has what the runtime does on its own (`detach`), which the log leaves out.
+    """
+    seconds, trace = s.timeline(session).seconds, session.trace
+    call = next(c for c in reversed(session.calls) if c.fqn == learnt.name)
+    at, found = call.first_op, []
+    for op in learnt.log.ops:
+        k = at
+        while k < call.last_op and session.signatures[trace.signature[k]].func is not op.func:
+            k += 1
+        if k < call.last_op:
+            found.append(float(seconds[k]))
+            at = k + 1
+        else:  # what the tracker sees as another op
+            found.append(0.0)
+    return found
+
+
+def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
+    """Run one step with one more option on these units; those on which it fails lose it, with the reason noted."""
+    on = frozenset(fqns)
+    StudyExploration(s).capture(
+        option.name, lambda fqn: option if fqn in on and not s.explored.failed(fqn, option.name) else None
+    )
+
+
+def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
+    while label not in s.captures:
+        assignment = {u.fqn: choose(u.fqn) for u in s.units}
+        if all(o == KEEP for o in assignment.values()):
+            return
+        s.progress(f"capturing option {label}")
+        try:
+            s.explored.keep_capture(label, s.capture(assignment))
+        except OptionFailed as failed:
+            take_away(s, failed)
