@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ullage.mechanisms import UnitSettings
-from ullage.runtime import _ambient
-from ullage.runtime._state import State
+from ullage.runtime.ambient import _ambient
+from ullage.runtime.state._state import State
 
 
 @contextlib.contextmanager

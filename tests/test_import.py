@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from ullage.runtime._keep import _ops_of
+from ullage.runtime.ops._keep import _ops_of
 
 SCRIPT = """
 import gc, json, logging, os, random, signal, sys, threading, warnings

@@ -24,9 +24,10 @@ from ullage.levels._eliminate import Curve, TooWide, curve_of
 from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
 from ullage.levels._milp import Program
 from ullage.levels._unit_graph import graph_of, rule_for
-from ullage.runtime import Options, Site, _learn, level_rule, run
-from ullage.runtime._log import Log
-from ullage.runtime._select import RUN, SKIP, selection_of
+from ullage.runtime import Options, Site, level_rule, run
+from ullage.runtime.forward import _learn
+from ullage.runtime.ops._log import Log
+from ullage.runtime.ops._select import RUN, SKIP, selection_of
 
 US = 1e-6
 

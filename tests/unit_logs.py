@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tests.zoo import FAMILIES
 from ullage.levels._graph import Graph
-from ullage.runtime._local import quiet
-from ullage.runtime._log import Log, Op, Recorder, Value
-from ullage.runtime._select import Flow
+from ullage.runtime.ambient._local import quiet
+from ullage.runtime.ops._log import Log, Op, Recorder, Value
+from ullage.runtime.ops._select import Flow
 
 aten = torch.ops.aten
 Choose = Callable[[int], int]  # a number from 0 to n - 1; 0 is the simplest

@@ -18,7 +18,7 @@ from tests.monitor.running import Clock, dispatch_modes, monitor
 from tests.small import tiny
 from ullage.monitor._flops import OpCounter
 from ullage.monitor._utilization import Peak, Utilization
-from ullage.runtime._totals import totals
+from ullage.runtime.ambient._totals import totals
 from ullage.workload import run_step
 
 

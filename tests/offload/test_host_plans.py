@@ -20,7 +20,7 @@ from ullage.planner.plan._budget import Budget
 from ullage.planner.study._options import StudyExploration
 from ullage.planner.study._prepare import prepare
 from ullage.planner.study._tiers import Host, TierRequest, choose_tier
-from ullage.runtime._keep import OpsRule
+from ullage.runtime.ops._keep import OpsRule
 
 ROWS = 8 * 32  # of a tower's input
 FIRST = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.runtime.steps import assert_clean
-from ullage.runtime import _checkpoint
+from ullage.runtime.forward import _checkpoint
 
 
 @pytest.fixture(autouse=True)

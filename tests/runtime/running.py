@@ -19,10 +19,12 @@ from tests.runtime.program_steps import reset, step
 from tests.runtime.program_units import Unit
 from tests.runtime.programs import Program
 from ullage._errors import ReplayError, UllageError, UllageWarning
-from ullage.runtime import _learn, _replay, _select
-from ullage.runtime._frame import Frame
-from ullage.runtime._site import Site
-from ullage.runtime._skip import Stale
+from ullage.runtime.forward import _learn
+from ullage.runtime.forward._frame import Frame
+from ullage.runtime.ops import _select
+from ullage.runtime.replay import _replay
+from ullage.runtime.replay._skip import Stale
+from ullage.runtime.unit._site import Site
 
 STEPS = 3
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import ullage
 from ullage.runtime import Options, Site, level_rule, run
-from ullage.runtime._frame import Frame
-from ullage.runtime._local import local
+from ullage.runtime.ambient._local import local
+from ullage.runtime.forward._frame import Frame
 
 Wrap = Callable[..., Any]
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.runtime.steps import Wrap, gradients, inputs, ours, plain, selective, steps
 from ullage.runtime import Apart
-from ullage.runtime._settings import put_settings, read_settings
+from ullage.runtime.ambient._settings import put_settings, read_settings
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
 XW = ((4, 4), (4, 4))

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ullage
 from tests.runtime.steps import Wrap, bits, gradients, inputs, ours, plain, rng, seed, selective, steps, torchs, unit
 from ullage.runtime import Site
-from ullage.runtime import _ambient as ambient
+from ullage.runtime.ambient import _ambient as ambient
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
 XW = ((4, 4), (4, 4))

@@ -141,7 +141,7 @@ def _faults(case: str, first: bool, error: type[BaseException], stride: int) -> 
         with warnings.catch_warnings():
             # a fault in a selective replay is taken for a stale log, and full replay does it
             warnings.filterwarnings("ignore", "(?s).*a stale op log", ullage.UllageWarning)
-            ullage.runtime._checkpoint._sites.clear()
+            ullage.runtime.forward._checkpoint._sites.clear()
             seed(1)
             model = Model(*CASES[case])
             for _ in range(0 if first else 2):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ullage as ul
 from tests.runtime.steps import Wrap, ours, plain, selective, steps
 from ullage.runtime import Options, Site, Tier, level_rule, run, run_offloaded
-from ullage.runtime._fills import late_kernels, late_nodes, mark
+from ullage.runtime.tensors._fills import late_kernels, late_nodes, mark
 
 values = functools.partial(ul.checkpoint, determinism_check="values")
 ways = pytest.mark.parametrize("wrap", [ours, selective, values], ids=["full", "selective", "values"])

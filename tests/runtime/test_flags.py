@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.runtime.steps import Wrap, inputs, ours, selective
 from ullage.runtime import Apart
-from ullage.runtime._ambient import put_back, read_flags
-from ullage.runtime._settings import read_settings, settings_of
+from ullage.runtime.ambient._ambient import put_back, read_flags
+from ullage.runtime.ambient._settings import read_settings, settings_of
 
 both = pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
 _C: Any = torch._C

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ullage as ul
 from tests.runtime.steps import bits
-from ullage.runtime._totals import totals
+from ullage.runtime.ambient._totals import totals
 
 aten = torch.ops.aten
 W = torch.linspace(-1, 1, 64).reshape(8, 8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ullage as ul
-from ullage.runtime._memory import Memory
+from ullage.runtime.tensors._memory import Memory
 
 aten = torch.ops.aten
 KEEPS = [None, "matmul_attention", {aten.mul.Tensor}, lambda op: True]
@@ -64,7 +64,7 @@ def test_also_where_only_a_later_signature_does_it(keep: Any) -> None:
 
 
 def test_a_tensor_without_memory_gets_back_what_it_had() -> None:
-    from ullage.runtime._skip import Placeholder
+    from ullage.runtime.replay._skip import Placeholder
 
     p, whole = nn.Parameter(torch.rand(2, 3).t()), nn.Parameter(torch.ones(3))
     was, memory = p.detach().clone(), Memory([whole, p])

@@ -14,7 +14,7 @@ import ullage
 from tests.runtime.steps import aten, bits, gradients, inputs, ops_in, plain, unit
 from ullage.mechanisms import Option, UnitSettings, option_from_name
 from ullage.runtime import Site
-from ullage.runtime._keep import OpsRule, level_rule, named_rule, op_name
+from ullage.runtime.ops._keep import OpsRule, level_rule, named_rule, op_name
 
 XW = ((4, 4), (4, 4))
 

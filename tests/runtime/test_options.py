@@ -281,13 +281,13 @@ def test_determinism_check_none() -> None:
         _backward_after("shape", determinism_check="none")
     with pytest.warns(ullage.UllageWarning, match="other values than its forward"):
         _checkpoint_once("none")
-    ullage.runtime._checkpoint._sites.clear()  # it is kept from then on
+    ullage.runtime.forward._checkpoint._sites.clear()  # it is kept from then on
     with pytest.raises(ullage.ReplayError, match=r"its forward saved 2 tensors, its replay 1\."):  # as torch
         _backward_after("fewer", determinism_check="none")
 
 
 def _checkpoint_once(check: str) -> None:
-    ullage.runtime._checkpoint._sites.clear()
+    ullage.runtime.forward._checkpoint._sites.clear()
     _backward_after("value", determinism_check=check)
 
 

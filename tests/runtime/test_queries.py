@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ullage as ul
-from ullage.runtime._debug import OpNames
-from ullage.runtime._log import Recorder, is_query
-from ullage.runtime._select import Selection
-from ullage.runtime._skip import SkipMode, Stale
-from ullage.runtime._watch import Changed, Watch, storage_of
+from ullage.runtime.ops._debug import OpNames
+from ullage.runtime.ops._log import Recorder, is_query
+from ullage.runtime.ops._select import Selection
+from ullage.runtime.ops._watch import Changed, Watch, storage_of
+from ullage.runtime.replay._skip import SkipMode, Stale
 
 aten = torch.ops.aten
 QUERIES = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ullage as ul
-from ullage.runtime import _inputs
+from ullage.runtime.unit import _inputs
 
 
 def steps(call: Any, model: nn.Module) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ullage
 from tests.runtime.steps import bits
-from ullage.runtime._survey import Survey
+from ullage.runtime.state._survey import Survey
 
 Make = Callable[[list[nn.Module]], Callable[[Tensor], Tensor]]
 

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ullage._torch import FakeTensor
-from ullage.runtime._classes import classes_in
-from ullage.runtime._content import Cells, content_of, put_content, same_content
-from ullage.runtime._traverse import all_places, traverse, with_classes
-from ullage.runtime._walk import children, is_part
+from ullage.runtime.state._classes import classes_in
+from ullage.runtime.state._content import Cells, content_of, put_content, same_content
+from ullage.runtime.state._traverse import all_places, traverse, with_classes
+from ullage.runtime.state._walk import children, is_part
 from ullage.workload import Instance, Workload
 
 _CACHE = functools._lru_cache_wrapper

@@ -25,7 +25,7 @@ from ullage.measure._allocator import record_blocks
 from ullage.measure._state import preserved_rng, preserved_torch_rng
 from ullage.measure._turns import one_at_a_time
 from ullage.runtime import draws
-from ullage.runtime._settings import Settings, read_settings
+from ullage.runtime.ambient._settings import Settings, read_settings
 
 aten = torch.ops.aten
 # An op of backward reads tensors that were written long before and are no longer in a core's own caches: between its calls this

@@ -1,7 +1,7 @@
 """One unit as the choice inside it sees it: ops, values, what is saved, and what could be kept. No torch, no tensors.
 
 A replay rebuilds the saved tensors that are not kept. What it runs follows from what is kept, by the rules of
-`ullage.runtime._select`: a saved value that is dropped is needed; all makers of a needed value run; an op that runs needs its
+`ullage.runtime.ops._select`: a saved value that is dropped is needed; all makers of a needed value run; an op that runs needs its
 inputs; a kept storage is handed out by the op that allocated it, which then need not run, and must be packed again; draws
 run wherever the replay gets past them; it ends where the last of what it has to pack is packed. Each rule says that if
 something holds, something else does, so the least set that all rules hold in is what runs: `Rules`.
@@ -74,7 +74,7 @@ class Group:
 
     Attributes:
         nbytes: what keeping it holds.
-        call: the op's name and which of its calls it is, as in `ullage.runtime._keep.OpsRule`.
+        call: the op's name and which of its calls it is, as in `ullage.runtime.ops._keep.OpsRule`.
     """
 
     nbytes: int

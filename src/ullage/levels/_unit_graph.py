@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
-from ullage.runtime._keep import OpsRule, Rule, op_name
-from ullage.runtime._log import Log, Op, Value
-from ullage.runtime._select import Flow, selection_of
+from ullage.runtime.ops._keep import OpsRule, Rule, op_name
+from ullage.runtime.ops._log import Log, Op, Value
+from ullage.runtime.ops._select import Flow, selection_of
 
 
 def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rule | None = None) -> Graph:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ullage.runtime._traverse import hooks_of, traverse, with_classes
+from ullage.runtime.state._traverse import hooks_of, traverse, with_classes
 from ullage.workload import Instance, Workload, copied_parts
 
 MOST_NODES = 2_000_000  # data in memory is walked through, too

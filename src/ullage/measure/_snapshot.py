@@ -18,9 +18,9 @@ from torch import Tensor
 from ullage._errors import UllageWarning
 from ullage.measure._reach import all_a_step_reaches, copied_with
 from ullage.measure._tensors import Homes, TensorState, is_fixed
-from ullage.runtime._content import PLAIN, Slots, View, content_of, put_content, put_random_state, random_state
-from ullage.runtime._traverse import all_places
-from ullage.runtime._walk import RANDOM
+from ullage.runtime.state._content import PLAIN, Slots, View, content_of, put_content, put_random_state, random_state
+from ullage.runtime.state._traverse import all_places
+from ullage.runtime.state._walk import RANDOM
 from ullage.workload import Instance
 
 

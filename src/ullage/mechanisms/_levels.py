@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ullage.levels import graph_of, levels, rule_for
 from ullage.mechanisms._mechanism import Exploration, Option, TierView
 from ullage.runtime import Learnt, level_rule
-from ullage.runtime._keep import OpsRule, named_rule
-from ullage.runtime._tier import LEAST_BYTES
+from ullage.runtime.ops._keep import OpsRule, named_rule
+from ullage.runtime.unit._tier import LEAST_BYTES
 
 MOST_LEVELS = 8  # each is run on fake tensors
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ullage.mechanisms._mechanism import Mechanism, Offer, Option, TierView, UnitView, register
 from ullage.runtime import Options, Site, run_offloaded
-from ullage.runtime._keep import TIERS
+from ullage.runtime.ops._keep import TIERS
 
 
 class Offload(Mechanism):

@@ -19,7 +19,7 @@ from ullage.mechanisms._mechanism import (
 )
 from ullage.mechanisms.recompute import RECOMPUTE
 from ullage.runtime import ATTENTION, MATMUL, Options, Rule, Site, checkpoint, run
-from ullage.runtime._keep import kind_of, named_rule
+from ullage.runtime.ops._keep import kind_of, named_rule
 
 
 class Select(Mechanism):

@@ -23,7 +23,7 @@ from ullage._torch import (
     sdpa_flops,
     tree_leaves,
 )
-from ullage.runtime._local import local
+from ullage.runtime.ambient._local import local
 
 aten = torch.ops.aten
 _NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp"}  # of others nothing is known

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ullage.runtime._ahead import Ahead
+from ullage.runtime.unit._ahead import Ahead
 
 # What a step does, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
 COMPUTE, OUT, IN = 0, 1, 2

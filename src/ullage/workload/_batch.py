@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ullage._errors import WorkloadError
-from ullage.runtime._walk import CONTAINERS, slots_of
+from ullage.runtime.state._walk import CONTAINERS, slots_of
 
 _ATOMS = (int, float, complex, str, bytes, type(None), type, nn.Module)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullage.runtime._traverse import hooks_of, traverse
-from ullage.runtime._walk import CONTAINERS, children, is_opaque
+from ullage.runtime.state._traverse import hooks_of, traverse
+from ullage.runtime.state._walk import CONTAINERS, children, is_opaque
 
 _ATOMS = (int, float, complex, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 _STATEFUL = (nn.Module, Tensor, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)

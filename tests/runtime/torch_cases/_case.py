@@ -14,7 +14,7 @@ import torch.utils.checkpoint as tc
 from torch import Tensor
 
 import ullage
-from ullage.runtime import _checkpoint
+from ullage.runtime.forward import _checkpoint
 
 Checkpoint = Callable[..., Any]
 

@@ -1,0 +1,1 @@
+"""A forward under the runtime, and `checkpoint`."""

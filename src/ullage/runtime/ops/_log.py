@@ -1,0 +1,221 @@
+"""The op log of one call of a unit, and what autograd saved in it, in order.
+
+A value is (storage, offset, shape, stride, dtype, bits of lazy views); a storage is known by a number of its own, from its birth to its death.
+Everything here is shapes and numbers: no tensor is held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ullage._source import source_line
+from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, tree_flatten
+from ullage.runtime.ambient._local import local
+from ullage.runtime.tensors import _sparse as sparse
+from ullage.runtime.tensors._notes import lazy_bits, meta_of
+
+aten = torch.ops.aten
+
+Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype, `lazy_bits`)
+
+# ops whose answer goes to Python, so their input has to be there
+READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
+# C++ asks fake tensors and subclasses for their device, sizes and strides by these (`prim::device` of a fake tensor, `aten::sym_size` of
+# a jagged one), also where C++ can't unwind: `InputMetadata` is made so, and an error raised there ends the process. So a dispatch mode
+# of ours passes them on before it looks at anything.
+_METADATA = (
+    "size", "stride", "numel", "dim", "storage_offset", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_contiguous",
+    "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "layout",
+)  # fmt: skip
+_PACKETS = [p for n in _METADATA if (p := getattr(aten, n, None)) is not None]
+QUERIES = frozenset(getattr(p, overload) for p in _PACKETS for overload in p.overloads())
+# they look at the shape, dtype and device of what they are given, not at what is in it
+SHAPE_ONLY = {
+    getattr(aten, n).default
+    for n in (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full",
+        "new_empty_strided",
+    )
+}  # fmt: skip
+# their outputs' shapes are known only once they have run
+DATA_DEPENDENT = torch.Tag.dynamic_output_shape
+_BATCH_NORMS = {
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+    "miopen_batch_norm",
+}
+
+
+def is_query(func: Any) -> bool:
+    """Is this no op but a question about a tensor's metadata, at which nothing may be raised?"""
+    return func in QUERIES or getattr(func, "namespace", "") == "prim"
+
+
+def draws(func: Any, args: Any) -> bool:
+    """Does this op draw random numbers? Attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    dropout = next((i for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"), None)
+    return dropout is None or (dropout < len(args) and args[dropout] != 0)
+
+
+def _must_run(func: Any, args: Any) -> bool:
+    shapes_in_place = torch.Tag.inplace_view in func.tags  # a placeholder would keep the shape it had
+    return func in READS or func.namespace not in ("aten", "prims") or shapes_in_place or draws(func, args)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+@dataclass
+class Op:
+    """One op: what it was given, what it made, what it wrote to.
+
+    Attributes:
+        func: the overload.
+        inputs: values of its tensor arguments.
+        outputs: per leaf of its result: (value, meta), or (None, constant) for what is no tensor.
+        spec: the result's structure.
+        returns: per leaf of the result, which tensor argument it is (in-place ops), or -1.
+        writes: storages it writes to.
+        must_run: it draws, is read by Python, or is unknown: it is never skipped.
+        source: the model's own line.
+    """
+
+    func: Any
+    inputs: list[Value]
+    outputs: list[tuple[Value | None, Any]]
+    spec: Any
+    returns: list[int]
+    writes: set[int]
+    must_run: bool
+    source: str = ""
+
+
+@dataclass
+class Log:
+    """Ops, saved values, which storages came from outside, and why skipping is not safe here ("" if it is)."""
+
+    ops: list[Op] = field(default_factory=list)
+    saved: list[Value] = field(default_factory=list)
+    saved_at: list[int] = field(default_factory=list)  # how many ops had run
+    outside: set[int] = field(default_factory=set)
+    refusal: str = ""
+    dynamic: bool = False
+
+
+class Assignments(TorchFunctionMode):
+    """Sees `t.data = ...`, which is no op, of whatever tensor: a replay that skips ops would assign what has no memory.
+
+    Args:
+        log: refused, if there is one.
+    """
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _SET_DATA:
+            self._log.refusal = (
+                f"`.data =` at {source_line() or 'unknown line'} gives a tensor other memory, which no op shows"
+            )
+        return sparse.call(func, args, kwargs)
+
+
+class Recorder(TorchDispatchMode):
+    """Writes a `Log`, while a unit's forward runs as always."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._next = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if local.quiet or is_query(func):
+            return func(*args, **kwargs)
+        if not isinstance(func, OpOverload):
+            self.log.refusal = f"{func} is a higher-order op"
+            return func(*args, **kwargs)
+        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        inputs = [self.value(t) for t in tensors] if func not in SHAPE_ONLY else []
+        try:
+            out = sparse.run(func, args, kwargs)
+        except Exception:  # the unit may catch it: a replay must come to the same
+            self.log.ops.append(Op(func, inputs, [], tree_flatten(())[1], [], set(), True, source_line()))
+            raise
+        self._note(func, args, kwargs, tensors, inputs, out)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], inputs: list[Value], out: Any) -> None:
+        given = {i[0] for i in inputs} if func not in SHAPE_ONLY else {self.value(t)[0] for t in tensors}
+        leaves, spec = tree_flatten(out)
+        outputs: list[tuple[Value | None, Any]] = []
+        returns = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                outputs.append((self.value(leaf, given), meta_of(leaf)))
+                returns.append(next((i for i, t in enumerate(tensors) if t is leaf), -1))
+            else:
+                outputs.append((None, leaf))
+                returns.append(-1)
+        self._refuse_unknown([*tensors, *leaves], func)
+        self.log.dynamic |= DATA_DEPENDENT in func.tags
+        op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), _must_run(func, args))
+        op.source = source_line()
+        self.log.ops.append(op)
+
+    def _refuse_unknown(self, tensors: list[Any], func: Any) -> None:
+        for t in tensors:
+            if isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) and not isinstance(t, FakeTensor):
+                self.log.refusal = f"{func} has a {type(t).__name__}, a subclass of Tensor"
+            elif isinstance(t, Tensor) and t.layout != torch.strided:
+                self.log.refusal = f"{func} has a tensor that is not strided"
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
+        written = []
+        for i, a in enumerate(func._schema.arguments):
+            if a.alias_info is not None and a.alias_info.is_write:
+                written.append(args[i] if i < len(args) else kwargs.get(a.name))
+        if func._schema.name.removeprefix("aten::") in _BATCH_NORMS and len(args) > 5 and args[5]:
+            written += [args[3], args[4]]
+        return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
+
+    def value(self, t: Tensor, given: set[int] | None = None) -> Value:
+        """The value a tensor is; `given`: storages of the op that just made it, which it may share."""
+        if t.layout != torch.strided:
+            return (-1, 0, t.shape, (), t.dtype, 0)
+        storage = t.untyped_storage()
+        key = storage._cdata
+        known = self._numbers.get(key)
+        fresh = known is None or known[1].expired() or (given is not None and known[0] not in given)
+        if fresh:
+            known = (self._next, StorageWeakRef(storage))
+            self._numbers[key] = known
+            self._next += 1
+            if given is None:
+                self.log.outside.add(known[0])
+        assert known is not None
+        return (known[0], t.storage_offset(), t.shape, t.stride(), t.dtype, lazy_bits(t))
+
+    def saved(self, t: Tensor) -> None:
+        """Autograd saves this tensor now."""
+        self.log.saved.append(self.value(t))
+        self.log.saved_at.append(len(self.log.ops))
+        self._refuse_unknown([t], "autograd")

@@ -1,0 +1,90 @@
+"""A replay in which some tensors are no longer what the forward read: what is computed from them is not to be used.
+
+A tensor that a unit was given, or closes over, may change before backward as long as nothing that backward asks for depends on it:
+this replay finds out. It is slow, and there only when something has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ullage._source import source_line
+from ullage._torch import TorchDispatchMode, tree_flatten
+from ullage.runtime.ambient._local import local
+from ullage.runtime.ops._log import is_query
+from ullage.runtime.tensors import _sparse as sparse
+from ullage.runtime.tensors._memory import storage_of
+
+_BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_KNOWN = ("aten", "prims")
+
+
+class Changed(BaseException):
+    """What the unit does next may depend on something that changed. Not an `Exception`: the unit must not catch it.
+
+    Attributes:
+        name: what changed.
+        read: the op that reads a value on the host, and where; "" where backward asks for what follows from it.
+    """
+
+    def __init__(self, name: str, read: str = "") -> None:
+        super().__init__(name)
+        self.name, self.read = name, read
+
+
+class Watch(TorchDispatchMode):
+    """Follows changed tensors through ops, storage by storage.
+
+    Raises `Changed` where values are read on the host, where they decide a shape, and at ops that are not torch's own.
+
+    Args:
+        changed: names by storage.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
+        return True
+
+    def __init__(self, changed: dict[int, str]) -> None:
+        super().__init__()
+        self.changed = dict(changed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if local.quiet or is_query(func):
+            return func(*args, **(kwargs or {}))
+        read = dict.fromkeys(storage_of(t) for t in _tensors((args, kwargs or {})))  # in the order of the arguments
+        name = next((self.changed[s] for s in read if s in self.changed), None)
+        if name is not None and (
+            getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
+        ):
+            raise Changed(name, f"{func} at {source_line() or 'unknown line'}")
+        out = sparse.run(func, args, kwargs)
+        touched = {storage_of(t) for t in _tensors(out)} | {storage_of(t) for t in _written(func, args)}
+        if name is not None:
+            self.changed.update(dict.fromkeys(touched, name))
+        else:
+            for s in touched - read.keys():  # a new tensor where one that is gone has been
+                self.changed.pop(s, None)
+        return out
+
+    def name(self, t: Tensor) -> str | None:
+        """What changed and went into this tensor, or None."""
+        return self.changed.get(storage_of(t))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """Arguments that an op without result writes."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return _tensors(args)
+    return _tensors([v for a, v in zip(schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write])

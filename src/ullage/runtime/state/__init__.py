@@ -1,0 +1,1 @@
+"""What a unit reaches: found, watched for changes, put back."""

@@ -1,0 +1,32 @@
+"""FSDP2 (`fully_shard`) puts gathered parameters in the place of a module's shards and takes them away again.
+
+Which of the two a module has in hand is no change of the parameter: the version of either says whether it was written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ullage.runtime.state._reach import Reached
+
+
+def swapped(reached: Reached) -> set[int]:
+    """Ids of the dicts of parameters in which FSDP2 swaps shards."""
+    infos = [parameter._module_info for parameter in _parameters(reached)]
+    modules = [m for info in infos for m in (info.module, *info.shared_modules)]
+    return {id(m._parameters) for m in modules}
+
+
+def _parameters(reached: Reached) -> Iterator[Any]:
+    for below in reached.below:
+        for r in below.modules:
+            state_of = getattr(r(), "_get_fsdp_state", None)
+            if state_of is None:
+                continue
+            state = state_of()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # of torch 2.11, one of them or None
+                groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
+            for group in groups:
+                yield from group.fsdp_params

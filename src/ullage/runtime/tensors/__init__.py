@@ -1,0 +1,1 @@
+"""What a tensor is to a replay: its memory, its layout, its bits."""

@@ -1,0 +1,61 @@
+"""Digests of tensors: equal digests mean equal bits, shapes and dtypes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ullage._array import elements_of
+from ullage._torch import DisableTorchFunctionSubclass
+from ullage.runtime.tensors._memory import OWN, has_memory
+
+_PIECE = 1 << 20  # bytes of one copy of elements that do not lie side by side
+
+
+def digest(t: Tensor) -> bytes | None:
+    """A 16-byte BLAKE2b of a tensor's values and of the order in which its dimensions lie in memory; None where there are no values to read.
+
+    Reads on the host (a tensor on a device is copied there), because `torch.hash_tensor` folds by XOR and does not see
+    two elements that changed places. On the CPU it reads the tensor's own memory: a copy would be bytes that no plan knows of.
+    """
+    if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None  # fake tensors, too
+    if type(t) not in OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
+        with DisableTorchFunctionSubclass():
+            t = t.as_subclass(Tensor)
+    if t.is_quantized or t.device.type == "meta" or not has_memory(t):
+        return None
+    t = t.detach().resolve_conj().resolve_neg().cpu()
+    strides, values = t.stride(), elements_of(t)
+    order = sorted(range(t.dim()), key=lambda d: -strides[d])
+    if values.transpose(order).flags.c_contiguous:  # as it lies in memory, and a clone of it would
+        values = values.transpose(order)
+    else:
+        order = list(range(t.dim()))
+    known = hashlib.blake2b(f"{t.shape}{t.dtype}{order}".encode(), digest_size=16)
+    if t.numel():
+        _add(known, values)
+    return known.digest()
+
+
+def _add(known: Any, values: npt.NDArray[Any]) -> None:
+    """Add elements in order, through copies of a piece at a time where they do not lie side by side."""
+    if values.flags.c_contiguous:
+        known.update(values.reshape(-1).view(np.uint8))
+        return
+    if values.nbytes <= _PIECE:
+        known.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+        return
+    rows = max(_PIECE // (values.nbytes // len(values)), 1)
+    for k in range(0, len(values), rows):
+        _add(known, values[k : k + rows] if rows > 1 else values[k])
+
+
+def comparable(t: Tensor) -> bool:
+    """Not a kernel's workspace (oneDNN, cuDNN), where some bytes are never set."""
+    return not (t.dtype == torch.uint8 and t.dim() == 1)
