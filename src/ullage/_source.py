@@ -10,11 +10,11 @@ from types import FrameType
 
 import torch
 
-_OURS = str(Path(__file__).parent)
-_FOREIGN = (str(Path(torch.__file__).parent), _OURS)
+OURS = str(Path(__file__).parent)
+_FOREIGN = (str(Path(torch.__file__).parent), OURS)
 _STANDARD = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["platstdlib"])
-_A_MODEL = str(Path(_OURS, "demo"))
-_A_STEP = str(Path(_OURS, "workload", "_step.py"))
+_A_MODEL = str(Path(OURS, "demo"))
+A_STEP = str(Path(OURS, "workload", "_step.py"))
 
 
 def source_line() -> str:
@@ -28,7 +28,7 @@ def source_line() -> str:
         short = _short_path(filename)
         if short:
             return f"{short}:{frame.f_lineno}"
-        if filename == _A_STEP:
+        if filename == A_STEP:
             return ""
         frame = frame.f_back
     return ""

@@ -11,13 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from ullage._errors import UllageError, UnsupportedTorch
-from ullage._source import files_of, line_of
+from ullage._source import A_STEP, OURS, files_of, line_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 _NOTED = "_of_progress"
-_OURS = Path(__file__).parent
-_A_STEP = str(_OURS / "workload" / "_step.py")
 
 
 def tells_of(kind: type[UllageError], but: Callable[[BaseException], bool] = lambda _: False) -> Callable[..., Any]:
@@ -72,15 +70,15 @@ def said_by(error: BaseException) -> str:
 def what_failed(error: BaseException) -> str:
     """Say of another's error whether the user's step or a defect of ours raised it, and where."""
     files = files_of(error)
-    if _A_STEP in files:
+    if A_STEP in files:
         where = line_of(error)
         return f"{where + ': ' if where else ''}the step itself raises {said_by(error)}; run it once without ullage and mend it"
     at = error.__traceback__
     last = ""
     while at is not None:
         file = Path(at.tb_frame.f_code.co_filename)
-        if file.is_relative_to(_OURS):
-            last = f"{file.relative_to(_OURS)}:{at.tb_lineno}"
+        if file.is_relative_to(OURS):
+            last = f"{file.relative_to(OURS)}:{at.tb_lineno}"
         at = at.tb_next
     return f"a defect of ullage, not of the step: {said_by(error)} (at ullage/{last}); please report it"
 

@@ -14,9 +14,10 @@ from types import CodeType, FrameType
 
 import torch
 
-_OURS = str(Path(__file__).parents[1])
+from ullage._source import OURS
+
 _TORCH = Path(torch.__file__).parent
-_DISPATCH = (_OURS, str(_TORCH / "_subclasses"), str(_TORCH / "utils" / "_python_dispatch.py"))
+_DISPATCH = (OURS, str(_TORCH / "_subclasses"), str(_TORCH / "utils" / "_python_dispatch.py"))
 _MOST = 300  # instructions: a message is made in fewer
 
 

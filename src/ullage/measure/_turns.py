@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from ullage._errors import CaptureError
+from ullage._source import A_STEP
 
 _LOCK = threading.RLock()
 _holders: list[int] = []  # the thread that has the lock, as often as it has it
-_A_STEP = str(Path(__file__).parents[1] / "workload" / "_step.py")
 _WAITING = tuple(str(Path(threading.__file__).parent / name) for name in ("threading.py", "queue.py", "concurrent"))
 PATIENCE_S = 20.0  # a step that waits for another thread as long as this waits for one that waits here
 
@@ -73,7 +73,7 @@ def _where_it_waits() -> tuple[tuple[int, int] | None, bool]:
 
 def _runs_a_step(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename == _A_STEP:
+        if frame.f_code.co_filename == A_STEP:
             return True
         frame = frame.f_back
     return False

@@ -34,6 +34,7 @@ import torch
 import torch.utils.data
 from torch import Tensor, nn
 
+from ullage._source import OURS
 from ullage._torch import FunctionSchema, LoaderIterator, OperatorBase, OpOverloadPacket
 from ullage.runtime.ambient._local import Apart
 from ullage.runtime.state._content import PLAIN, Cells, Globals, Slots, base_of
@@ -74,7 +75,6 @@ _LIBRARIES = (
     str(FilePath(torch.__file__).parent),
 )
 _ITSELF = -1
-_OURS = str(FilePath(__file__).parents[1])
 # By code and by class, what never changes. Weak references: a class's functions hold the class.
 _names: WeakKeyDictionary[types.CodeType, tuple[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
 _functions: WeakKeyDictionary[type, tuple[ReferenceType[types.FunctionType], ...]] = WeakKeyDictionary()
@@ -103,12 +103,12 @@ def _is_machinery(kind: type) -> bool:
 @functools.cache
 def is_library(file: str) -> bool:
     """Is the code of that file torch's, Python's or an installed package's: not the user's?"""
-    return file.startswith((*_LIBRARIES, _OURS)) or "site-packages" in file or "dist-packages" in file
+    return file.startswith((*_LIBRARIES, OURS)) or "site-packages" in file or "dist-packages" in file
 
 
 def is_ours(fn: types.FunctionType) -> bool:
     """Is it a function of ullage, whose state is no unit's?"""
-    return fn.__code__.co_filename.startswith(_OURS)
+    return fn.__code__.co_filename.startswith(OURS)
 
 
 # --- code ---------------------------------------------------------------------------------------------------------------
