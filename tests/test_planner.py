@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 import ullage as ul
 from tests.zoo import workload
+from ullage.cost import devices
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner.model._model import OptionFacts, StepModel
+from ullage.planner.study._device import choose_device
 from ullage.solver._solve import smallest, solve
 
 _ACTIONS = [KEEP, RECOMPUTE, Option("select", "attention")]
@@ -100,6 +102,16 @@ def test_good_budgets() -> None:
     assert ul.parse_budget(7).bytes == 7
     assert ul.parse_budget("60% of plain").resolve(1000, None) == 600
     assert ul.parse_budget("90% of device").resolve(1000, 2000) == 1800
+
+
+@pytest.mark.parametrize("name", sorted(devices()))
+def test_a_share_of_a_device_leaves_its_context_out(name: str) -> None:
+    """On an H200 the context takes 600 MB, so all that tensors can have is 149.4 GB of its 150."""
+    facts, choice = devices()[name], choose_device(workload("gpt"), name)
+    assert choice.memory_bytes == facts.memory_bytes - facts.context_bytes
+    assert (facts.context_bytes > 0) == (facts.kind == "cuda")
+    if name == "h200":
+        assert ul.parse_budget("100% of device").resolve(0, choice.memory_bytes) == 149_400_000_000
 
 
 def test_a_step_function_is_captured_with_its_closure() -> None:

@@ -12,7 +12,10 @@ from ullage._errors import DeviceError
 
 
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One device: memory in bytes, rates in FLOP/s, bandwidths in bytes/s, times in seconds."""
+    """One device: memory in bytes, rates in FLOP/s, bandwidths in bytes/s, times in seconds.
+
+    `context_bytes` of the memory are a process's CUDA context's, not its tensors'.
+    """
 
     title: str
     kind: str

@@ -19,7 +19,7 @@ class DeviceChoice:
         name: of the table, or what a CUDA device that is here calls itself.
         facts: its row; where a CUDA device that is here has none, the row with the nearest memory.
         estimate: it is not here, so nothing was timed or measured on it.
-        memory_bytes: its memory, or None if that is not known.
+        memory_bytes: what tensors can have of its memory: all but its context; None if that is not known.
         tensors: device type of the tensors the step runs on.
     """
 
@@ -49,11 +49,12 @@ def choose_device(work: Workload, name: str | None) -> DeviceChoice:
     here = "cpu" if work.factory is not None else work.instance_device().type
     if name is not None:
         facts = find_device(name)
-        return DeviceChoice(name, facts, name != here, facts.memory_bytes, here)
+        return DeviceChoice(name, facts, name != here, facts.memory_bytes - facts.context_bytes, here)
     if here == "cuda":
         properties = torch.cuda.get_device_properties(0)
         rows = [d for d in devices().values() if d.kind == "cuda"]
         nearest = min(rows, key=lambda d: abs(d.memory_bytes - properties.total_memory))
-        return DeviceChoice(properties.name, nearest, False, properties.total_memory, here)
+        memory = properties.total_memory - nearest.context_bytes
+        return DeviceChoice(properties.name, nearest, False, memory, here)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceChoice("cpu", find_device("cpu"), False, memory, here)
