@@ -153,9 +153,8 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
         if mine():
             tracker.phase = "forward"
 
-    if not isinstance(
-        foreach_types, Missing
-    ):  # "type(p) in ..." decides between the foreach and the loop implementation
+    # "type(p) in ..." decides between the foreach and the loop implementation
+    if not isinstance(foreach_types, Missing):
         stack.enter_context(_patched(optim, "_foreach_supported_types", [*foreach_types(), FakeTensor]))
     stack.callback(optim.register_optimizer_step_pre_hook(before_step).remove)
     stack.callback(optim.register_optimizer_step_post_hook(after_step).remove)

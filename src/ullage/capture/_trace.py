@@ -56,9 +56,8 @@ class Storage:
     death: int = sys.maxsize
     position: int = -1  # among the storages its op allocated; -1: not from an op
     category: str = ""
-    booked: int | None = (
-        None  # its size where that is known otherwise: its node was measured as a whole, it has no memory
-    )
+    # its size where that is known otherwise: its node was measured as a whole, it has no memory
+    booked: int | None = None
 
 
 @dataclass
@@ -109,9 +108,8 @@ class Trace:
     between: list[Between] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # op index at which each step starts
     nodes: list[NodeRun] = field(default_factory=list)
-    inside: dict[int, int] = field(
-        default_factory=dict
-    )  # per op of a node that was measured as a whole: bytes at its peak
+    # per op of a node that was measured as a whole: bytes at its peak
+    inside: dict[int, int] = field(default_factory=dict)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -158,9 +158,8 @@ def rebuild(
         first_item: of s, t and a slack: the first item's last unit, its option if that is s, and the slack after it.
         last_option: of t and a slack.
     """
-    around: list[
-        tuple[list[Item], int, int, int]
-    ] = []  # runs not done: items, last unit, slack after the inner one, its first
+    # runs not done: items, last unit, slack after the inner one, its first
+    around: list[tuple[list[Item], int, int, int]] = []
     items: list[Item] = []
     while True:
         if s < t:

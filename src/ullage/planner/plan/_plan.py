@@ -172,9 +172,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bounds: Bounds | None = None
     disk: Disk | None = None
     host: Host | None = None
-    evaluation: list[
-        str
-    ] = []  # modules that were in evaluation mode in the planned step, of those whose code reads the mode
+    # modules that were in evaluation mode in the planned step, of those whose code reads the mode
+    evaluation: list[str] = []
 
     @property
     def tier(self) -> OffloadTier | None:

@@ -1,1 +1,1 @@
-"""What surrounds a call: this thread's state, flags that change numerics, generators, counters."""
+"""The surroundings of a call: this thread's state, flags that change numerics, generators, counters."""

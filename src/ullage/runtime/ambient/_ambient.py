@@ -1,6 +1,6 @@
-"""What surrounds a forward and must surround its replay: generators, autocast, global flags.
+"""Generators, autocast and global flags: read at a forward, set again for its replay.
 
-Reading all of it costs about 6 us per call; setting it again happens only where it differs.
+Reading all of them costs about 6 us per call. Only those that differ are set.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _accelerator() -> str | None:
 _ACCELERATOR = _accelerator()
 
 Flags = tuple[Any, ...]
-DEVICE = 9  # the place in it of the default device
+DEVICE = 9  # index of the default device in `Flags`
 
 
 def read_flags() -> Flags:
-    """Autocast of every device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
+    """Return autocast of each device type, its cache, deterministic algorithms, default dtype, attention kernels, device, settings."""
     return (
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
@@ -60,7 +60,7 @@ def read_flags() -> Flags:
 
 
 def default_device() -> torch.device | None:
-    """Where factories make tensors, if a context or `set_default_device` says it."""
+    """Return where factories make tensors, if a context or `set_default_device` says so."""
     modes = [m for m in function_modes() if isinstance(m, DeviceContext)]
     return modes[-1].device if modes else None
 
@@ -76,7 +76,7 @@ def flags_as(wanted: Flags, now: Flags) -> Iterator[None]:
     cache, settings = wanted[4], wanted[10]
     with contextlib.ExitStack() as stack:
         if wanted[:5] != now[:5]:
-            # the one context that also drops its cache of casts at the end
+            # `torch.autocast` is the only context that also drops its cache of casts at the end
             stack.enter_context(torch.autocast("cpu", wanted[1], enabled=wanted[0], cache_enabled=cache))
             if _ACCELERATOR is not None:
                 stack.enter_context(torch.autocast(_ACCELERATOR, wanted[3], enabled=wanted[2], cache_enabled=cache))
@@ -110,7 +110,7 @@ def _put_globals(wanted: Flags, now: Flags) -> None:
 
 
 def put_back(was: Flags) -> None:
-    """What a forward that stopped half-way has left set otherwise than it was."""
+    """Set flags again that a forward which stopped early has left changed."""
     now = read_flags()
     if now == was:
         return
@@ -121,7 +121,7 @@ def put_back(was: Flags) -> None:
         torch.set_autocast_cache_enabled(was[4])
     _put_globals(was, now)
     put_settings(was[10], now[10])
-    if now[9] != was[9]:  # by `torch.set_default_device`: a context is left by an early stop, too
+    if now[9] != was[9]:  # set by `torch.set_default_device`; an early stop leaves contexts in order
         torch.set_default_device(was[9])
 
 
@@ -131,7 +131,7 @@ Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # get, set
 
 
 def _get_cpu() -> Tensor:
-    return torch.get_rng_state()  # looked up at each call: others patch it
+    return torch.get_rng_state()  # looked up at each call, because a capture patches it
 
 
 _CPU: tuple[Source, ...] = ((_get_cpu, torch.set_rng_state),)
@@ -140,7 +140,7 @@ _stand_in = threading.local()
 
 @contextlib.contextmanager
 def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any]) -> Iterator[None]:
-    """In this thread, take these for the generators of torch: a capture leaves the real ones to other threads."""
+    """In this thread, use these instead of torch's generators: a capture must not disturb the draws of other threads."""
     before = getattr(_stand_in, "sources", None)
     _stand_in.sources = ((get, put),)
     try:
@@ -150,7 +150,7 @@ def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any]) -> Iterat
 
 
 def sources_for(args: Sequence[Any]) -> Sequence[Source]:
-    """The CPU's default generator, and those of the accelerators that hold the tensors in `args`, nested or not, or are current."""
+    """Return the CPU's default generator and those of the accelerators that hold the tensors in `args`, or else of the current one."""
     stood_in: Sequence[Source] | None = getattr(_stand_in, "sources", None)
     if stood_in is not None:
         return stood_in
@@ -195,16 +195,16 @@ HOST: Source = (_get_host, _set_host)
 def same_state(a: Any, b: Any) -> bool:
     """Did nobody draw between these two states of one source?"""
     if isinstance(a, Tensor):
-        # bytes; read past torch, whose fake tensors would refuse a real one
+        # compare bytes, not tensors: under a fake mode torch refuses real ones
         return bool(_differ(a.data_ptr(), b.data_ptr(), a.numel()) == 0)
     return bool(a[0] == b[0] and a[1][2:] == b[1][2:] and np.array_equal(a[1][1], b[1][1]))
 
 
 def host_rng() -> tuple[Any, Any]:
-    """The state of Python's and numpy's generator."""
+    """Return the states of Python's and numpy's generators."""
     return _get_host()
 
 
 def host_rng_moved(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
-    """Did Python's or numpy's generator move?"""
+    """Did somebody draw from Python's or numpy's generator between these two states?"""
     return not same_state(a, b)

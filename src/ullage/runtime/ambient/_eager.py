@@ -1,6 +1,6 @@
-"""Dynamo keeps off the runtime's own code: its hooks and modes run where compiled code runs, and are not to be compiled.
+"""Keep Dynamo from compiling the runtime's own hooks and modes, which run in the middle of compiled code.
 
-Marking code costs nothing when it runs, `torch._dynamo.disable` costs microseconds at every saved tensor.
+A mark on the code objects costs nothing at run time; `torch._dynamo.disable` would cost microseconds at every saved tensor.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _GONE = [n for n in (frame_action, frame_strategy, set_frame_strategy) if isinst
 
 
 def keep_eager(modules: Iterable[types.ModuleType]) -> None:
-    """Mark all functions and methods of these modules; what they call (a unit's own forward) is compiled as ever."""
-    if _GONE:  # told where a compiled unit runs, see `check`
+    """Mark all functions and methods of these modules; Dynamo still compiles what they call (a unit's own forward)."""
+    if _GONE:  # `check` raises once a compiled unit runs
         return
     skip = frame_strategy(frame_action.SKIP, frame_action.DEFAULT)
     for module in modules:
@@ -28,7 +28,7 @@ def keep_eager(modules: Iterable[types.ModuleType]) -> None:
 
 
 def check(is_compiled: Callable[[], bool]) -> None:
-    """Raise UnsupportedTorch for a compiled unit if Dynamo could not be kept off the hooks around it."""
+    """Raise UnsupportedTorch for a compiled unit if this torch has no way to keep Dynamo from the hooks around it."""
     if _GONE and is_compiled():
         _GONE[0]()
 

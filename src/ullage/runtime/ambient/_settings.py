@@ -1,4 +1,4 @@
-"""Settings of torch that are seldom changed and decide which kernel runs, or what it rounds to."""
+"""Settings of torch that are seldom changed and decide which kernel runs, or how it rounds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import torch
 
 from ullage._torch import Setting, attention_order, precisions, settings, settings_of_accelerators
 
-Settings = tuple[
-    Any, ...
-]  # what `_SETTINGS` give, then what `_PRECISIONS` give if one of them is not as it is by itself
+Settings = tuple[Any, ...]  # values of `_SETTINGS`, then those of `_PRECISIONS` if one of them is not the default
 
-# by backend and op, as of torch 2.9; what says "none" is as the one before it says that has "all"
+# (backend, op) of torch 2.9's precision settings. One that says "none" follows its backend's "all", and that one ("generic", "all")
 _PAIRS = (
     ("generic", "all"),
     *(("cuda", op) for op in ("all", "matmul", "conv", "rnn")),
     *(("mkldnn", op) for op in ("all", "matmul", "conv", "rnn")),
 )
-_SMALLEST = 2.0**-1022  # the smallest normal number: half of it is 0.0 where denormals are flushed
+_SMALLEST = 2.0**-1022  # the smallest normal double: half of it is 0.0 if the processor flushes denormals
 
 
 def _flushes() -> bool:
@@ -36,7 +34,7 @@ def _answers(get: Callable[[], Any]) -> bool:
 
 
 def settings_of(accelerator: bool) -> tuple[Setting, ...]:
-    """What there is in this torch to get and set. `accelerator`: is there one, whose kernels have settings of their own?"""
+    """Return the settings that this torch can get and set. `accelerator`: include those of an accelerator's kernels."""
     pairs = (*settings, *settings_of_accelerators) if accelerator else settings
     found = [(get, put) for get, put in pairs if _answers(get)]
     if accelerator and attention_order is not None:
@@ -62,7 +60,8 @@ _SETTINGS = settings_of(
     torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 )
 _PRECISIONS = _precisions()
-# of oneDNN's ops: of matmul, which `set_float32_matmul_precision` sets, too, and of two that have none of their own if all above them have none
+# The three of oneDNN's ops. `set_float32_matmul_precision` sets the one of matmul, too; the other two say "none" as long as nobody
+# has set a precision in the new way, so a call reads these three instead of all nine.
 _LAST = _PRECISIONS[-3:]
 _GETTERS = tuple(get for get, _ in (*_SETTINGS, *_LAST))
 _NONE = ("none",) * len(_LAST[1:])
@@ -70,12 +69,12 @@ _OF_CPU = tuple([i for i, (backend, _) in enumerate(_PAIRS) if backend != "cuda"
 
 
 def read_settings() -> Settings:
-    """The settings now, to be compared as a whole."""
+    """Return the settings now, to be compared as a whole."""
     try:
         found = tuple([get() for get in _GETTERS])
         if found[len(_SETTINGS) + 1 :] == _NONE:
             return found
-    except RuntimeError:  # of TF32, where the program mixes torch's old and new ways to set it
+    except RuntimeError:  # torch raises if the program mixes its old and new ways to set TF32
         pass
     return tuple([_read(get) for get, _ in (*_SETTINGS, *_PRECISIONS)])
 
@@ -92,7 +91,7 @@ def put_settings(wanted: Settings, now: Settings) -> None:
     if wanted == now:
         return
     for (get, put), want in zip(_SETTINGS, wanted, strict=False):
-        if want is not None and _read(get) != want:  # one that comes before it may have set it, too
+        if want is not None and _read(get) != want:  # read again: an earlier setting may have set this one, too
             put(*want) if isinstance(want, tuple) else put(want)
     precisions: Any = dict(enumerate(wanted[len(_SETTINGS) :]))
     if len(precisions) < len(_PRECISIONS):

@@ -1,1 +1,1 @@
-"""A forward under the runtime, and `checkpoint`."""
+"""The forward of a unit, its first call, and `checkpoint`."""

@@ -22,10 +22,12 @@ from ullage.runtime.unit._options import Options
 from ullage.runtime.unit._site import Site
 
 _CHECKS = ("default", "none", "values")
-_MOST_SITES = 64  # of one module or function
+# Of one module or function; the oldest is dropped and learns again. A function that closes over a new object at each call (a lambda
+# in a loop) makes a site per object. Not tuned.
+_MOST_SITES = 64
 
-_options = functools.cache(Options)  # of plain values: there are few of them
-# What is remembered between calls: by module and function, or by a plain function's code.
+_options = functools.cache(Options)  # its arguments are flags and names, so there are few combinations
+# The sites between calls: by module and function, or by a plain function's code.
 _sites: WeakKeyDictionary[Any, dict[Hashable, Site]] = WeakKeyDictionary()
 
 
@@ -63,18 +65,18 @@ def checkpoint(
         preserve_rng_state: replay with the generators of the CPU and of the devices of `args` as they were on entry.
         preserve_host_rng: the same for Python's `random` and numpy's global generator. If the first call draws
             from them, later ones are covered without asking.
-        determinism_check: "default": shapes, strides, dtypes and devices of what is saved are compared. "values": also
-            a digest of every dropped tensor, on every call (slow). "none": nothing is compared.
-        early_stop: end a replay as soon as everything is rebuilt; `torch.utils.checkpoint.set_checkpoint_early_stop` has precedence.
+        determinism_check: "default": compare shapes, strides, dtypes and devices of the saved tensors. "values": compare also
+            a digest of every dropped tensor, on every call (slow). "none": compare nothing.
+        early_stop: end a replay as soon as the last saved tensor is rebuilt; `torch.utils.checkpoint.set_checkpoint_early_stop` has precedence.
         context_fn: returns the contexts around forward and around the replay, as for torch; not together with `keep`.
-        debug: keep the names of all ops, and show in a ReplayError where forward and replay part.
-        respect_saved_tensors_hooks: of torch 2.14: do the saved-tensor hooks around the call get what `keep` or `context_fn` keeps? Here they
-            do not, so True is refused together with these.
+        debug: keep the names of all ops, and show in a ReplayError the first op at which forward and replay differ.
+        respect_saved_tensors_hooks: an argument of torch 2.14: whether saved-tensor hooks around the call see the kept tensors of `keep`
+            or `context_fn`. Here they don't, so True is refused together with these.
         kwargs: keyword arguments of `function`.
 
     Raises:
-        ArgumentError: an option has a value that means nothing.
-        ReplayError: in backward: the replay is not what the forward was.
+        ArgumentError: an option has an unknown value, or does not go with another one.
+        ReplayError: in backward: the replay differs from the forward.
 
     Source: the saved-tensor-hook design follows `torch.utils.checkpoint` (non-reentrant); selective replay without a
     dispatch mode in forward is ullage's own, see docs/runtime.md.
@@ -128,8 +130,9 @@ def run(
     on_replay: Callable[[], None] | None = None,
     reached: Reached | None = None,
 ) -> Any:
-    """Run one call of a unit, grad mode being on."""
-    if peek_interpreter() is not None or in_forward_mode():  # torch.func and forward mode: torch's own
+    """Run one call of a unit; grad mode must be on."""
+    # torch.func and forward-mode AD get torch's own checkpoint
+    if peek_interpreter() is not None or in_forward_mode():
         return torchs.checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=options.preserve_rng_state, **kwargs
         )
@@ -146,7 +149,7 @@ def run(
 
 
 def _lacks_arguments(function: Any) -> bool:
-    """Would `function()` fail for want of arguments? Then it is being decorated."""
+    """Would `function()` lack arguments? Then `checkpoint` is used as a decorator."""
     if isinstance(function, nn.Module) or not callable(function):
         return False
     try:
@@ -173,7 +176,7 @@ def _no_arguments(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 def _site_of(
     function: Callable[..., Any], rule: Any, plain: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Site, Reached]:
-    """What is known of a unit, by what it reaches: one function may run many modules, each a unit of its own."""
+    """Return the site of a unit, found by what the function reaches: one function may run many modules, each a unit of its own."""
     owner, name = _owner(function)
     reached = Reached(roots_of(function) + objects_in(args, kwargs))
     if isinstance(owner, types.CodeType):
@@ -197,7 +200,7 @@ def _site_of(
 
 
 def _owner(function: Any) -> tuple[Any, str]:
-    """A module, or the code (else the class) of what is called; and its name."""
+    """Return the module, or else the code or class, that a callable runs; and its name."""
     if isinstance(function, functools.partial):
         return _owner(function.func)
     if isinstance(function, types.MethodType):
@@ -214,7 +217,7 @@ def _owner(function: Any) -> tuple[Any, str]:
 
 
 def _compiled(function: Any, args: Any, kwargs: Any, keep: Any, preserve_rng_state: bool, context_fn: Any) -> Any:
-    """Under Dynamo: torch's own, with the same policy; it traces that as a higher-order op, without a graph break."""
+    """Call torch's checkpoint with the same policy: Dynamo traces it as a higher-order op, without a graph break."""
     contexts = context_fn if keep is None else torch_contexts(keep)
     if contexts is None:
         return torchs.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs)

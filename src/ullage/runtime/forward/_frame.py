@@ -1,7 +1,16 @@
-"""One call of a unit: what its forward leaves behind, and how backward asks for it.
+"""One call of a unit: run its forward under pack hooks, and give backward the saved tensors that it asks for.
 
-A frame lives as long as autograd holds one of the unit's saved tensors. What autograd packs is an index; `_missing` gives the
-tensor back from what was kept, from what was rebuilt, or after a replay.
+Idea: the hooks pack an index instead of a tensor (as `torch.utils.checkpoint` does without reentry). When backward unpacks an index,
+`_missing` returns the kept tensor, or one that a replay has rebuilt, or starts a replay. Unlike torch's, a settled forward runs
+under no dispatch mode: it counts and compares what is saved against the notes of an earlier call, and a first call (`_learn`)
+finds out the rest.
+
+Invariant: a tensor handed to backward has the bits that the forward saved, or backward raises an error that names the unit. A frame
+lives as long as autograd holds one of its indices. It must not hold, through a tensor that the caller or the unit writes to
+later, the graph that holds it: that is why so much here is held detached, weakly, or only until the forward is over.
+
+Known non-optimalities: a replay rebuilds all dropped tensors of the unit at once, and those stay in memory until backward asks
+for each or the whole backward ends. The first call of each kind, and each call of a unit that can't be replayed, keeps everything.
 """
 
 from __future__ import annotations
@@ -44,47 +53,49 @@ _NONE: Any = MappingProxyType({})
 
 
 class Frame:
-    """See the module's docstring.
+    """One call of a unit, see above.
 
     Args:
-        site: what is known of the unit.
+        site: the unit's site.
         options: how to run it.
         fn: the unit's plain forward.
         args: positional arguments.
         kwargs: keyword arguments.
         on_replay: called at the start of every replay.
-        reached: what it reaches, if that has been looked up.
+        reached: what the call reaches, if that is already known.
     """
 
-    # most calls leave most of this as it is here
+    # class attributes, because most calls never set most of them and a frame is made on every call
     complete = stale = False
     known: Known | None = None
     entry: State | None = None
-    left: Sequence[int] = ()  # versions of what `entry` has copies of, after the forward
+    left: Sequence[int] = ()  # versions, after the forward, of the tensors that `entry` has copies of
     contexts: tuple[Any, Any] | None = None
     digests: dict[int, bytes | None] | None = None
     ops: list[str] | None = None
     signature: Hashable = None
-    kinds: Hashable = None  # what its facts depend on
+    kinds: Hashable = None  # the key of its facts, see `_site`
+    # name of a tensor that this forward changed and no earlier call did, so no copy of its old values exists
     unseen = ""
-    # autograd holds the pack hook, so what that fills is emptied in place
+    # autograd holds the pack hook and the hook holds these dicts, so they are emptied in place
     kept: dict[int, tuple[Tensor | Away, int]] = _NONE
-    # of these, arguments of units in this one; copies where there is no replay
+    # kept tensors that are arguments of inner units; each with a copy where there will be no replay
     held: dict[int, Tensor | None] = _NONE
-    # where all is kept: tensors without a graph, which autograd saves as themselves; held until the forward is over, then weakly
+    # in a call that keeps everything: tensors without a graph, which autograd saves as themselves; held until the forward is over,
+    # then weakly, in `leaves`
     given: dict[int, Tensor] = _NONE
     leaves: Mapping[int, ReferenceType[Tensor]] = _NONE
     restored: Mapping[int, str] = _NONE
-    rows: Mapping[int, Rows] = _NONE  # of the jagged tensors among what it saves
-    around: Sequence[Around] = ()
-    around_written: Sequence[Around] = ()  # those that the forward itself writes to: `entry` has what was in them
+    rows: Mapping[int, Rows] = _NONE  # offsets of the jagged tensors that it saves
+    around: Sequence[Around] = ()  # tensors that the unit closes over and no module has registered
+    around_written: Sequence[Around] = ()  # those that the forward itself writes to: `entry` has their old values
     watched: Sequence[tuple[Tensor, int]] = ()
     reads: Reads | None = None
-    group: Any = None  # the `GraphExecGroup` that it was last rebuilt in
-    back: Back | None = None  # what is put back for the replay that runs
-    previous: Call | None = None  # the call whose output makes this one's input
+    group: Any = None  # the `GraphExecGroup` of the last replay
+    back: Back | None = None  # memory and dicts to put back for the replay that runs
+    previous: Call | None = None  # the call whose output is this one's input, where that is not held
     place = NOWHERE
-    # what the pack hook of its forward notes
+    # set by the pack hook of the forward: notes it expects, how many tensors it saw, and notes of its own once one differs
     expected: Notes
     count: Callable[[], int]
     odd: Notes | None = None
@@ -101,9 +112,9 @@ class Frame:
     ) -> None:
         self.site, self.options, self.fn, self.on_replay = site, options, fn, on_replay
         self.rebuilt: dict[int, Any] = {}
-        # with their versions; digested when the forward is over, as they may be filled only then
+        # saved tensors with their versions, digested when the forward is over: kernels may fill them only after they are saved
         self.late: dict[int, tuple[Tensor, int]] = {}
-        self.unsent: list[int] = []  # they are offloaded when the forward is over, for the same reason
+        self.unsent: list[int] = []  # saved tensors to offload when the forward is over, for the same reason
         if options.determinism_check == "values":
             self.digests = {}
         if options.debug:
@@ -113,7 +124,8 @@ class Frame:
         self.context = contextvars.copy_context()
         self.reached = reached if reached is not None else Reached(roots_of(fn) + objects_in(args, kwargs))
         self.roots = self.reached.roots
-        if self.reached.around and not local.skipping:  # placeholders, some of them
+        # in a selective replay some of them are placeholders without memory
+        if self.reached.around and not local.skipping:
             self.around = [Around(t) for t in self.reached.around]
         place = options.place
         trail = site.trail.take() if place is not None and site.trail is not None else None
@@ -139,7 +151,8 @@ class Frame:
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the unit's forward."""
-        # in the selective replay of an outer unit nobody asks for what is saved here: nothing is learnt
+        # In the selective replay of an outer unit backward asks for none of this unit's saved tensors, and some of its inputs
+        # are placeholders: it must not learn from them.
         if local.skipping:
             return self.run(args, kwargs, packer(self, Notes()))
         options, training = self.options, self.reached.training
@@ -160,16 +173,17 @@ class Frame:
                 self.signature = (self.signature, signature_of(self.fn.args, self.fn.keywords, None, None))
             self.known = self.site.shared.look_up(self.signature)
         if facts is not None:
-            if (
-                facts.must_keep or self.site.shared.distrust
-            ):  # kept by this frame, as in the first call: an outer unit must see the same in both
+            # this frame keeps all itself, as the first call does: an outer unit must see the same saves in both
+            if facts.must_keep or self.site.shared.distrust:
                 out = self.run(args, kwargs, packer_of_all(self))
                 self.keep_all()
                 return out
+            # A forward that changes containers is looked at twice: its first call may create an object (a cache, a lazily made
+            # buffer) that only the second call changes. It is also looked at again if a path it changed has gone.
             if not (facts.looks > 1 or not facts.changes.containers) or not self._note_entry(facts):
                 facts = None
         if facts is None or (selective and self.known is None):
-            from ullage.runtime.forward._learn import learn  # which runs frames; not on the hot path
+            from ullage.runtime.forward._learn import learn  # here, as a settled call never needs it
 
             return learn(self, args, kwargs, facts)
         known = self.known
@@ -190,7 +204,7 @@ class Frame:
         return out
 
     def _note_entry(self, facts: Facts) -> bool:
-        """Copy the state that the forward will change; False if it is not where it was."""
+        """Copy the state that the forward will change; False if a recorded path no longer leads to it."""
         changes = facts.changes
         if changes.containers or changes.values or changes.generators:
             try:
@@ -208,7 +222,7 @@ class Frame:
         return True
 
     def note_buffers(self, buffers: list[Tensor]) -> None:
-        """Buffers that no call has changed so far: small ones are copied all the same, others watched."""
+        """Copy small buffers that no call has changed so far, and watch the versions of large ones."""
         entry = self.entry if self.entry is not None else State([], [], [])
         known = {id(o) for o, _ in entry.values}
         self.watched = [(t, t._version) for t in buffers if id(t) not in known]
@@ -218,7 +232,7 @@ class Frame:
             self.entry = entry
 
     def _note_arrays(self) -> None:
-        """Small numpy arrays are copied, changed so far or not: they have no version that would show it."""
+        """Copy small numpy arrays, whether or not a call has changed them: an array has no version that would show it."""
         entry = self.entry if self.entry is not None else State([], [], [])
         known = {id(o) for o, _ in entry.values}
         entry.values += [(a, a.copy()) for a in self.reached.arrays if a.size <= SMALL and id(a) not in known]
@@ -248,10 +262,10 @@ class Frame:
             self._let_go_of_replay()
 
     def settle(self) -> bool:
-        """After a forward that keeps what it saves: has it given something of that other memory (`.data =`)? Backward then sees that."""
+        """After a forward that keeps everything: did it give a saved tensor other memory (`.data =`)? Backward then sees that memory."""
         moved = [(i, x) for i, x in self.given.items() if not same_memory(x, tensor_of(self.kept[i][0]))]
         for i, x in moved:
-            if x._version == self.kept[i][1]:  # else it raises, as in the plain step
+            if x._version == self.kept[i][1]:  # otherwise backward raises, as in the plain step
                 with quiet():
                     self.kept[i] = (x.detach(), x._version)
         if self.given:
@@ -260,7 +274,7 @@ class Frame:
         return bool(moved)
 
     def keep_all(self) -> None:
-        """There will be no replay. What only a replay needs may hold the graph that holds this frame."""
+        """Give up the replay of this call, all its saved tensors being kept."""
         self.settle()
         self.notes = self.noted()
         self.complete = True
@@ -268,12 +282,12 @@ class Frame:
         self.previous = None
 
     def _let_go_of_replay(self) -> None:
-        """Nothing will run again: what a replay needs may hold, through a tensor that the unit wrote to, the graph that holds this."""
+        """Drop what only a replay needs: through a tensor that the unit wrote to, it may hold the graph that holds this frame."""
         self.inputs, self.roots, self.entry, self.rng, self.around = Inputs((), {}), [], None, [], ()
         self.watched, self.around_written, self.reached, self.fn = (), (), Reached(()), _gone
 
     def noted(self) -> Notes:
-        """What this forward has saved, so far if it is not over."""
+        """Return the notes of what this forward has saved, so far if it is not over."""
         if self.complete:
             return self.notes
         if self.odd is not None:
@@ -303,14 +317,14 @@ class Frame:
                 "have its __exit__ let exceptions through"
             )
         except BaseException:
-            if self.given:  # written to later, one may hold what is left of the graph
+            if self.given:  # a tensor in it that is written to later may hold the rest of the graph
                 self.given.clear()
             raise
         finally:
             pop_hooks()
 
     def finish(self) -> None:
-        """After a forward that went well: generators nobody drew from go, versions of what it read are noted."""
+        """Close a forward that raised nothing: drop generators it did not draw from, note the versions of what it could read."""
         self.notes = self.noted()
         self.complete = True
         if self.late and self.digests is not None:
@@ -323,7 +337,7 @@ class Frame:
         self._look_for_unseen()
         if self.entry is not None:
             self.left = [o._version if isinstance(o, Tensor) else -1 for o, _ in self.entry.values]
-        self.reached.around = []  # written to later, such a tensor may hold the graph that holds this
+        self.reached.around = []  # a tensor in it that is written to later may hold the graph that holds this frame
         if not self.notes:
             return
         if self.known is not None and self.notes is not self.expected and self.notes != self.known.notes:
@@ -332,7 +346,7 @@ class Frame:
         self.reads = Reads(self)
 
     def digests_of(self, saved: Mapping[int, tuple[Tensor | Away, int]]) -> dict[int, bytes | None]:
-        """Digests of tensors that this forward has saved, now that it is over; none of what its kernels have left unset."""
+        """Return digests of saved tensors, the forward being over; leave out those that its kernels never set."""
         without: set[int] = set()
         if self.site.fills and all(ambient.same_state(state, s[0]()) for s, state in self.rng):
             without = unset(saved, self.noted())
@@ -343,7 +357,7 @@ class Frame:
     # --- backward ----------------------------------------------------------------------------------------------------
 
     def unpacker(self) -> Callable[[int], Tensor]:
-        """The unpack hook. ReplayError if it can't give what the forward saved."""
+        """Return the unpack hook. It raises ReplayError if it can't give what the forward saved."""
         rebuilt = self.rebuilt.pop
 
         def unpack(i: int) -> Tensor:
@@ -379,7 +393,7 @@ class Frame:
     def _missing(self, i: int) -> Any:
         kept = self.kept.get(i)
         if kept is not None and kept[0]._version != kept[1] and i in self.held:
-            # the plain step does not save it, so there it may change
+            # an argument that an inner unit holds for its replay: the plain step does not save it, so it may change there
             if self.held[i] is not None:
                 return self.held[i]
             del self.kept[i]
@@ -392,7 +406,7 @@ class Frame:
                     f"after the forward saved it (version {tensor._version}, expected {version}); the plain step would fail too"
                 )
             leaf = self.leaves[i]() if i in self.leaves else None
-            # given other memory since (`.data =`), the plain step's backward sees that
+            # a leaf that was given other memory since (`.data =`): the plain step's backward reads that memory, too
             return tensor_of(tensor) if leaf is None or same_memory(leaf, tensor_of(tensor)) else leaf
         if self.group is not None and self.group is graph_group():
             raise ReplayError(
@@ -413,25 +427,25 @@ class Frame:
         return found
 
     def take(self, store: dict[int, Any]) -> None:
-        """Keep what a replay has rebuilt, for the rest of this backward."""
+        """Hold the tensors that a replay has rebuilt, for the rest of this backward."""
         self.rebuilt.update(store)
         self.group = graph_group()
         if self.group is None:
-            # weakly: a unit's inputs go when its last node has run, not when the whole backward is over
+            # weakly: a unit's inputs are freed when its last node has run, not when the whole backward is over
             at_end_of_backward(functools.partial(_let_go, ref(self)))
 
     def state_names(self) -> str:
-        """What the unit's forward changes, for messages."""
+        """Name the state that the unit's forward changes, for messages."""
         paths = [p for f in self.site.facts.values() for p in (*f.changes.containers, *f.changes.values)]
         return ", ".join(dict.fromkeys(map(describe, paths)))
 
 
 def _gone() -> None:
-    """In the place of a unit's forward that won't run again."""
+    """Stands for a unit's forward that won't run again."""
 
 
 def _let_go(frame: ReferenceType[Frame]) -> None:
-    """A backward is over: what it rebuilt and did not use goes."""
+    """At the end of a backward, free what was rebuilt and not asked for."""
     alive = frame()
     if alive is not None:
         alive.rebuilt.clear()

@@ -1,8 +1,8 @@
-"""The first call of a unit: run the forward, see what it does, and only then free what is not to be kept.
+"""The first call of a unit: run its forward, see what it does, and only then free the tensors that need not be kept.
 
-It holds no more than the unit's own backward will: everything that the unit saves. What it learns: the state the forward
-changes, whether it draws from Python's generators, whether it can be run again at all, and, if something is to be kept, the op
-log. Digests of what it drops are what the first replay has to give back, bit for bit.
+It holds no more than the unit's own backward will: all tensors that the unit saves. It learns which state the forward changes,
+whether it draws from Python's generators, whether it can be run again at all, and, for a selective unit, the op log. It takes
+digests of the tensors it drops; the first replay has to reproduce them bit for bit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _GATHERS = "FSDP gathers its parameters inside it, in a replay not as in forward
 
 
 def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Facts | None) -> Any:
-    """The unit's output.
+    """Run the unit's forward, learn from it, and return its output.
 
     Args:
         frame: this call.
         args: positional arguments.
         kwargs: keyword arguments.
-        facts: what is known already, or None.
+        facts: facts of an earlier call that still hold, or None.
     """
     if _makes_parameters(frame):  # the next call is the first to learn from
         out = frame.run(args, kwargs, packer_of_all(frame))
@@ -62,7 +62,7 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
     if late:
         frame.site.digests_last = True
         frame.site.fills |= any(late.values())
-        if frame.digests is not None:  # those of what was not filled yet
+        if frame.digests is not None:  # again, as some tensors were not filled when their digests were taken
             frame.digests.update(frame.digests_of(frame.kept))
     if survey is not None:
         facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
@@ -103,7 +103,7 @@ def _recording(frame: Call, recorder: Recorder | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if recorder is not None:
             stack.enter_context(recorder)
-            if not frame.reached.is_compiled():  # Dynamo would compile for the mode
+            if not frame.reached.is_compiled():  # Dynamo would compile the unit once more, for the mode
                 stack.enter_context(Assignments(recorder.log))
         yield
 
@@ -114,7 +114,7 @@ def _makes_parameters(frame: Call) -> bool:
 
 
 def _replacing(frame: Call, tensors: list[Tensor], memory: Memory) -> str:
-    """Why a forward that gives tensors other memory can't be run again; "" if it does not, or if what it replaces is put back."""
+    """Say why a forward that gives tensors other memory can't be run again; "" if it gives none, or if a replay puts all of it back."""
     put_back = {id(o) for o, _ in frame.entry.values} if frame.entry is not None else set()
     lost = [tensors[i] for i in memory.moved(tensors) if id(tensors[i]) not in put_back]
     if not lost:
@@ -123,7 +123,7 @@ def _replacing(frame: Call, tensors: list[Tensor], memory: Memory) -> str:
 
 
 def _gathers(frame: Call, recorder: Recorder) -> bool:
-    """Did FSDP's hooks run inside, or only around the unit? Inside they record functions and run ops that are not aten's."""
+    """Did FSDP's hooks run inside the unit rather than around it? Inside, the log has their ops, which are not aten's."""
     is_foreign = any(op.func.namespace != "aten" for op in recorder.log.ops)
     return is_foreign and any(hasattr(m, "_get_fsdp_state") for m in frame.reached.all_modules())
 
@@ -157,7 +157,7 @@ def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None) -> Fac
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
     buffers = frame.reached.buffers()
     if buffers:
-        frame.note_buffers(buffers)  # of those that it has not changed
+        frame.note_buffers(buffers)  # the buffers that it has not changed
     if earlier is not None:
         return Facts(changes | earlier.changes, moved or earlier.host_rng, must_keep, earlier.looks + 1)
     return Facts(changes, moved, must_keep)

@@ -1,7 +1,7 @@
 """The pack hooks of a unit's forward.
 
-They are closures over plain lists and dicts: they run once per saved tensor, which makes them the hottest code there is.
-Of what is saved, a forward that saves what the expected notes say leaves nothing behind but their count.
+They run once per saved tensor, which makes them the hottest code of the runtime; so they are closures over plain lists and dicts.
+A forward that saves exactly what the expected notes say records only how many tensors there were.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Pack = Callable[[Tensor], int]
 
 
 def packer(frame: Call, expected: Notes, keep: Any = (), away: Any = ()) -> Pack:
-    """The pack hook of a forward: compare each saved tensor with its note, keep those in `keep`, digest the others if asked to.
+    """Return the pack hook of a forward: it compares each saved tensor with its note, keeps those in `keep`, digests the others if asked.
 
-    Of those that are kept, the ones in `away` are offloaded.
+    Kept tensors whose index is in `away` are offloaded.
     """
     checks, i = expected.checks_in("forward"), -1
     frame.expected, digests = expected, frame.digests
@@ -82,7 +82,7 @@ def packer(frame: Call, expected: Notes, keep: Any = (), away: Any = ()) -> Pack
                 held[i] = None
         elif digests is not None:
             if site.digests_last or is_fresh(x):
-                with quiet():  # a record of the unit's ops must not have it
+                with quiet():  # the op log of an outer unit must not contain this detach
                     frame.late[i] = x.detach(), x._version
             elif comparable(x):
                 with quiet():
@@ -93,7 +93,7 @@ def packer(frame: Call, expected: Notes, keep: Any = (), away: Any = ()) -> Pack
 
 
 def packer_of_all(frame: Call, saved: Callable[[Tensor], None] | None = None) -> Pack:
-    """A pack hook that keeps everything; `saved` is called with each tensor."""
+    """Return a pack hook that keeps everything and calls `saved` with each tensor."""
     pack = packer(frame, Notes())
     kept: dict[int, tuple[Tensor | Away, int]] = {}
     held: dict[int, Tensor | None] = {}

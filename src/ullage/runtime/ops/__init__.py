@@ -1,1 +1,1 @@
-"""The ops of a call: what is kept of them, which are logged, which a replay need not run."""
+"""The ops of a call: rules that say which outputs to keep, the log, and the ops that a replay skips."""

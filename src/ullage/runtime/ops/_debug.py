@@ -1,4 +1,4 @@
-"""`debug=True`: the ops of forward and replay, so that an error can show where they part."""
+"""`debug=True`: note the ops of forward and replay, so that an error can show the first that differs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OpNames(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
+        """Ignore what Dynamo runs to compile. Without this it compiles nothing under the mode, and `torch.cond` needs it to."""
         return True
 
     def __init__(self, names: list[str]) -> None:
@@ -33,7 +33,7 @@ class OpNames(TorchDispatchMode):
 
 
 def first_difference(forward: list[str], replay: list[str]) -> str:
-    """Where two op logs part, with a few ops before it."""
+    """Say where two lists of ops first differ, with a few ops before it."""
     for n, (a, b) in enumerate(zip_longest(forward, replay, fillvalue="(end)")):
         if a.split(" at ")[0] != b.split(" at ")[0] and b != "(end)":
             before = "".join(f"\n    {op}" for op in forward[max(n - 3, 0) : n])

@@ -1,4 +1,4 @@
-"""Name ops that a replay must not run: named levels, single calls of ops, collections of ops, callables."""
+"""Rules that name the ops a replay must not run: named levels, single calls of ops, collections of ops, callables."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LevelRule:
 
 
 class CallableRule:
-    """The rule of a user's callable. A function that is written in a call is another object each time, but the same rule."""
+    """The rule of a user's callable. A lambda written in a call is another object at each call, but compares as the same rule."""
 
     def __init__(self, keep: Callable[[Any], bool]) -> None:
         self.keep = keep
@@ -84,13 +84,13 @@ class CallableRule:
 
 @dataclass(frozen=True)
 class OpsRule:
-    """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]@disk`: the first gelu, and of the calls of mm these five.
+    """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]@disk`: the first call of gelu, and five calls of mm.
 
     Attributes:
         calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
-        routing: routing outputs are kept too, as at a level.
-        leaving: of the calls, those whose outputs are offloaded (`@host`, `@disk`).
-        tier: where to.
+        routing: keep routing outputs too, as at a level.
+        leaving: the calls whose outputs are offloaded (`@host`, `@disk`).
+        tier: where they are offloaded to.
     """
 
     calls: frozenset[tuple[str, int]]
@@ -100,11 +100,11 @@ class OpsRule:
 
     @classmethod
     def from_text(cls, text: str, routing: bool = False) -> OpsRule:
-        """Read what `text` gives.
+        """Read a rule from its text, the inverse of `text`.
 
         Raises:
-            ValueError: it is no such text, names two tiers, or an op that torch does not have. Ops of other libraries are
-                not looked up: they may come later.
+            ValueError: it is no such text, names two tiers, or names an op that torch does not have. Ops of other libraries
+                are not looked up: they may be registered later.
         """
         staying: set[tuple[str, int]] = set()
         leaving: set[tuple[str, int]] = set()
@@ -132,12 +132,12 @@ class OpsRule:
         return cls(frozenset(staying | leaving), routing, frozenset(leaving), *tiers)
 
     def sent(self, tier: str, leaving: frozenset[tuple[str, int]]) -> OpsRule:
-        """The same calls, with the outputs of these offloaded."""
+        """Return the same calls, with the outputs of those in `leaving` offloaded."""
         return OpsRule(self.calls, self.routing, leaving, tier)
 
     @property
     def moves(self) -> OpsRule | None:
-        """The rule of the offloaded calls; None if there is none."""
+        """The rule of the offloaded calls, or None."""
         return OpsRule(self.leaving) if self.leaving else None
 
     @property
@@ -150,12 +150,12 @@ class OpsRule:
 
     @property
     def ops(self) -> list[Any]:
-        """The overloads that it names and torch knows now."""
+        """The overloads that the rule names and torch knows now."""
         found = [_find_op(name) for name in sorted({name for name, _ in self.calls})]
         return [op for op in found if op is not None]
 
     def not_among(self, ran: Iterable[Any]) -> str:
-        """The calls that it names and that are not among these ops in the order of their calls, as text; "" if all are."""
+        """Return, as text, the calls that the rule names and that did not run; "" if all did. `ran`: ops in the order of their calls."""
         counts: dict[str, int] = {}
         for op in ran:
             counts[op_name(op)] = counts.get(op_name(op), 0) + 1
@@ -166,11 +166,11 @@ class OpsRule:
         return (op_name(op), n) in self.calls or (self.routing and op in ROUTING)
 
     def kind_of(self, op: Any) -> Any:
-        """Each op is counted for itself, matmuls too."""
+        """Count each op by itself, matmuls too."""
         return op
 
 
-TIERS = "host", "disk"  # where tensors may leave to
+TIERS = "host", "disk"  # where tensors may be offloaded to
 _RUN = r"\d{1,6}(-\d{1,6})?"
 _CALLS = re.compile(
     rf"(?P<op>((?P<ns>\w+)::)?\w+(\.\w+)?)\[(?P<calls>{_RUN}(,{_RUN})*)\](@(?P<tier>{'|'.join(TIERS)}))?", re.ASCII
@@ -179,7 +179,7 @@ _TORCHS = ("aten", "prims")
 
 
 def _runs(numbers: list[int]) -> str:
-    """Ascending numbers; three or more in a row as `first-last`."""
+    """Write ascending numbers; three or more in a row as `first-last`."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
@@ -191,7 +191,7 @@ def _runs(numbers: list[int]) -> str:
 
 @functools.cache
 def op_name(op: Any) -> str:
-    """`mm`, `max.dim`, `library::op.overload`: aten and the default overload go without saying."""
+    """Return an op's short name: `mm`, `max.dim`, `library::op.overload`. Aten and the default overload are left out."""
     name = op._schema.name.removeprefix("aten::")
     return name if op._overloadname == "default" else f"{name}.{op._overloadname}"
 
@@ -203,7 +203,7 @@ def _find_op(name: str) -> Any:
 
 
 def kind_of(op: Any, rule: Rule) -> Any:
-    """What calls are counted by: all matmuls together and other ops each for itself, unless the rule knows better."""
+    """Return the key that calls are counted by: all matmuls together, other ops each by itself, unless the rule has its own."""
     own = getattr(rule, "kind_of", None)
     if own is not None:
         return own(op)
@@ -212,18 +212,18 @@ def kind_of(op: Any, rule: Rule) -> Any:
 
 @functools.cache
 def level_rule(level: str, routing: bool = True) -> LevelRule:
-    """The rule of a level."""
+    """Return the rule of a level."""
     return LevelRule(level, routing)
 
 
 @functools.cache
 def named_rule(name: str, routing: bool = True) -> LevelRule | OpsRule:
-    """The rule of a level, of "" (routing outputs only), or of single calls; ValueError if it names neither."""
+    """Return the rule of a level, of "" (routing outputs only), or of single calls; ValueError if the name is neither."""
     return level_rule(name, routing) if not name or name in LEVELS else OpsRule.from_text(name, routing)
 
 
 def rule_of(keep: Keep) -> Rule:
-    """The rule that a `keep=` argument names.
+    """Return the rule that a `keep=` argument names.
 
     Raises:
         ArgumentError: it names none.
@@ -271,9 +271,10 @@ def _op(op: Any) -> Any:
 
 
 def torch_contexts(keep: Keep) -> Callable[[], tuple[Any, Any]]:
-    """torch's selective contexts with the nearest policy, for `torch.compile`: op outputs, not saved tensors.
+    """Return torch's selective contexts with the nearest policy, for `torch.compile`: it keeps op outputs, not saved tensors.
 
-    A policy that counts is not one that Dynamo traces: of half the matmuls all are kept, and of single calls of an op all its calls.
+    Dynamo can't trace a policy that counts calls. So "half_matmul_attention" keeps all matmuls, and single calls of an op
+    become all its calls.
     """
     if isinstance(keep, str) and keep == "half_matmul_attention":
         keep = "matmul_attention"
@@ -291,7 +292,7 @@ def _ops_of(keep: str | OpsRule) -> frozenset[Any]:
     return frozenset([*rule.ops, *ROUTING])
 
 
-# All that `torch.compiler.assume_constant_result` does, but for importing Dynamo: 1.4 s of processor time and 840 modules.
+# `torch.compiler.assume_constant_result` sets this mark, too, but imports Dynamo for it: 1.4 s of processor time and 840 modules.
 _ops_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,7 @@
-"""The op log of one call of a unit, and what autograd saved in it, in order.
+"""The op log of one call of a unit, with the tensors that autograd saved, in order.
 
-A value is (storage, offset, shape, stride, dtype, bits of lazy views); a storage is known by a number of its own, from its birth to its death.
-Everything here is shapes and numbers: no tensor is held.
+A tensor is logged as its value: (storage, offset, shape, stride, dtype, bits of lazy views). A storage has one number from its
+allocation until it is freed. A log holds shapes and numbers only, no tensor.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ aten = torch.ops.aten
 
 Value = tuple[Any, ...]  # (storage number, offset, shape, stride, dtype, `lazy_bits`)
 
-# ops whose answer goes to Python, so their input has to be there
+# ops that return a value to Python, so a replay must have their input
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.item.default}
 # C++ asks fake tensors and subclasses for their device, sizes and strides by these (`prim::device` of a fake tensor, `aten::sym_size` of
-# a jagged one), also where C++ can't unwind: `InputMetadata` is made so, and an error raised there ends the process. So a dispatch mode
-# of ours passes them on before it looks at anything.
+# a jagged one). It also asks where it can't unwind: `InputMetadata`'s constructor does, and an error raised there ends the process.
+# So each dispatch mode here passes them on before it looks at anything.
 _METADATA = (
     "size", "stride", "numel", "dim", "storage_offset", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_contiguous",
     "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "layout",
 )  # fmt: skip
 _PACKETS = [p for n in _METADATA if (p := getattr(aten, n, None)) is not None]
 QUERIES = frozenset(getattr(p, overload) for p in _PACKETS for overload in p.overloads())
-# they look at the shape, dtype and device of what they are given, not at what is in it
+# ops that read the shape, dtype and device of their argument, not its values
 SHAPE_ONLY = {
     getattr(aten, n).default
     for n in (
@@ -42,7 +42,7 @@ SHAPE_ONLY = {
         "new_empty_strided",
     )
 }  # fmt: skip
-# their outputs' shapes are known only once they have run
+# ops with this tag have output shapes that are known only once they have run
 DATA_DEPENDENT = torch.Tag.dynamic_output_shape
 _BATCH_NORMS = {
     "native_batch_norm",
@@ -54,12 +54,12 @@ _BATCH_NORMS = {
 
 
 def is_query(func: Any) -> bool:
-    """Is this no op but a question about a tensor's metadata, at which nothing may be raised?"""
+    """Is this a question about a tensor's metadata rather than an op? Nothing may be raised in it, see `_METADATA`."""
     return func in QUERIES or getattr(func, "namespace", "") == "prim"
 
 
 def draws(func: Any, args: Any) -> bool:
-    """Does this op draw random numbers? Attention without dropout does not."""
+    """Does this op draw random numbers? Attention without dropout is tagged so, but draws none."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
     dropout = next((i for i, a in enumerate(func._schema.arguments) if a.name == "dropout_p"), None)
@@ -76,16 +76,16 @@ _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 @dataclass
 class Op:
-    """One op: what it was given, what it made, what it wrote to.
+    """One op: its arguments, its results, and the storages it wrote to.
 
     Attributes:
         func: the overload.
         inputs: values of its tensor arguments.
-        outputs: per leaf of its result: (value, meta), or (None, constant) for what is no tensor.
+        outputs: per leaf of its result: (value, meta) of a tensor, (None, constant) of anything else.
         spec: the result's structure.
         returns: per leaf of the result, which tensor argument it is (in-place ops), or -1.
         writes: storages it writes to.
-        must_run: it draws, is read by Python, or is unknown: it is never skipped.
+        must_run: a replay never skips it: it draws, returns a value to Python, or is not one of torch's own.
         source: the model's own line.
     """
 
@@ -101,21 +101,21 @@ class Op:
 
 @dataclass
 class Log:
-    """Ops, saved values, which storages came from outside, and why skipping is not safe here ("" if it is)."""
+    """The ops, the saved values, the storages that came from outside, and why skipping is not safe ("" if it is)."""
 
     ops: list[Op] = field(default_factory=list)
     saved: list[Value] = field(default_factory=list)
-    saved_at: list[int] = field(default_factory=list)  # how many ops had run
+    saved_at: list[int] = field(default_factory=list)  # per saved value, how many ops had run
     outside: set[int] = field(default_factory=set)
     refusal: str = ""
     dynamic: bool = False
 
 
 class Assignments(TorchFunctionMode):
-    """Sees `t.data = ...`, which is no op, of whatever tensor: a replay that skips ops would assign what has no memory.
+    """Sees `t.data = ...`, which is no op: a replay that skips ops might assign a placeholder, which has no memory.
 
     Args:
-        log: refused, if there is one.
+        log: gets a refusal if there is such an assignment.
     """
 
     def __init__(self, log: Log) -> None:
@@ -131,7 +131,7 @@ class Assignments(TorchFunctionMode):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes a `Log`, while a unit's forward runs as always."""
+    """Writes a `Log` while a unit's forward runs; it changes nothing in that."""
 
     supports_higher_order_operators = True
 
@@ -157,7 +157,7 @@ class Recorder(TorchDispatchMode):
         inputs = [self.value(t) for t in tensors] if func not in SHAPE_ONLY else []
         try:
             out = sparse.run(func, args, kwargs)
-        except Exception:  # the unit may catch it: a replay must come to the same
+        except Exception:  # the unit may catch it, so a replay must run this op and raise as well
             self.log.ops.append(Op(func, inputs, [], tree_flatten(())[1], [], set(), True, source_line()))
             raise
         self._note(func, args, kwargs, tensors, inputs, out)
@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
         return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
 
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
-        """The value a tensor is; `given`: storages of the op that just made it, which it may share."""
+        """Return a tensor's value; `given`: storages of the arguments of the op that just made it, which it may share."""
         if t.layout != torch.strided:
             return (-1, 0, t.shape, (), t.dtype, 0)
         storage = t.untyped_storage()
@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
         return (known[0], t.storage_offset(), t.shape, t.stride(), t.dtype, lazy_bits(t))
 
     def saved(self, t: Tensor) -> None:
-        """Autograd saves this tensor now."""
+        """Log that autograd saves this tensor now."""
         self.log.saved.append(self.value(t))
         self.log.saved_at.append(len(self.log.ops))
         self._refuse_unknown([t], "autograd")

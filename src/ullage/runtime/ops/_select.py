@@ -1,7 +1,17 @@
-"""From an op log and a rule to what a selective replay does, op by op.
+"""Decide from an op log and a rule which saved tensors a unit keeps, and what a selective replay does at each op.
 
-The rule names ops that a replay must not run. Kept are the saved tensors that make this so: the op's own outputs
-where autograd saves them, else the nearest saved tensors computed from them. Nothing that autograd does not save is kept.
+Idea: the rule names ops that a replay must not run. For each of them the unit keeps its outputs, if autograd saves them, or else the
+nearest saved tensors computed from them. Then the choice goes backward from the dropped saved tensors: an op runs if one of them
+needs it, and every other op is skipped.
+
+Invariant: no kept tensor is one that autograd does not save, so selection never takes memory that the plain step does not take.
+Ops that draw, return values to Python, or write to storages from outside always run; a storage that some op writes to is never
+handed out, because it holds other values later.
+
+Known non-optimalities: values are followed per storage, so every op that writes to a storage runs again if one value in it is
+needed. Reruns end at the last dropped saved tensor, but an op before it that always runs takes its inputs with it, even if nothing
+reads its result. torch's own policies (`create_selective_checkpoint_contexts`) need no log; they keep op outputs, saved or not, and
+run every op that they don't keep, needed or not.
 """
 
 from __future__ import annotations
@@ -17,16 +27,16 @@ RUN, SKIP = 0, 1
 
 @dataclass(frozen=True)
 class Step:
-    """What a replay does at one op.
+    """The action of a replay at one op.
 
     Attributes:
         func: the op that must come.
         action: RUN or SKIP.
         outputs: per leaf of the result, (meta, storage offset, `lazy_bits`) of a tensor, or (constant, 0, 0).
-        handed: per leaf of the result, the index of the kept tensor whose storage it is, or -1.
+        handed: per leaf of the result, the index of the kept tensor that has its storage, or -1.
         returns: per leaf of the result, which tensor argument it is, or -1.
         spec: the result's structure.
-        made: its entry of `outputs`, if the result is one placeholder.
+        made: the only entry of `outputs`, if the result is one placeholder.
         source: the model's own line.
     """
 
@@ -42,15 +52,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a unit keeps, and what its replay does.
+    """The saved tensors that a unit keeps, and the steps of its replay.
 
     Attributes:
-        kept: indices of saved tensors that forward keeps.
-        checked: of these, the ones that are handed out and must be packed again by the replay.
-        steps: per op of the log.
-        skipped: how many ops the replay does not run, up to the last it needs.
+        kept: indices of the saved tensors that forward keeps.
+        checked: kept tensors that the replay hands out as op outputs, and so must save again.
+        steps: one per op of the log.
+        skipped: how many ops the replay does not run, up to the last one that it needs.
         refusal: why the replay skips nothing, or "".
-        away: of those that forward keeps, the ones that are offloaded until backward asks for them.
+        away: kept tensors that are offloaded until backward asks for them.
     """
 
     kept: frozenset[int]
@@ -62,20 +72,20 @@ class Selection:
 
 
 def selection_of(log: Log, rule: Rule) -> Selection:
-    """Choose what to keep and what to run. `rule(op, n)`: must a replay not run the n-th call of this op?"""
+    """Choose the tensors to keep and the ops to run. `rule(op, n)`: is the n-th call of this op one that a replay must not run?"""
     if log.refusal:
         return Selection(frozenset(), frozenset(), (), 0, log.refusal)
     return _Chooser(log, rule).selection()
 
 
 class Flow:
-    """Who makes, writes and saves what in a log.
+    """The data flow of a log: which ops make and write each storage, and which saved tensors are in it.
 
     Attributes:
         dirty: storages that some op writes to.
-        makers: per value the ops that make it: a view of the same kind may be made many times.
-        born: per storage the op that allocated it; none for those from outside.
-        making: per storage the ops that write to it or return a view of it; those that only read it change nothing.
+        makers: per value the ops that make it: the same view may be made many times.
+        born: per storage the op that allocated it; storages from outside have no entry.
+        making: per storage the ops that write to it or return a view of it.
         saved_by: per storage the indices of the saved tensors in it.
     """
 
@@ -108,7 +118,7 @@ class _Chooser:
         moves = getattr(rule, "moves", None)
         self.chosen, self.leaving = self._chosen(rule), self._chosen(moves) if moves is not None else set()
         self.kept = self._kept(self.chosen)
-        # what one op makes to stay and another to leave stays
+        # a tensor kept for two calls, one named with `@tier` and one without, stays in memory
         self.away = self.kept - self._kept(self.chosen - self.leaving) if self.leaving else frozenset[int]()
 
     def _chosen(self, rule: Rule) -> set[int]:
@@ -132,7 +142,7 @@ class _Chooser:
             saved = {s for s in fresh if self.flow.can_hand(s)}
             todo = list(fresh) if not saved else []
             seen = set(todo)
-            while todo:  # the nearest saved tensors computed from it
+            while todo:  # breadth first: the nearest saved tensors computed from its outputs
                 for c in consumers.get(todo.pop(), ()):
                     made = [v for v, _ in self.log.ops[c].outputs if v is not None and c not in self.chosen]
                     for value in made:
@@ -149,7 +159,7 @@ class _Chooser:
         self.used: set[int] = set()
         self.wanted: list[Value] = [v for i, v in enumerate(log.saved) if i not in self.kept]
         last, done = -1, set[Value]()
-        # saved before the op that fills it
+        # tensors that autograd saved before the op that fills them
         late = {i for i, at in enumerate(log.saved_at) if at < len(log.ops) and log.saved[i][0] in log.ops[at].writes}
         while True:
             ends = [
@@ -166,7 +176,7 @@ class _Chooser:
                 if value not in done:
                     done.add(value)
                     self._need(value)
-        # an op that runs anyway hands nothing out
+        # a kept tensor whose own op runs anyway is not handed out
         used = frozenset(i for i in self.used if self.flow.born[log.saved[i][0]] not in self.run)
         steps = tuple(self._step(k, used) for k in range(len(log.ops)))
         return Selection(self.kept, used, steps, sum(s.action == SKIP for s in steps[:last]), away=self.away)
@@ -174,7 +184,7 @@ class _Chooser:
     def _always_runs(self, k: int, op: Op) -> bool:
         if op.must_run or any(s in self.log.outside for s in op.writes):
             return True
-        # where shapes depend on data only what is kept as it was made may stand in for an op
+        # If shapes depend on data, a placeholder's shape may be wrong: an op is skipped only if its outputs are kept as they were made
         return self.log.dynamic and not all(
             v is not None and v[0] in self.handed and self.log.saved[self.handed[v[0]]] == v for v, _ in op.outputs
         )
@@ -190,12 +200,13 @@ class _Chooser:
             for k in self.flow.making.get(s, ()):
                 self._need_op(k)
             return
-        for k in self.flow.makers.get(value, ()):  # none: it is from outside
+        for k in self.flow.makers.get(value, ()):  # a value from outside has no makers
             if self.flow.born.get(s) != k or s not in self.handed:
                 self._need_op(k)
             elif self.handed[s] not in self.used:
                 self.used.add(self.handed[s])
-                self.wanted.append(self.log.saved[self.handed[s]])  # the views that lead to where it is packed again
+                # the replay must save it once more, so the views between its op and that save are needed, too
+                self.wanted.append(self.log.saved[self.handed[s]])
 
     def _step(self, k: int, used: frozenset[int]) -> Step:
         op = self.log.ops[k]

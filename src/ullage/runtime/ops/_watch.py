@@ -1,7 +1,7 @@
-"""A replay in which some tensors are no longer what the forward read: what is computed from them is not to be used.
+"""Follow changed tensors through a replay, so that nothing computed from them is handed to backward.
 
-A tensor that a unit was given, or closes over, may change before backward as long as nothing that backward asks for depends on it:
-this replay finds out. It is slow, and there only when something has changed.
+A tensor that a unit was given, or closes over, may change before backward as long as nothing that backward asks for depends on it.
+This mode finds out. It is slow, and runs only when a tensor has changed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _KNOWN = ("aten", "prims")
 
 
 class Changed(BaseException):
-    """What the unit does next may depend on something that changed. Not an `Exception`: the unit must not catch it.
+    """The unit's next op may depend on a tensor that changed. Not an `Exception`: the unit must not catch it.
 
     Attributes:
-        name: what changed.
-        read: the op that reads a value on the host, and where; "" where backward asks for what follows from it.
+        name: the tensor that changed.
+        read: the op that reads a value computed from it on the host, and its line; "" if backward asks for such a value.
     """
 
     def __init__(self, name: str, read: str = "") -> None:
@@ -38,7 +38,7 @@ class Changed(BaseException):
 class Watch(TorchDispatchMode):
     """Follows changed tensors through ops, storage by storage.
 
-    Raises `Changed` where values are read on the host, where they decide a shape, and at ops that are not torch's own.
+    Raises `Changed` where the host reads such values, where they decide a shape, and at ops that are not torch's own.
 
     Args:
         changed: names by storage.
@@ -69,12 +69,12 @@ class Watch(TorchDispatchMode):
         if name is not None:
             self.changed.update(dict.fromkeys(touched, name))
         else:
-            for s in touched - read.keys():  # a new tensor where one that is gone has been
+            for s in touched - read.keys():  # a new storage at the address of a freed one
                 self.changed.pop(s, None)
         return out
 
     def name(self, t: Tensor) -> str | None:
-        """What changed and went into this tensor, or None."""
+        """Return the name of a changed tensor that this one was computed from, or None."""
         return self.changed.get(storage_of(t))
 
 
@@ -83,7 +83,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: Any) -> list[Tensor]:
-    """Arguments that an op without result writes."""
+    """Return the arguments that an op writes to; all of them for an op without a schema."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return _tensors(args)

@@ -1,1 +1,1 @@
-"""A replay in backward: what it may read, which ops it skips, what it hands to autograd."""
+"""A replay in backward: the state it reads, the ops it skips, the tensors it hands to autograd."""

@@ -1,8 +1,8 @@
-"""What a replay leaves as it found it, although it stops half-way: a forward puts things back near its end.
+"""Put back what a replay that stops early leaves changed, because a forward often restores state only near its end.
 
-The attributes of modules are compared at every replay. All else that a unit reaches (containers, plain objects, slots, cells, globals,
-class attributes, hooks, arrays) is compared at the first replay that stops at a given tensor; at later ones only if that one
-has shown something.
+The attributes of modules are compared at every replay. Everything else that a unit reaches (containers, plain objects, slots, cells,
+globals, class attributes, hooks, arrays) is compared at the first replay that stops at a given tensor, and at later ones only
+if that first one left something changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ullage.runtime.unit._call import Call
 if TYPE_CHECKING:
     from ullage.runtime.replay._collect import Collector
 
-_MOST_PLACES = 256  # where replays of one unit have stopped
+_MOST_PLACES = 256  # stops remembered per unit; beyond, all are forgotten and each is compared once more. Not tuned
 
 
 class Attributes:
@@ -39,7 +39,7 @@ class Attributes:
         self._noted = [(d, list(d), list(d.values())) for d in [m.__dict__ for m in modules]]
 
     def put_back(self) -> None:
-        """What is another object now goes back."""
+        """Put back attributes that are other objects now."""
         for d, keys, values in self._noted:
             if list(d) != keys or not all(map(is_, d.values(), values)):
                 _put(d, dict(zip(keys, values, strict=True)))
@@ -76,7 +76,7 @@ class Everything:
                         self._places.append((place, content_of(place)))
 
     def put_back(self) -> bool:
-        """What has another content now gets back what it had; was there anything?"""
+        """Put back each place whose content changed; return whether there was any."""
         places = [(p, c) for p, c in self._places if not same_content(c, content_of(p))]
         arrays = [(a, was) for a, was in self._arrays if a.tobytes() != was.tobytes()]
         for place, content in places:
@@ -87,11 +87,11 @@ class Everything:
 
 
 class Left:
-    """What one replay may leave changed: noted before it, put back after it.
+    """State that one replay may leave changed: noted before the replay, put back after it.
 
     Args:
         frame: the call.
-        replay: what it collects, which says where it stops.
+        replay: its collector, which knows where it stops.
     """
 
     __slots__ = ("_attributes", "_everything", "_key", "_site")
@@ -107,7 +107,7 @@ class Left:
                 self._everything = Everything(frame.roots)
 
     def put_back(self) -> None:
-        """All of it; notes whether the next replay that stops there has to look, too."""
+        """Put all of it back, and note whether the next replay with the same stop has to compare everything again."""
         self._attributes.put_back()
         if self._everything is not None:
             leaves = self._site.leaves

@@ -1,4 +1,4 @@
-"""What one replay collects: its pack hook compares each saved tensor with what forward noted, and takes it."""
+"""The pack hook of a replay: compare each saved tensor with the note of the forward, and collect it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _version = attrgetter("_version")
 
 
 class Stop(BaseException):
-    """Everything is rebuilt. Not an `Exception`: the unit's own handlers must not catch it."""
+    """Ends a replay once everything is rebuilt. Not an `Exception`: the unit's own handlers must not catch it."""
 
 
 class Collector:
-    """One attempt: what its pack hook has collected, and the checks that need the whole of it.
+    """One attempt at a replay: the tensors that its pack hook has collected, and the checks at its end.
 
     Args:
         frame: the call.
-        selection: what to skip, or None for all of it.
-        whole: "": it ends as soon as everything is there; "recorded": the unit's output is wanted too; "dropped": only that.
-        copies: copy the arguments of units in this one, which this one writes to afterwards.
+        selection: ops to skip, or None to run all of them.
+        whole: "": end as soon as everything is rebuilt; "recorded": run to the end for the unit's output, too; "dropped": run
+            to the end for the output only.
+        copies: copy the arguments of inner units, because the unit writes to them afterwards.
     """
 
     def __init__(self, frame: Call, selection: Selection | None, whole: str = "", copies: bool = False) -> None:
@@ -47,14 +48,14 @@ class Collector:
         self.left = self.total - len(frame.kept) + len(selection.checked) if selection is not None else 0
         early = frame.options.early_stop and not frame.site.fills
         self.stops = not whole and (early or not frame.complete)
-        self.drew = bool(frame.rng)  # as it does where a kernel fills noise that is saved already
+        self.drew = bool(frame.rng)  # without a draw no kernel (dropout, RReLU) fills noise after it was saved
         self.drops, self.copies = whole == "dropped", copies
         self.seen = 0
         self.checks = frame.options.determinism_check != "none" or selection is not None
         self.ops: list[str] = []
 
     def packer(self, watch: Watch | None) -> Any:
-        """The pack hook: check against forward's note, collect, stop when everything is there."""
+        """Return the pack hook: it compares with the forward's note, collects, and stops when everything is rebuilt."""
         if self.drops:
             return self._dropping()
         pack = self._full() if self.selection is None else self._selective(self.selection)
@@ -66,7 +67,7 @@ class Collector:
         def watched(x: Tensor) -> int:
             try:
                 return pack(x)  # type: ignore[no-any-return]
-            finally:  # the last one ends the replay
+            finally:  # also when `pack` ends the replay, at the last tensor
                 name, last = watch.name(x), next(reversed(self.store), -1)
                 if name is not None and self.store.get(last) is x:
                     self.store[last] = Modified(x.shape, name, x._version, x, local.holding)
@@ -76,7 +77,7 @@ class Collector:
     def _copying(self, pack: Any, watch: Watch | None) -> Any:
         def copying(x: Tensor) -> int:
             if local.holding and (watch is None or watch.name(x) is None):
-                x = x.detach().clone()  # seen by `watch`, as any new tensor
+                x = x.detach().clone()  # `watch` sees the copy as it sees any new tensor
             return pack(x)  # type: ignore[no-any-return]
 
         return copying
@@ -153,7 +154,7 @@ class Collector:
 
     def _more(self, i: int) -> int:
         if self.stops:
-            raise Stop  # the unit has swallowed the first one
+            raise Stop  # again: the unit has swallowed the first one
         if i >= self.total:
             if self.selection is not None:
                 raise Stale("more tensors are saved than in forward")
@@ -162,7 +163,7 @@ class Collector:
         return i
 
     def _differs(self, i: int, x: Tensor, checks: list[Check]) -> None:
-        """Compare from Python; an error, or a stale log, if it differs."""
+        """Compare from Python, the guard having said no; raise an error, or Stale in a selective replay, if it differs."""
         if self.notes.equal(i, x, checks):
             return
         if self.selection is not None:
@@ -185,18 +186,18 @@ class Collector:
         return ReplayError(f"{text} Pass debug=True to see where they part")
 
     def unpack(self, i: int) -> Tensor:
-        """For a backward inside the unit's own forward."""
+        """Unpack for a backward that runs inside the unit's own forward."""
         found: Any = self.store.get(i)
         if found is None and self.frame is not None and i in self.frame.kept:
             found = tensor_of(self.frame.kept[i][0])
         if found is None:
             raise ReplayError(f"{self.name}: backward of a replay's own graph, after the replay")
-        # what this backward makes of a tensor that has changed is followed, too
+        # `Watch` follows what this backward computes from a changed tensor, too
         given: Any = found.now if isinstance(found, Modified) else found
         return given  # type: ignore[no-any-return]
 
     def note_modified(self) -> None:
-        """While state is still the unit's own: which saved tensors has it written to since?"""
+        """Mark saved tensors that the unit has written to since; call it before its state is put back, which writes too."""
         store = self.store
         if list(map(_version, store.values())) != self.versions:
             for (i, x), version in zip(list(store.items()), self.versions, strict=True):
@@ -204,12 +205,13 @@ class Collector:
                     store[i] = Modified(x.shape)
 
     def finish(self) -> dict[int, Any]:
-        """What was collected, after the checks that need the whole replay."""
+        """Return what was collected, after the checks that need the whole replay."""
         frame, store = self.frame, self.store
         if self.left:
             raise Stale("fewer tensors are saved than in forward")
         seen = self.seen if self.drops else len(store)
-        if self.selection is None and seen < self.total:  # whatever is compared: backward asks for what is not there
+        # even with determinism_check="none": backward would ask for a tensor that is not there
+        if self.selection is None and seen < self.total:
             raise self._error(f"its forward saved {self.total} tensors, its replay {seen}")
         if frame.rows:
             self._put_rows()
@@ -218,7 +220,7 @@ class Collector:
         return dict(store)
 
     def _put_rows(self) -> None:
-        """Give jagged tensors the offsets of forward: those that the replay makes have another ragged size for autograd."""
+        """Give jagged tensors the offsets of the forward: to autograd, offsets that the replay makes have another ragged size."""
         store = self.store
         with quiet():
             for i, rows in self.frame.rows.items():
@@ -230,6 +232,6 @@ class Collector:
                 store[i] = found
 
     def close(self) -> None:
-        """The replay's graph holds the hooks, and so this object: it must hold neither that graph's tensors nor the frame."""
+        """Drop the tensors and the frame: the replay's graph holds the hooks, and so this object."""
         self.store.clear()
         self.frame = None  # type: ignore[assignment]

@@ -29,12 +29,14 @@ from ullage.runtime.tensors._memory import (
 from ullage.runtime.unit._call import Call
 from ullage.runtime.unit._modified import Modified
 
-SMALL = 4096  # elements of a tensor that is copied on entry even if no call has changed it yet
+# Elements of a tensor that is copied on entry even if no call has changed it yet. Up to this size a copy costs what an op costs
+# whatever its size (2 us on a CPU; 64 Ki elements take 24 us), and it is 32 KiB at most. Larger ones are only watched.
+SMALL = 4096
 _version = attrgetter("_version")
 
 
 class Around:
-    """A tensor that the unit closes over: what it was when the unit was called.
+    """A tensor that the unit closes over, as it was when the unit was called.
 
     Args:
         t: the tensor.
@@ -50,17 +52,17 @@ class Around:
             self.values = _copy(t)
 
     def moved(self) -> Tensor | None:
-        """The tensor, if it has been written to since."""
+        """Return the tensor, if it has been written to since."""
         t = self.tensor()
         return t if t is not None and t._version != self.version else None
 
     def elsewhere(self) -> Tensor | None:
-        """The tensor, if it has other memory now than it had."""
+        """Return the tensor, if it has other memory now."""
         t = self.tensor()
         return t if t is not None and t.numel() and not same_memory(t, self.memory) else None
 
     def written(self) -> Tensor | None:
-        """Asked right after the forward: the tensor, if the forward wrote to it and writing that again would matter."""
+        """Return the tensor, if the forward wrote to it and a second such write would matter. Call it right after the forward."""
         t = self.moved()
         if t is not None and self.kind == 0 and _same(t, self.values):
             self.version, t = t._version, None
@@ -68,7 +70,7 @@ class Around:
 
 
 def _copy(t: Tensor) -> Tensor | None:
-    """None for a large one, and for what can't be copied."""
+    """Copy a tensor; None for a large one, and for one that can't be copied."""
     try:
         if t.layout != torch.strided:  # its values are not in one memory: only versions tell of a change
             return None
@@ -78,7 +80,7 @@ def _copy(t: Tensor) -> Tensor | None:
 
 
 def _same(t: Tensor, values: Any) -> bool:
-    """Was it written to and yet holds what it held? `values`: a copy of that, or None."""
+    """Does a tensor that was written to hold its old values all the same? `values`: a copy of those, or None."""
     if not isinstance(values, Tensor):
         return False
     with quiet():
@@ -87,17 +89,17 @@ def _same(t: Tensor, values: Any) -> bool:
 
 
 class Places:
-    """Where tensors stand in the dicts of parameters and buffers that a call reaches.
+    """Which keys of the dicts of parameters and buffers hold which tensors, in one call.
 
     It outlives the call, and so holds no tensor and no dict.
 
     Args:
         frame: the call.
-        replaced: keys of dicts, given by their id, to leave out.
-        ids: of the tensors that stand there.
+        replaced: (id of a dict, key) pairs to leave out.
+        ids: ids of the tensors in the dicts.
 
     Attributes:
-        keys: per dict its keys, and the index of the tensor that stands there; -1: None.
+        keys: per dict its keys, each with the index of its tensor; -1: None.
     """
 
     __slots__ = ("ids", "keys")
@@ -113,18 +115,18 @@ class Places:
             self.keys.append(keys)
 
     def in_dicts(self, frame: Call) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
-        """The dicts, each with its keys."""
+        """Yield the dicts, each with its keys."""
         return zip(frame.reached.dicts(), self.keys, strict=True)
 
 
 class Reads:
-    """Which parameters and buffers there were when a forward was over, their versions, and where they were.
+    """The parameters and buffers at the end of a forward, with their versions and their memory.
 
     Args:
         frame: the call.
 
     Attributes:
-        held: nothing had changed when `changed` looked last.
+        held: nothing had changed when `changed` was last called.
     """
 
     __slots__ = ("_places", "_tensors", "held", "ids", "memory", "replaced", "versions")
@@ -138,16 +140,16 @@ class Reads:
         if site.places is None or site.places.ids != self.ids:
             site.places = Places(frame, self.replaced, self.ids)
         self._places, site.layout = site.places, self.memory.layout
-        for i in site.layout.loose:  # written to later, it may hold the graph that holds this
+        for i in site.layout.loose:  # a buffer that is written to later may hold the graph that holds this frame
             tensors[i] = ref(tensors[i])
         self._tensors: list[Any] = tensors
 
     def now(self, frame: Call) -> list[Tensor]:
-        """What stands in the places of those tensors now."""
+        """Return the tensors that the dicts hold now."""
         return frame.reached.tensors(self.replaced)
 
     def hold(self, tensors: list[Tensor]) -> bool:
-        """Are these the tensors, as they were, where they were?"""
+        """Are these the same tensors, with the same versions and the same memory?"""
         return (
             list(map(_version, tensors)) == self.versions
             and list(map(id, tensors)) == self.ids
@@ -159,17 +161,19 @@ class Reads:
         return t() if type(t) is ReferenceType else t
 
     def changed(self, frame: Call, back: Back) -> dict[int, str]:
-        """Names, by storage, of what a replay would read and is not what the forward could; into `back` goes what can be put back.
+        """Return names, by storage, of tensors that a replay would read with other values than the forward.
+
+        Replaced tensors and memory that can be put back are added to `back` instead.
 
         Raises:
-            ReplayError: something is gone.
+            ReplayError: a tensor is gone.
         """
         self.held = self.hold(self.now(frame))
         if self.held:
             return {}
         entry = frame.entry
         copied = {id(o) for o, _ in entry.values} if entry is not None else ()
-        # the entry has all that was in these; FSDP has in these what is needed
+        # `entry` restores its own dicts whole; in FSDP's dicts FSDP itself puts what a forward needs
         apart = {id(o) for o, _ in entry.containers} if entry is not None else set()
         apart |= swapped(frame.reached)
         found: dict[int, str] = {}
@@ -183,7 +187,7 @@ class Reads:
                     continue
                 seen.add(id(t))
                 if id(t) not in copied and t._version != self.versions[i]:
-                    # what the replay reads: of FSDP's, what it has put there
+                    # the tensor that the replay will read: in FSDP's dicts, the one that FSDP has put there
                     read = d.get(key, t) if id(d) in apart else t
                     found[storage_of(read)] = self._name(frame, d, key, t)
                 elif self.memory.has_moved(i, t):
@@ -200,7 +204,7 @@ class Reads:
         content: dict[str, Any] = {}
         for key, i in keys.items():
             content[key] = t = self._was(i) if i >= 0 else None
-            if i >= 0 and t is None:  # nobody holds it any more
+            if i >= 0 and t is None:  # it was replaced, and nobody holds the old one any more
                 now = content[key] = d.get(key)
                 if now is None:
                     raise changed_error(frame, key)
@@ -209,7 +213,7 @@ class Reads:
             back.dicts.append((d, content))
 
     def put_back(self, frame: Call) -> list[str]:
-        """After a replay: names of what it has replaced, which is put back, and of what it has written to."""
+        """After a replay, put back the tensors it replaced; return their names and those of tensors it has written to."""
         now = self.now(frame)
         if (
             list(map(_version, now)) == self.versions
@@ -239,10 +243,10 @@ class Reads:
 
 
 class Before:
-    """Parameters, buffers and closed-over tensors right before a replay: it must leave their memory alone.
+    """Parameters, buffers and closed-over tensors right before a replay, which must leave their memory alone.
 
-    A forward that gives a parameter other memory at its first call is kept. One that does so at a later call does it again in its replay, and where
-    ops are skipped that memory is none: the next kernel would end the process.
+    A unit that gives a parameter other memory at its first call is never replayed. One that does so first at a later call does it
+    again in its replay, and if ops are skipped the new memory is a placeholder's: the next kernel would crash the process.
 
     Args:
         frame: the call.
@@ -257,7 +261,7 @@ class Before:
             self._around = [(t, t.detach()) for a in frame.around if (t := a.tensor()) is not None]
 
     def put_back(self, frame: Call) -> str:
-        """Put back what the replay has replaced; the name of one such tensor, or of one that it has written to, or ""."""
+        """Put back what the replay has replaced; return the name of one such tensor, or of one that it has written to, or ""."""
         names = self._reads.put_back(frame) if self._reads is not None else []
         for t, data in self._around:
             if not same_memory(t, data):
@@ -267,10 +271,12 @@ class Before:
 
 
 def changed_reads(frame: Call) -> dict[int, str]:
-    """What the unit can read and is not what the forward could: names by storage. What can be put back is in `frame.back`.
+    """Return the tensors that a replay would read with other values than the forward: names by storage.
+
+    Changes that can be undone for the replay are in `frame.back` instead.
 
     Raises:
-        ReplayError: something is gone, or what the forward itself changed can't be put back.
+        ReplayError: a tensor is gone, or the forward itself changed one whose old values nobody has.
     """
     if frame.unseen:
         raise ReplayError(
@@ -295,7 +301,7 @@ def _changed_copies(frame: Call, back: Back) -> dict[int, str]:
     """The replay reads the entry copy of a changed tensor, so that tensor itself must not be handed to backward."""
     lost: dict[int, str] = {}
     restored = dict(frame.restored)
-    if frame.entry is not None:  # what the forward itself changes, and others have since
+    if frame.entry is not None:  # tensors that the forward itself changes, and that somebody has changed since
         for (o, _), version in zip(frame.entry.values, frame.left, strict=False):
             if version >= 0 and o._version != version:
                 restored[storage_of(o)] = name_in(frame.roots, o)
@@ -322,7 +328,7 @@ def _changed_copies(frame: Call, back: Back) -> dict[int, str]:
 
 
 def mark_restored(restored: Mapping[int, str], store: dict[int, Any]) -> None:
-    """What the replay saw as it was is not as it was any more: where it is itself what was saved, it can't be had."""
+    """Mark collected tensors that are restored inputs themselves: after the replay they have their new values again."""
     for i, t in store.items():
         name = restored.get(storage_of(t)) if isinstance(t, Tensor) else None
         if name is not None:
@@ -330,7 +336,13 @@ def mark_restored(restored: Mapping[int, str], store: dict[int, Any]) -> None:
 
 
 def changed_error(frame: Call, name: str, read: str = "") -> ReplayError:
-    """The error for a replay that reads something else than its forward did; `read`: an op that reads on the host what follows from that."""
+    """Return the error for a replay that would read other values than its forward.
+
+    Args:
+        frame: the call.
+        name: the tensor that changed.
+        read: an op that reads on the host a value computed from it, if that is why the replay can't go on.
+    """
     why = (
         f", and {read} reads a value that follows from it: what the unit does next may hang on that"
         if read

@@ -1,4 +1,16 @@
-"""Run a unit's forward again during backward, check it against what the forward noted, and collect what was dropped."""
+"""Run a unit's forward again during backward, compare it with the notes of the forward, and collect the dropped tensors.
+
+Idea: the replay runs the unit's own code under the state, flags and generators of the call. If the call has a proven selection, a
+dispatch mode skips ops whose results nothing needs (`_skip`); if that fails in any way, a full replay follows.
+
+Invariant: what a replay reads has the values that the forward read (`_reads` finds changes; they are put back, followed by
+`Watch`, or refused), and after it everything is as it was just before it. Each collected tensor is compared with its note, and
+the first replay of a kind with digests.
+
+Known non-optimalities: a failed selective replay costs a second, full one. A unit that reads a changed tensor is replayed under
+`Watch`, op by op in Python. Replays of units in units repeat: the outer replay runs the inner forward, whose own backward
+replays it once more.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +42,10 @@ from ullage.runtime.unit._site import Facts, refused
 
 
 def rebuild(frame: Call) -> dict[int, Any]:
-    """Rebuild what a frame dropped: selectively where that is proven, else in full.
+    """Rebuild the tensors that a frame dropped: selectively where that is proven, otherwise in full.
 
     Raises:
-        ReplayError: the replay is not the forward's.
+        ReplayError: the replay differs from the forward.
     """
     changed = changed_reads(frame)
     if changed:
@@ -45,7 +57,7 @@ def rebuild(frame: Call) -> dict[int, Any]:
 
 
 def _from_what_was(frame: Call) -> dict[int, Any]:
-    """Rebuild from the arguments, parameters and state of the forward."""
+    """Rebuild from the forward's arguments, parameters and state, none of which has changed for good."""
     selection = _usable(frame)
     if selection is not None:
         try:
@@ -54,7 +66,8 @@ def _from_what_was(frame: Call) -> dict[int, Any]:
             _note_stale(frame, str(stale))
         except (ReplayError, _Moved):
             raise
-        except Exception as error:  # torch refuses a placeholder in many ways; what is the unit's own comes again
+        # torch refuses a placeholder with many kinds of errors; an error of the unit's own comes again in the full replay
+        except Exception as error:
             _note_stale(frame, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
             if _proven(frame, store, selection):
@@ -69,9 +82,9 @@ def _from_what_was(frame: Call) -> dict[int, Any]:
 
 
 def rebuild_arguments(frame: Call) -> dict[int, Any]:
-    """Rebuild with copies of the arguments of units in this one, as they were when those were called.
+    """Rebuild with copies of the arguments of inner units, as those were when the inner units were called.
 
-    The plain step does not save such an argument, so there the unit may write to it afterwards.
+    The plain step does not save such an argument, so the outer unit may write to it afterwards.
     """
     changed = changed_reads(frame)
     try:
@@ -86,10 +99,10 @@ def run_again(frame: Call, record: bool) -> Any:
 
     Args:
         frame: the call.
-        record: keep what it saves for its own backward; otherwise nothing is kept.
+        record: keep the tensors that it saves, for its own backward; otherwise keep nothing.
 
     Raises:
-        ReplayError: it is not the forward's.
+        ReplayError: it differs from the forward.
     """
     changed = changed_reads(frame)
     if changed:
@@ -120,11 +133,11 @@ def _usable(frame: Call) -> Selection | None:
         _note_stale(frame, "what this call saved is not what the log says")
         return None
     if ambient.autocasting():
-        # a skipped cast would stay in the cache of the region that backward is called in
+        # the cast of a skipped op is a placeholder: it would stay in the autocast cache of the region around backward
         frame.site.say("full replay: backward is called under autocast", warn=False)
         return None
     selection = known.selection
-    # before its proof a log serves only the call that has the digests to prove it
+    # until its proof, only the call that took the digests may use a log
     if selection.refusal or not (known.proof.done or known.proof.belongs_to(frame)):
         return None
     return selection
@@ -138,7 +151,7 @@ def _note_stale(frame: Call, why: str) -> None:
 
 
 def _proven(frame: Call, store: dict[int, Any], selection: Selection) -> bool:
-    """Compare with the digests, where there are some; a log whose replay gave other bits is not used again."""
+    """Compare with the digests, if the call took some; refuse a selection for good if its replay gave other bits."""
     known = frame.known
     assert known is not None
     bad = _differing(frame, store)
@@ -155,7 +168,7 @@ def _proven(frame: Call, store: dict[int, Any], selection: Selection) -> bool:
 def _differing(frame: Call, store: dict[int, Any]) -> int | None:
     if not frame.digests:
         return None
-    # what the unit's forward writes to is what the plain step's backward would find now, too: not what was saved
+    # a saved tensor that the forward writes to afterwards has its new values in the plain step's backward, too: don't compare it
     state = frame.entry.values if frame.entry is not None else ()
     written = {storage_of(o) for o, _ in state if isinstance(o, Tensor)}
     written.update(frame.inputs.elsewhere)
@@ -176,7 +189,7 @@ _WHY = "state or random draws that ullage can't see, or an op that is not determ
 def _check_values(frame: Call, store: dict[int, Any]) -> None:
     shared = frame.site.shared
     if not frame.digests:
-        if shared.distrust:  # a call from before that was found
+        if shared.distrust:  # this forward ran before another call's replay failed, and took no digests
             frame.site.warn(f"{shared.distrust}. Gradients of this call may differ from the plain step's")
         return
     bad = _differing(frame, store)
@@ -212,7 +225,8 @@ def _attempt(
     memory, failed = Before(frame), False
     left, now = Left(frame, replay), ambient.read_flags()
     try:
-        # before the flags are set: it may start replays of outer units, which must not share an autocast cache with this one
+        # before the flags are set: asking for arguments may start replays of outer units, and those must not share an autocast
+        # cache with this one
         (args, kwargs), copied = _arguments(frame, watch)
         for source, state in frame.rng:
             source[1](state)
@@ -238,7 +252,7 @@ def _attempt(
         set_grad_enabled(grad)
         for put, state in before:
             put(state)
-        # a forward that stops half-way leaves behind what it would have put back itself
+        # a forward that stops early has not put back what it would put back near its end
         left.put_back()
         ambient.put_back(now)
         frame.inputs.put_back()
@@ -248,7 +262,7 @@ def _attempt(
 
 
 def _written(frame: Call, name: str) -> ReplayError:
-    """The error for a replay that did to a parameter what no call that was looked at has done; later calls are kept."""
+    """Return the error for a replay that wrote to a parameter or moved it, which no learning call did; later calls keep everything."""
     must_keep = (
         f"some of its forwards write {name} or give it other memory (`.data =`, `set_`), which a replay would do again"
     )
@@ -260,7 +274,7 @@ def _written(frame: Call, name: str) -> ReplayError:
 
 
 class _Moved(Exception):
-    """Arguments that the unit around this one can't give back as they were; names by storage."""
+    """Arguments that the outer unit can't give back with their old values; names by storage."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -268,9 +282,9 @@ class _Moved(Exception):
 
 
 def _arguments(frame: Call, watch: Watch | None) -> tuple[tuple[list[Any], dict[str, Any]], dict[int, str]]:
-    """The arguments, as they were or followed by `watch`; and which are copies: the plain step would fail where it saves these.
+    """Return the arguments, and which of them are copies: where such an argument is itself a saved tensor, the plain step would fail.
 
-    `_Moved` if there is no `watch` and one is not as it was.
+    Arguments with other values are followed by `watch`; without one, `_Moved` is raised.
     """
     if not frame.inputs.hooked:
         return frame.inputs.give(), {}
@@ -290,9 +304,9 @@ def _arguments(frame: Call, watch: Watch | None) -> tuple[tuple[list[Any], dict[
 def _as_it_was(frame: Call, now: ambient.Flags) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(ambient.flags_as(frame.flags, now))
-        if frame.contexts is None:  # else it is set within these, which may set it themselves
+        if frame.contexts is None:  # otherwise it is set inside the user's contexts, which may set a device themselves
             stack.enter_context(ambient.device_as(frame.device))
-        if frame.back is not None:  # before the entry, which may write into memory that is put back
+        if frame.back is not None:  # before `entry`, which may write into memory that this puts back
             stack.enter_context(frame.back.seen())
         if frame.entry is not None:
             stack.enter_context(frame.entry.seen())
@@ -337,5 +351,5 @@ def _run(
 
 
 def _call(frame: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """The forward, with the context variables of its call; those that it sets are gone afterwards."""
+    """Call the forward with the context variables of its call; those that it sets are gone afterwards."""
     return frame.context.copy().run(frame.fn, *args, **kwargs)

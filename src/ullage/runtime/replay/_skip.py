@@ -1,4 +1,4 @@
-"""The dispatch mode of a selective replay: hand out what is kept, run what is needed, make up the rest."""
+"""The dispatch mode of a selective replay: hand out kept tensors, run the ops that are needed, make placeholders for the rest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _TO_COPY = torch.ops.aten._to_copy.default
 
 
 class Stale(BaseException):
-    """The log is not of what runs now. Not an `Exception`: the unit's own handlers must not catch it."""
+    """The op log does not match what runs now. Not an `Exception`: the unit's own handlers must not catch it."""
 
 
 class Placeholder(Tensor):
-    """What nothing needs: a shape without memory. Whoever reads it proves the log wrong."""
+    """A result that nothing needs: a shape without memory. An op that reads it proves the log wrong."""
 
     @staticmethod
     def __new__(cls, meta: Any, offset: int, bits: int = 0) -> Placeholder:
@@ -40,7 +40,7 @@ class Placeholder(Tensor):
         raise Stale(f"{func} at {source_line() or 'unknown line'} needs what the log says nobody needs")
 
     def data_ptr(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """No kernel gets at its memory: there is none. Not an error that the unit could catch."""
+        """Refuse access to its memory, which does not exist, with an error that the unit does not catch."""
         raise Stale(f"its memory is read at {source_line() or 'unknown line'}, which the log says nobody needs")
 
     numpy = tolist = __array__ = __dlpack__ = data_ptr
@@ -63,14 +63,14 @@ def _view_of(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any
 
 
 def _like(placeholder: Placeholder, func: Any, args: Any, kwargs: Any) -> Any:
-    """What an op makes that only looks at a tensor's shape."""
+    """Run an op that reads only its argument's shape, dtype and device."""
     base = torch.empty_strided(placeholder.shape, placeholder.stride(), dtype=placeholder.dtype, device="meta")
     device = kwargs.get("device")
     return func(base, *args, **{**kwargs, "device": placeholder.device if device is None else device})
 
 
 def _as_made(kept: Tensor, meta: Any, offset: int, bits: int) -> Tensor:
-    """What an op made, from what is kept: maybe another view of its memory, a conjugated one or one of its imaginary part."""
+    """Return an op's output from the kept tensor: often another view of its memory, maybe conjugated or of its imaginary part."""
     shape, stride, dtype = meta[:3]
     if kept.dtype is not dtype:
         return torch.empty(0, dtype=dtype, device=kept.device).set_(kept.untyped_storage(), offset, shape, stride)
@@ -80,11 +80,11 @@ def _as_made(kept: Tensor, meta: Any, offset: int, bits: int) -> Tensor:
 
 
 class SkipMode(TorchDispatchMode):
-    """See the module's docstring.
+    """The dispatch mode, see above.
 
     Args:
-        selection: what to do op by op.
-        kept: forward's kept tensors by index; an offloaded one that is handed out here is put back into it.
+        selection: what to do at each op.
+        kept: the forward's kept tensors by index; one that is brought back here is put back into it.
     """
 
     supports_higher_order_operators = True
@@ -104,10 +104,11 @@ class SkipMode(TorchDispatchMode):
         at = self.at
         step = self.steps[at] if at < len(self.steps) else None
         if step is None or func is not step.func:
-            if func is _TO_COPY or is_query(func):  # autocast had this cast in its cache in forward
+            # not in the log: in the forward autocast took this cast from its cache
+            if func is _TO_COPY or is_query(func):
                 return func(*args, **(kwargs or {}))
             if type(func) is OpOverload and func.is_view and args and type(args[0]) is Placeholder:
-                # after an in-place op on a view of a subclass, autograd takes the view again
+                # not in the log: after an in-place op on a view of a subclass, autograd makes the view once more
                 return _view_of(args[0], func, args[1:], kwargs or {})
             raise Stale(f"{func} at {source_line()} where the log has {step.func if step else 'its end'}")
         self.at = at + 1

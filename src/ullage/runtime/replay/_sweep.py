@@ -1,14 +1,14 @@
-"""Units rebuilt together: a unit whose input is the output of the unit before does not keep it: backward runs that unit again.
+"""Sweeps: recompute the units of a run together. Inside a run a unit does not hold its input, the output of the unit before.
 
-What backward asks of the last unit of a run starts a sweep: from the nearest unit whose input is there, forward through the
-run. On its way it leaves inputs (so that earlier units need no sweep from the start) and, where the plan says so, all
-that a unit saves. Runs may lie in runs to any depth, which `Place` writes as two numbers per unit.
+When backward asks the last unit of a run for a tensor, a sweep starts at the nearest unit whose input is held and goes forward
+through the run. On its way it stores inputs (so that earlier units need no sweep from the start) and, where the plan says so, all
+saved tensors of a unit. Runs may contain runs to any depth, which `Place` writes as two numbers per unit.
 
     depth   0    1    1    2    2    0            runs: [u0 [u1] [u2 u3 u4]] [u5]
             u0   u1   u2   u3   u4   u5           u0 and u5 hold their inputs from forward on
-    sweep to u4 from u0 leaves the inputs of u1, u2, u3, u4
+    a sweep to u4 from u0 stores the inputs of u1, u2, u3, u4
 
-A sweep runs under grad mode as the forward did (kernels and draws depend on it), with hooks that keep nothing.
+A sweep runs in grad mode as the forward did (kernels and draws depend on it), with hooks that keep nothing.
 
 Source: nested checkpoints as in Griewank & Walther, "Revolve" (ACM TOMS 26, 2000), and Beaumont et al., "Rotor" (2019).
 """
@@ -22,10 +22,10 @@ from ullage.runtime.unit._call import Call
 
 
 def make_inputs(frame: Call, recording: bool) -> None:
-    """The sweep that gives a frame its input. `recording`: what is saved on the way may be kept.
+    """Run the sweep that gives a frame its input. `recording`: units on the way may keep their saved tensors.
 
     Raises:
-        ReplayError: a unit on the way reads something that has changed.
+        ReplayError: a unit on the way reads a tensor that has changed.
     """
     path = [frame]
     while path[-1].previous is not None:
@@ -34,7 +34,7 @@ def make_inputs(frame: Call, recording: bool) -> None:
     depths = [f.place.depth for f in path]
     last = len(path) - 1
     for k, (unit, following) in enumerate(zip(path, path[1:], strict=False)):
-        # seen from the sweep's end: nothing that lies outside its run comes after it
+        # a unit keeps its saved tensors only if the rest of the path stays within its run
         seen = min(depths[k + 1 :]) >= unit.place.item
         out = run_again(unit, recording and unit.place.records and seen)
         if unit.previous is not None:

@@ -1,1 +1,1 @@
-"""What a unit reaches: found, watched for changes, put back."""
+"""The state that a unit reaches: find it, see what changes, put it back."""

@@ -11,7 +11,7 @@ from typing import Any
 from ullage.runtime.state._content import View
 from ullage.runtime.state._walk import functions_of, global_names, is_library
 
-# neither state nor anything that leads to some
+# attributes of these types are code: no state, and nothing to follow
 _CODE = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -41,13 +41,13 @@ class ClassFields(View):
                 type.__setattr__(self.owner, name, value)
 
     def below(self) -> list[Any]:
-        """What to look at next: the attributes, and the class's methods, which have defaults and closures of their own."""
+        """Return the attributes, the methods (they have defaults and closures) and the user's base classes: a walk goes on from these."""
         methods = [fn for method in functions_of(self.owner) if (fn := method()) is not None]
         return [*self.read().values(), *methods, *_written_by_users(self.owner.__mro__[1:])]
 
 
 def classes_in(obj: Any) -> list[type]:
-    """Classes that a user has written: an object's own, and those whose names a function loads."""
+    """Return classes that a user has written: an object's own, and those whose names a function loads."""
     if isinstance(obj, types.FunctionType):
         if is_library(obj.__code__.co_filename):
             return []

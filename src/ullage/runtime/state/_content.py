@@ -1,4 +1,4 @@
-"""What a container, or another place that holds objects by name, has in it: read, put back, compared; and states of generators."""
+"""Read, put back and compare the content of containers and other places that hold objects by name; and states of generators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class View:
     """A place that holds objects by name and is no container.
 
     Args:
-        owner: whose it is.
+        owner: the object, function or class that has it.
         names: slots, or names of globals.
     """
 
@@ -26,11 +26,11 @@ class View:
         self.owner, self.names = owner, names
 
     def read(self) -> dict[Any, Any]:
-        """What is there now."""
+        """Return the content now."""
         raise NotImplementedError
 
     def put(self, content: dict[Any, Any]) -> None:
-        """Make that what is there."""
+        """Make this the content."""
         raise NotImplementedError
 
 
@@ -81,7 +81,7 @@ class Cells(View):
 
 
 class Globals(View):
-    """Globals that a function gives other values."""
+    """Globals that a function assigns to."""
 
     __slots__ = ()
 
@@ -99,7 +99,7 @@ class Globals(View):
 
 
 def base_of(cls: type) -> Any:
-    """The built-in type whose methods read and write a container past what its class overrides."""
+    """Return the built-in type whose methods read and write a container past any method that its class overrides."""
     for base in (OrderedDict, defaultdict, dict, list, tuple, deque, set, frozenset):
         if issubclass(cls, base):
             return base
@@ -107,7 +107,7 @@ def base_of(cls: type) -> Any:
 
 
 def content_of(obj: Any) -> Any:
-    """A shallow copy of a container's or a view's content."""
+    """Return a shallow copy of a container's or a view's content."""
     if isinstance(obj, View):
         return obj.read()
     if isinstance(obj, dict):
@@ -121,7 +121,7 @@ _MISSING = object()
 
 
 def put_content(obj: Any, content: Any) -> None:
-    """Give a container or view the content that it had; what holds it sees the same object."""
+    """Give a container or view its old content in place: holders of it see the same object."""
     if isinstance(obj, View):
         obj.put(content)
     elif isinstance(obj, dict):
@@ -148,7 +148,7 @@ def put_content(obj: Any, content: Any) -> None:
 
 
 def same_content(a: Any, b: Any) -> bool:
-    """Do two copies of a content hold the same objects?"""
+    """Do two copies of a content hold the same objects, or equal plain values?"""
     if len(a) != len(b):
         return False
     if isinstance(a, set):
@@ -161,7 +161,7 @@ def same_content(a: Any, b: Any) -> bool:
 
 
 def random_state(generator: Any) -> Any:
-    """The state of a generator of torch, numpy or Python."""
+    """Return the state of a generator of torch, numpy or Python."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     if isinstance(generator, np.random.BitGenerator):
@@ -170,7 +170,7 @@ def random_state(generator: Any) -> Any:
 
 
 def put_random_state(generator: Any, state: Any) -> None:
-    """Put that back."""
+    """Put a generator's state back."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, np.random.BitGenerator):

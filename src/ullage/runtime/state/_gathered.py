@@ -1,6 +1,6 @@
-"""FSDP2 (`fully_shard`) puts gathered parameters in the place of a module's shards and takes them away again.
+"""Dicts of parameters in which FSDP2 (`fully_shard`) swaps a module's shards for gathered parameters, and back.
 
-Which of the two a module has in hand is no change of the parameter: the version of either says whether it was written to.
+Such a swap is no change of the parameter: the versions of both tensors tell whether somebody wrote to it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ullage.runtime.state._reach import Reached
 
 
 def swapped(reached: Reached) -> set[int]:
-    """Ids of the dicts of parameters in which FSDP2 swaps shards."""
+    """Return the ids of the dicts of parameters in which FSDP2 swaps shards."""
     infos = [parameter._module_info for parameter in _parameters(reached)]
     modules = [m for info in infos for m in (info.module, *info.shared_modules)]
     return {id(m._parameters) for m in modules}
@@ -26,7 +26,7 @@ def _parameters(reached: Reached) -> Iterator[Any]:
                 continue
             state = state_of()
             groups = getattr(state, "_fsdp_param_groups", None)
-            if groups is None:  # of torch 2.11, one of them or None
+            if groups is None:  # torch 2.11 has one group or None
                 groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
             for group in groups:
                 yield from group.fsdp_params

@@ -1,4 +1,4 @@
-"""What a call reaches besides its arguments: modules, closures, and the tensors it can read there."""
+"""Find the modules, closures and tensors that a call can read besides its arguments."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _STATELESS = (Tensor, *PLAIN, *OPAQUE)
 
 
 def roots_of(fn: Callable[..., Any]) -> list[Any]:
-    """Where a walk from a callable starts: its module, if it is one or a method of one, else itself."""
+    """Return where a walk from a callable starts: the module of a module's method, otherwise the callable itself."""
     if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module):
         return [fn.__self__]
     return [fn]
 
 
 def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments that may carry state of their own: modules, caches, generators, functions; in containers too."""
+    """Return arguments with state of their own: modules, caches, generators, functions; also those in containers."""
     found: list[Any] = []
     for a in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(a, _STATELESS):
             continue
-        if isinstance(a, CONTAINERS):  # copied for each replay, see `_inputs`
+        if isinstance(a, CONTAINERS):  # the container itself is copied for each replay, see `_inputs`
             found += objects_in(
                 content_of(a).values() if isinstance(a, dict) else content_of(a), getattr(a, "__dict__", {})
             )
@@ -58,17 +58,17 @@ def objects_in(args: Iterable[Any], kwargs: dict[str, Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Below:
-    """What there is of a module and of all modules below it. Weak references and dicts of tensors: it must not hold the module.
+    """The dicts of tensors and the modules of one module and all below it. It holds modules weakly: it is cached by the module.
 
     Attributes:
         tensors: dicts of parameters and of buffers.
         buffers: dicts of buffers.
         modules: the modules.
-        parents: those of them that have modules below them.
-        names: per parent, of what is right below it.
-        children: the modules that stood right below these.
-        structure: tells structures of one module apart: another module in the place of one has other state.
-        loose: modules and steps from them to what may hold tensors or modules and is not registered.
+        parents: the modules that have modules below them.
+        names: per parent, the names of the modules right below it.
+        children: the modules that stood right below the parents.
+        structure: a number that changes if a module is replaced by another one, which has other state.
+        loose: modules, with a step to an unregistered attribute that may hold tensors or modules.
     """
 
     tensors: list[dict[str, Any]]
@@ -81,7 +81,7 @@ class Below:
     loose: list[tuple[ReferenceType[nn.Module], Step]]
 
     def standing(self) -> list[Any]:
-        """The modules that stand right below the parents now; AttributeError if a parent is gone."""
+        """Return the modules right below the parents now; AttributeError if a parent is gone."""
         return [child for parent in self.parents for child in parent()._modules.values()]  # type: ignore[union-attr]
 
 
@@ -89,7 +89,7 @@ _below: WeakKeyDictionary[nn.Module, Below] = WeakKeyDictionary()
 
 
 def _no_module() -> None:
-    """In the place of a reference to a module that is registered as None."""
+    """Stands for the reference to a module that is registered as None."""
 
 
 def _found_below(module: nn.Module) -> Below:
@@ -119,9 +119,9 @@ def _found_below(module: nn.Module) -> Below:
 
 
 def _may_hold(value: Any, known: set[int]) -> bool:
-    """Can something be read through it that is not known: a tensor, an array, a module; or will there be?
+    """Does an object lead to an unknown tensor, array or module, or may it later (an empty container)?
 
-    `known`: ids of tensors and modules, and of objects that hold nothing else; what this finds of the latter is added.
+    `known`: ids of known tensors and modules, and of objects that lead to no others; objects found to be such are added.
     """
     if isinstance(value, list | dict | set | deque) and not value:
         return True
@@ -142,7 +142,7 @@ def _may_hold(value: Any, known: set[int]) -> bool:
 
 
 def forget(roots: Sequence[Any]) -> None:
-    """Look again at the next call."""
+    """Drop what is cached of these modules, so that the next call looks again."""
     for root in Reached(roots).modules:
         _below.pop(root, None)
 
@@ -152,7 +152,7 @@ _counter = itertools.count()
 
 
 def _number(module: nn.Module) -> int:
-    """A number that no other module has or had."""
+    """Return a number that no other module has or had; an id may be used again."""
     found = _numbers.get(module)
     if found is None:
         found = _numbers[module] = next(_counter)
@@ -160,20 +160,20 @@ def _number(module: nn.Module) -> int:
 
 
 class Reached:
-    """What a call can read besides its arguments: looked up once per call.
+    """The objects that a call can read besides its arguments, looked up once per call.
 
     Args:
-        roots: what `roots_of` and `objects_in` found.
+        roots: the roots that `roots_of` and `objects_in` found.
 
     Attributes:
         roots: the same.
         modules: modules that are not below another one that was found before.
         around: tensors that no module has registered.
         arrays: numpy arrays.
-        training: of every module: state and draws depend on it.
-        structures: of each of `modules`; what a forward changes depends on it.
+        training: the `training` flag of every module: state and draws depend on it.
+        structures: `Below.structure` of each of `modules`: the state that a forward changes depends on it.
         standing: per `below`, the modules right below others, held until backward.
-        flags: of plain objects and closures: what state a forward changes often depends on them.
+        flags: bools in plain objects and closures: which state a forward changes often depends on them.
     """
 
     __slots__ = (
@@ -236,7 +236,7 @@ class Reached:
             same = [child() for child in below.children] == standing
         except AttributeError:  # a parent is gone
             same = False
-        if not same:  # another module stands in the place of one
+        if not same:  # a module was replaced, added or removed
             below = _found_below(module)
             standing = below.standing()
         training.append(module.training)
@@ -250,15 +250,15 @@ class Reached:
             for owner, step in below.loose:
                 try:
                     todo.append(follow(owner(), step))
-                except (AttributeError, KeyError, TypeError):  # not there at the moment
+                except (AttributeError, KeyError, TypeError):  # the attribute does not exist at the moment
                     continue
 
     def identity(self, without: nn.Module | None = None) -> tuple[Hashable, ...]:
-        """What tells units of one function apart: modules by number, functions by code, other objects by type."""
+        """Return a key that tells units of one function apart: modules by number, functions by code, other objects by type."""
         return (*[_number(m) for m in self.modules if m is not without], *dict.fromkeys(self._code))
 
     def tensors(self, without: Container[tuple[int, str]] = ()) -> list[Tensor]:
-        """Parameters and buffers of modules; `without`: keys of dicts, given by their id."""
+        """Return parameters and buffers of modules; `without`: (id of a dict, key) pairs to leave out."""
         found: list[Any] = []
         for below in self.below:
             for d in below.tensors:
@@ -266,7 +266,7 @@ class Reached:
         return [t for t in found if t is not None]
 
     def replaced(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Dicts of modules in which others stand now than at the call, and what stood there."""
+        """Return the dicts of modules that have another content than at the call, each with its old content."""
         found: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for below, standing in zip(self.below, self.standing, strict=True):
             if below.standing() != standing:
@@ -279,25 +279,25 @@ class Reached:
         return found
 
     def all_modules(self) -> list[nn.Module]:
-        """The modules, and those below them."""
+        """Return the modules, and those below them."""
         return [m for root in self.modules for m in root.modules()]
 
     def is_compiled(self) -> bool:
-        """Is one of them compiled by Dynamo?"""
+        """Does Dynamo compile one of the modules?"""
         compiled = ("_compiled_call_impl", "_torchdynamo_orig_callable")
         return any(getattr(m, name, None) for m in self.all_modules() for name in compiled)
 
     def dicts(self) -> list[dict[str, Any]]:
-        """Dicts of parameters and of buffers of modules."""
+        """Return the modules' dicts of parameters and of buffers."""
         return [d for below in self.below for d in below.tensors]
 
     def buffers(self) -> list[Tensor]:
-        """Buffers of modules."""
+        """Return the modules' buffers."""
         return [t for below in self.below for d in below.buffers for t in d.values() if t is not None]
 
 
 def name_in(roots: Iterable[Any], tensor: Tensor) -> str:
-    """What a person would call that tensor."""
+    """Return the name that a person would use for a tensor."""
     for obj, way in traverse(list(roots), {}):
         if obj is tensor and (name := name_of(way)):
             return name

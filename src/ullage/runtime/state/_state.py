@@ -1,9 +1,9 @@
 """State that a forward changes: buffers, attributes of modules and plain objects, built-in containers, numpy arrays.
 
-At the first call of a unit everything reachable from it is looked at before and after; what changed is remembered as
-paths. Later calls copy only that on entry. During a replay the unit sees the values of its own entry; afterwards there is
-what was there just before the replay. Tensors are written through `.data`, so no version is bumped: BatchNorm's backward
-has saved those very buffers.
+At its first call everything that a unit reaches is compared before and after, and the changed places are remembered as paths.
+Later calls copy only these on entry. During a replay the unit sees the values of its own entry; afterwards the values from just
+before the replay are back. Tensors are written through `.data`, which bumps no version: BatchNorm's backward has saved those
+very buffers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Path = tuple[Any, ...]  # (index of the root, then steps of `_walk`)
 
 @dataclass(frozen=True)
 class Changes:
-    """What a forward changes.
+    """The state that a forward changes.
 
     Attributes:
         containers: paths of containers, attributes, slots, cells and globals whose content it changes.
         values: paths of tensors and numpy arrays whose values it changes.
         generators: paths of generators (torch's, numpy's, Python's), which it may draw from.
-        parameters: names of parameters it writes to, and of other tensors that can't be put back.
+        parameters: names of parameters that it writes to, and of other tensors that can't be put back.
     """
 
     containers: tuple[Path, ...] = ()
@@ -43,7 +43,7 @@ class Changes:
     parameters: tuple[str, ...] = ()
 
     def __or__(self, other: Changes) -> Changes:
-        """What either changes."""
+        """Return the changes of both."""
         names = ("containers", "values", "generators", "parameters")
         return Changes(*(tuple(dict.fromkeys((*getattr(self, n), *getattr(other, n)))) for n in names))
 
@@ -63,7 +63,7 @@ def _follow(roots: Sequence[Any], path: Path) -> Any:
 
 
 def _and_below(changed: list[Any]) -> list[Any]:
-    """Containers that a forward changes, and those in them: what it put there once, it may change at its next call."""
+    """Return the containers that a forward changes and those inside them: it may change an object that it put there at an earlier call."""
     found, seen = list(changed), {id(c) for c in changed}
     todo: list[Any] = []
     for place in changed:
@@ -86,7 +86,7 @@ def _and_below(changed: list[Any]) -> list[Any]:
 
 
 def describe(path: Path) -> str:
-    """A path as a person would write it."""
+    """Write a path as a person would."""
     skip = ("_buffers", "_modules", "_parameters", None)
     keys = [key for kind, key in path[1:] if kind not in ("self", "func", "G")]
     keys = [key[1] if isinstance(key, tuple) else key for key in keys]
@@ -97,7 +97,7 @@ def describe(path: Path) -> str:
 
 @dataclass
 class State:
-    """Objects and what they held at one moment."""
+    """Objects with their contents, values and states at one moment."""
 
     containers: list[tuple[Any, Any]]
     values: list[tuple[Any, Any]]
@@ -105,7 +105,7 @@ class State:
 
     @staticmethod
     def read(roots: Sequence[Any], changes: Changes) -> State:
-        """What the forward will change, as it is now; Unreachable if the structure is another one."""
+        """Copy the state that the forward will change; Unreachable if a path no longer resolves."""
         containers = _and_below([_follow(roots, p) for p in changes.containers])
         values = [_follow(roots, p) for p in changes.values]
         generators = [_follow(roots, p) for p in changes.generators]
@@ -120,7 +120,7 @@ class State:
         )
 
     def replaced(self) -> set[tuple[int, str]]:
-        """Keys of dicts, given by their id, whose values are other objects now."""
+        """Return (id of a dict, key) pairs whose values are other objects now."""
         return {
             (id(d), k)
             for d, content in self.containers
@@ -130,7 +130,7 @@ class State:
         }
 
     def written(self) -> set[int]:
-        """Ids of what holds other values now, or is another object now: a replay sees what was there then."""
+        """Return the ids of tensors that the forward wrote to or put in a container: a replay sees their entry values instead."""
         ids = {id(o) for o, _ in self.values}
         for obj, content in self.containers:
             if isinstance(content, dict):
@@ -139,7 +139,7 @@ class State:
         return ids
 
     def put(self) -> None:
-        """Write it all back."""
+        """Write everything back."""
         for obj, content in self.containers:
             put_content(obj, content)
         for obj, value in self.values:
@@ -149,7 +149,7 @@ class State:
                 with torch.no_grad():
                     if (obj.shape, obj.dtype) == (value.shape, value.dtype):
                         obj.data.copy_(value)
-                    else:  # it was given other memory since, by `.data =`
+                    else:  # `.data =` has given it other memory since
                         obj.data = value.clone()
             else:
                 obj[...] = value
@@ -158,7 +158,7 @@ class State:
 
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
-        """Inside it, everything is as it was then; afterwards as it was just before."""
+        """Put everything back inside the context; afterwards everything is as just before it."""
         tensors = tuple(o for o, _ in self.values if isinstance(o, Tensor))
         versions = tuple(t._version for t in tensors)
         memory = [t.data for t in tensors]
@@ -168,16 +168,14 @@ class State:
             yield
         finally:
             for t, data in zip(tensors, memory, strict=True):
-                if not same_memory(
-                    t, data
-                ):  # maybe what stands for the output of an op that is skipped, and is no memory
+                if not same_memory(t, data):  # the replay gave it other memory, maybe a placeholder's
                     t.data = data
             try:
                 now.put()
             except BaseException:
-                now.put()  # whatever broke in: the user's state comes first
+                now.put()  # once more after an interrupt (Ctrl-C): the user's state comes first
                 raise
             finally:
-                # the values are those that others may have saved: nothing was modified
+                # the values are the old ones again, so for autograd nothing was modified
                 if versions != tuple(t._version for t in tensors):
                     set_versions(tensors, versions)

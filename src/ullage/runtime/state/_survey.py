@@ -1,4 +1,4 @@
-"""A look at everything reachable from a unit, before its first forward and after it."""
+"""Survey everything reachable from a unit before its first forward, and compare after it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _path(way: Way) -> Path:
 
 
 class Survey:
-    """Everything reachable from some roots, before a forward; `changes` compares with what is there after it.
+    """Everything reachable from some roots, before a forward; `changes` compares it with the state after the forward.
 
     Args:
         roots: modules, closures' contents and arguments.
@@ -60,11 +60,11 @@ class Survey:
                     self._containers[id(place)] = (way, steps, place, content_of(place))
 
     def changes(self, known: set[int], apart: set[int]) -> tuple[Changes, State]:
-        """What changed since, and a state that holds what was there before.
+        """Return what changed since, and a state with the old contents and values.
 
         Args:
-            known: ids of tensors that do change.
-            apart: ids of containers that are not the unit's to change.
+            known: ids of tensors that a plan knows to change.
+            apart: ids of containers to ignore, because FSDP changes them.
         """
         containers = [
             ((*_path(w), *steps), o, c)
@@ -82,7 +82,7 @@ class Survey:
             for w, p, grad, version in self._gradients.values()
             if p.grad is not grad or _version_of(p.grad) != version
         )
-        # without a copy there is nothing to put back
+        # a replay can't put back a tensor without a copy of its values, so it counts as a parameter
         parameters += tuple(describe(p) for p, o, h in values if h is None and not isinstance(o, FakeTensor))
         found = Changes(
             tuple(p for p, _, _ in containers),
@@ -103,7 +103,7 @@ def _version_of(grad: Tensor | None) -> int:
 
 
 def _noted(obj: Any) -> tuple[Any, int]:
-    """Its values, in host memory that no allocator of torch counts, and its version."""
+    """Return its values, in host memory that torch's allocators don't count, and its version."""
     if isinstance(obj, np.ndarray):
         return obj.copy(), 0
     if type(obj) is not Tensor or obj.layout != torch.strided or obj.requires_grad or obj.grad_fn is not None:
@@ -111,20 +111,23 @@ def _noted(obj: Any) -> tuple[Any, int]:
     return _host_copy(obj), obj._version
 
 
-# integers of less than a byte, which `copy_` does not know
+# integers of less than a byte, which `copy_` does not support
 _UNCOPIED = {getattr(torch, f"{kind}{n}", None) for kind in ("int", "uint") for n in range(1, 8)}
-_Copy = tuple[np.ndarray[Any, Any], torch.dtype]  # the elements as so many bytes each, and what they are
+_Copy = tuple[np.ndarray[Any, Any], torch.dtype]  # the elements as raw bytes, and their dtype
 
 
 def _host_copy(t: Tensor) -> _Copy | None:
-    """None for a tensor that is more than its elements (conj, neg, quantized) or has no memory: digests tell whether it changed, but it can't be put back."""
+    """Copy a plain strided tensor; None for one that is more than its elements (conj, neg, quantized, nested) or has no memory.
+
+    Its version tells whether such a tensor changed, but it can't be put back.
+    """
     if t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta or t.is_nested:
         return None
     if t.dtype in _UNCOPIED:
         return None
     try:
         if not has_memory(t):
-            return None  # FSDP's, for one, while their storages are freed
+            return None  # FSDP's parameters, for example, while their storages are freed
         return elements_of(t.detach().cpu()).copy(), t.dtype
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
@@ -133,7 +136,8 @@ def _host_copy(t: Tensor) -> _Copy | None:
 def _moved(obj: Any, host: Any, version: int) -> bool:
     if isinstance(obj, np.ndarray):
         return bool(obj.tobytes() != host.tobytes() or obj.shape != host.shape)
-    if host is None or obj._version != version:  # a write that the forward undoes is one: a replay may stop before that
+    # also a write that the forward undoes: a replay may stop before it does
+    if host is None or obj._version != version:
         return bool(obj._version != version)
     now, (array, dtype) = _host_copy(obj), host
     return now is None or now[0].shape != array.shape or now[1] != dtype or bool(now[0].tobytes() != array.tobytes())

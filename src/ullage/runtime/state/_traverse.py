@@ -1,4 +1,4 @@
-"""Everything that some roots reach, each object once: the one loop over `_walk`, and what of each object can be put back."""
+"""Visit everything that some roots reach, each object once: the only loop over `_walk`. And the places of an object to put back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ullage.runtime.state._classes import ClassFields, classes_in
 from ullage.runtime.state._walk import MODULE_FIELDS, MOST_NODES, OPAQUE_TYPES, children, is_opaque, is_part, places
 
-# How something was reached: the way to what has it (None: it is a root), the step from there, what a person calls that step.
+# How an object was reached: its holder's way (None: it is a root), the step from the holder, the name of that step for a person.
 Way = tuple[Any, Any, Any]
 Parts = Callable[[Any], Iterable[tuple[Any, Any, Any]]]
 _SKIPPED = OPAQUE_TYPES - {type}
@@ -24,8 +24,8 @@ def traverse(
 
     Args:
         roots: where to start.
-        seen: what not to look at, by id; what is looked at is added. It holds them, as ids of the dead are used again.
-        parts: what to look at next from an object, in the form of `children`.
+        seen: objects to skip, by id; visited ones are added. It holds them, because the id of a freed object is used again.
+        parts: yields where to go on from an object, in the form of `children`.
         classes: yield classes too, if `parts` gives some.
         most: end when so many have been seen.
     """
@@ -45,7 +45,7 @@ def traverse(
 
 
 def name_of(way: Way) -> str:
-    """What a person would call what is there."""
+    """Return the name that a person would use for the object at the end of a way."""
     labels: list[str] = []
     while way[0] is not None:
         labels.append(str(way[2]))
@@ -54,7 +54,7 @@ def name_of(way: Way) -> str:
 
 
 def with_classes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The children of an object, and the classes that a user has written: its own, those that its code loads; and what these hold."""
+    """Yield the children of an object, and the user's classes: its own and those that its code loads. Of a class, yield its attributes."""
     if isinstance(obj, type):
         for value in ClassFields(obj).below():
             yield None, "", value
@@ -65,7 +65,7 @@ def with_classes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def hooks_of(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """What backward runs of a tensor or a module, in the form of `children`."""
+    """Yield the hooks of a tensor or a module that backward runs, in the form of `children`."""
     groups: tuple[Any, ...] = ()
     if isinstance(obj, Tensor):
         groups = (obj._backward_hooks, getattr(obj, "_post_accumulate_grad_hooks", None))
@@ -76,7 +76,7 @@ def hooks_of(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def all_places(obj: Any) -> Iterator[Any]:
-    """What of an object, or of a class, can be given other content; of a module its modules and hooks, too."""
+    """Yield the places of an object or a class whose content can change; of a module its modules and hooks, too."""
     if isinstance(obj, type):
         yield ClassFields(obj)
         return

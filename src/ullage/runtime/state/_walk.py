@@ -1,9 +1,9 @@
-"""What an object reaches, one step at a time: the one place that knows what there is to follow.
+"""Step from an object to the objects it holds. No other module of the runtime knows what there is to follow.
 
-Attributes, slots, items, cells of closures, defaults, the parts of partials and bound methods, and the globals that a user's
-code loads. A step can be taken again from another object of the same structure (`follow`), so what one call taught
-is a path for the next. Modules of Python, classes, and the code of libraries (torch, the standard library, site-packages)
-are not followed; nor is what is ullage's own.
+Steps lead to attributes, slots, items, cells of closures, defaults, the parts of partials and bound methods, and the globals that
+a user's code loads. A step can be taken again from another object of the same structure (`follow`), so a path that one call
+found serves the next. Not followed are modules of Python, classes, the code of libraries (torch, the standard library,
+site-packages), and ullage's own objects.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ from ullage.runtime.ambient._local import Apart
 from ullage.runtime.state._content import PLAIN, Cells, Globals, Slots, base_of
 
 Step = tuple[str, Any]
+# Objects that one walk visits. It bounds a first call where a model holds data: a visit takes about 15 us, so a walk takes 0.3 s
+# at most. Changes to state beyond it go unseen, and only the digests of the first replay can tell.
 MOST_NODES = 20_000
 MODULE_FIELDS = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # those that run inside a unit's forward
 RANDOM = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
-_PARTS = (Tensor, np.ndarray, *RANDOM)  # what has values and no children
+_PARTS = (Tensor, np.ndarray, *RANDOM)  # objects with values and no children
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 MUTABLE = (dict, list, set, deque, bytearray, array)
 OPAQUE = (
@@ -62,7 +64,7 @@ OPAQUE = (
     OperatorBase,  # tables of ops lead to all of torch's decompositions
     OpOverloadPacket,
     FunctionSchema,
-    # what other threads and processes have a part in
+    # shared with other threads and processes
     *(type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore),
     *(threading.Thread, queue.Queue, queue.SimpleQueue, subprocess.Popen, BaseProcess, Executor, Future),
     LoaderIterator,
@@ -75,18 +77,18 @@ _LIBRARIES = (
     str(FilePath(torch.__file__).parent),
 )
 _ITSELF = -1
-# By code and by class, what never changes. Weak references: a class's functions hold the class.
+# Caches of facts that never change, by code and by class. Functions are held weakly, because a class's functions hold the class.
 _names: WeakKeyDictionary[types.CodeType, tuple[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
 _functions: WeakKeyDictionary[type, tuple[ReferenceType[types.FunctionType], ...]] = WeakKeyDictionary()
 _slots: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
 
-# A quick look: most of what a walk meets. `is_opaque` knows the rest.
+# The opaque types that a walk meets most, for a quick check; `is_opaque` knows the others.
 OPAQUE_TYPES = frozenset((*PLAIN, type, types.ModuleType, types.CodeType, torch.dtype, torch.device, torch.Size))
 
 
 def is_opaque(obj: Any) -> bool:
-    """Is there nothing in it to follow?"""
+    """Is the object one that no walk follows?"""
     kind = type(obj)
     if kind in OPAQUE_TYPES:
         return True
@@ -96,18 +98,18 @@ def is_opaque(obj: Any) -> bool:
 
 
 def _is_machinery(kind: type) -> bool:
-    """Is it of torch.distributed (FSDP's states of modules, meshes), which keeps its own books of forwards and backwards?"""
+    """Is it one of torch.distributed's objects (FSDP's states, meshes)? They follow forwards and backwards themselves."""
     return str(kind.__module__).startswith("torch.distributed.") and not issubclass(kind, nn.Module | Tensor)
 
 
 @functools.cache
 def is_library(file: str) -> bool:
-    """Is the code of that file torch's, Python's or an installed package's: not the user's?"""
+    """Is a file's code torch's, Python's or an installed package's, and not the user's?"""
     return file.startswith((*_LIBRARIES, OURS)) or "site-packages" in file or "dist-packages" in file
 
 
 def is_ours(fn: types.FunctionType) -> bool:
-    """Is it a function of ullage, whose state is no unit's?"""
+    """Is it a function of ullage? Its state is no unit's."""
     return fn.__code__.co_filename.startswith(OURS)
 
 
@@ -115,7 +117,7 @@ def is_ours(fn: types.FunctionType) -> bool:
 
 
 def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The globals that code loads, and those that it gives other values; functions in it included."""
+    """Return the globals that code loads and those that it assigns to, including functions inside it."""
     found = _names.get(code)
     if found is None:
         loads: dict[str, None] = {}
@@ -135,7 +137,7 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def functions_of(cls: type) -> tuple[ReferenceType[types.FunctionType], ...]:
-    """The methods of a class and its bases whose code is the user's."""
+    """Return the methods of a class and its bases whose code is the user's."""
     found = _functions.get(cls)
     if found is None:
         methods: list[ReferenceType[types.FunctionType]] = []
@@ -149,7 +151,7 @@ def functions_of(cls: type) -> tuple[ReferenceType[types.FunctionType], ...]:
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
-    """The names of the slots of a class written in Python."""
+    """Return the names of the slots of a class written in Python."""
     found = _slots.get(cls)
     if found is None:
         bases = [base for base in cls.__mro__ if "__slots__" in vars(base)]
@@ -159,7 +161,11 @@ def slots_of(cls: type) -> tuple[str, ...]:
 
 
 def _globals_of(fn: types.FunctionType, method: int = _ITSELF) -> Iterator[tuple[Step, str, Any]]:
-    """`method`: which of the methods of an object's class that is; steps name it, as a function may be another at each call."""
+    """Yield the globals that a function loads.
+
+    `method`: index of the function among its class's methods, if it is one. The steps name the method by it: a function object
+    may be another one at each call.
+    """
     if is_library(fn.__code__.co_filename):
         return
     values = fn.__globals__
@@ -168,9 +174,8 @@ def _globals_of(fn: types.FunctionType, method: int = _ITSELF) -> Iterator[tuple
         if value is None or is_opaque(value):
             continue
         foreign = isinstance(value, types.FunctionType) and is_library(value.__code__.co_filename)
-        if (
-            foreign and "__wrapped__" not in value.__dict__
-        ):  # else a library's decorator around a function of the user's
+        # a function of a library's with `__wrapped__` is a decorator around one of the user's
+        if foreign and "__wrapped__" not in value.__dict__:
             continue
         yield ("g", (method, name)), name, value
 
@@ -207,7 +212,7 @@ def _of_function(fn: types.FunctionType) -> Iterator[tuple[Step, str, Any]]:
 
 
 def children(obj: Any) -> Iterator[tuple[Step, str, Any]]:
-    """Steps from an object, what a person would call them, and where they lead. Not for what `is_opaque`; a tensor has none."""
+    """Yield each step from an object with its name for a person and the object it leads to. Don't call it for opaque objects."""
     if isinstance(obj, types.FunctionType):
         yield from _of_function(obj)
         if is_ours(obj):
@@ -245,7 +250,8 @@ def _fields(obj: Any) -> Iterator[tuple[Step, str, Any]]:
             elif key in HOOKS:
                 yield from ((("m", (key, k)), "hook", v) for k, v in list(value.items()))
     cls = type(obj)
-    if cls.__flags__ & 512:  # made by a class statement: those of C have neither
+    # Py_TPFLAGS_HEAPTYPE: made by a class statement; static types of C have neither slots nor methods in Python
+    if cls.__flags__ & 512:
         for name, value in Slots(obj, slots_of(cls)).read().items():
             yield ("s", name), name, value
         for i, method in enumerate(functions_of(cls)):
@@ -255,7 +261,7 @@ def _fields(obj: Any) -> Iterator[tuple[Step, str, Any]]:
 
 
 def places(obj: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
-    """What of an object can be given other content: itself, its attributes, slots, cells, globals; with the steps there."""
+    """Yield the places of an object whose content can change (itself, its attributes, slots, cells, globals), with the steps there."""
     if isinstance(obj, MUTABLE):
         yield (), obj
     fields = getattr(obj, "__dict__", None)
@@ -292,7 +298,7 @@ def _method(obj: Any, method: int) -> Any:
 
 
 def follow(obj: Any, step: Step) -> Any:
-    """Where a step leads from an object; an error of Python's if it leads nowhere."""
+    """Return the object that a step leads to; an error of Python's if it leads nowhere."""
     kind, key = step
     if kind == "a":
         return obj.__dict__ if key is None else obj.__dict__[key]
@@ -322,5 +328,5 @@ _FOLLOW = {
 
 
 def is_part(obj: Any) -> bool:
-    """Is it a tensor, an array or a generator: what has values and no children?"""
+    """Is it a tensor, an array or a generator? These have values and no children."""
     return isinstance(obj, _PARTS)

@@ -1,4 +1,4 @@
-"""Warnings that are seen each time: what is known to be wrong is wrong at every call, not at the first only."""
+"""Warnings that show each time, because a result known to be wrong is wrong at every call, not only at the first."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ullage.runtime.state._walk import is_library
 
 
 def again(text: str) -> None:
-    """Warn, at the line of the user's that led here.
+    """Warn at the user's own line that led here.
 
-    Python shows a warning once per line and text, which it remembers in a registry of the module. This one gets a registry of its own;
-    filters that a user has set ("ignore", "error", "once") are in force as ever.
+    Python shows a warning once per line and text, and remembers that in a registry of the module. This warning gets a new registry
+    each time; the user's filters ("ignore", "error", "once") still apply.
     """
     frame = sys._getframe(1)
     while is_library(frame.f_code.co_filename) and frame.f_back is not None:

@@ -1,1 +1,1 @@
-"""What a tensor is to a replay: its memory, its layout, its bits."""
+"""The properties of a tensor that a replay compares: its memory, its layout, its bits."""

@@ -14,18 +14,21 @@ from ullage._array import elements_of
 from ullage._torch import DisableTorchFunctionSubclass
 from ullage.runtime.tensors._memory import OWN, has_memory
 
-_PIECE = 1 << 20  # bytes of one copy of elements that do not lie side by side
+# Bytes copied at once of elements that do not lie side by side. A plan knows of no copies that digests make, so they must stay small
+# beside a saved tensor; 1 MiB is large enough that the hash, not the call, takes the time.
+_PIECE = 1 << 20
 
 
 def digest(t: Tensor) -> bytes | None:
-    """A 16-byte BLAKE2b of a tensor's values and of the order in which its dimensions lie in memory; None where there are no values to read.
+    """Return a 16-byte BLAKE2b of a tensor's values and of the order of its dimensions in memory; None if it has no values to read.
 
-    Reads on the host (a tensor on a device is copied there), because `torch.hash_tensor` folds by XOR and does not see
-    two elements that changed places. On the CPU it reads the tensor's own memory: a copy would be bytes that no plan knows of.
+    It reads on the host (a tensor on a device is copied there), because `torch.hash_tensor` folds by XOR and does not see
+    two elements that changed places. On the CPU it reads the tensor's own memory: a plan knows of no copies here.
     """
     if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # fake tensors, too
-    if type(t) not in OWN:  # a class that only Python's functions know: what autograd hands out may be of it or not
+    # a class with `__torch_function__` only: autograd may hand out the tensor with or without it
+    if type(t) not in OWN:
         with DisableTorchFunctionSubclass():
             t = t.as_subclass(Tensor)
     if t.is_quantized or t.device.type == "meta" or not has_memory(t):
@@ -33,7 +36,7 @@ def digest(t: Tensor) -> bytes | None:
     t = t.detach().resolve_conj().resolve_neg().cpu()
     strides, values = t.stride(), elements_of(t)
     order = sorted(range(t.dim()), key=lambda d: -strides[d])
-    if values.transpose(order).flags.c_contiguous:  # as it lies in memory, and a clone of it would
+    if values.transpose(order).flags.c_contiguous:  # read it as it lies in memory, as a clone of it would lie
         values = values.transpose(order)
     else:
         order = list(range(t.dim()))
@@ -57,5 +60,5 @@ def _add(known: Any, values: npt.NDArray[Any]) -> None:
 
 
 def comparable(t: Tensor) -> bool:
-    """Not a kernel's workspace (oneDNN, cuDNN), where some bytes are never set."""
+    """Can two runs be compared? Not in a kernel's workspace (oneDNN, cuDNN: flat uint8), where some bytes are never set."""
     return not (t.dtype == torch.uint8 and t.dim() == 1)

@@ -1,7 +1,7 @@
-"""Kernels that fill a tensor after autograd has saved it: what is saved has its values only when the op has run.
+"""Kernels that fill a tensor after autograd has saved it, so that it has its values only when the op has run.
 
-Which ops do is read off torch's schemas: an argument that the op writes to and that its autograd node saves. The old
-batch norms say nothing of what they write; theirs are known by name.
+torch's schemas tell which ops do so: those with an argument that the op writes to and that its autograd node saves. The schemas of
+the old batch norms don't mark the arguments they write to, so those are known by name.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SAVED = "_raw_saved_"
 
 
 def mark() -> int:
-    """The number of autograd's next node on this thread."""
+    """Return the number of autograd's next node on this thread."""
     return int(sequence_number())
 
 
 @functools.cache
 def late_nodes() -> dict[str, bool]:
-    """Autograd nodes of such ops, by name: is all that the node saves saved before the kernel runs?"""
+    """Return the autograd nodes of such ops by name, each with: are all the tensors that it saves saved before the kernel runs?"""
     nodes = defaultdict(list)
     for name in dir(node_classes):
         nodes[name.rstrip("0123456789")].append(name)
@@ -36,7 +36,7 @@ def late_nodes() -> dict[str, bool]:
         of_op = nodes.get("".join(map(_capital, name.split("_"))) + "Backward")
         if of_op is None or name == schema.name or name.endswith("backward"):
             continue
-        # what an op in place writes to itself is saved as a copy, or when it has run
+        # an in-place op's `self` is saved as a copy, or after the kernel has run
         written = {a.name for a in schema.arguments if _is_written(a) and not (name.endswith("_") and a.name == "self")}
         arguments = {a.name for a in schema.arguments} if written else set()
         for node in of_op:
@@ -56,12 +56,12 @@ def _capital(part: str) -> str:
 
 
 def _saved_by(node: str) -> set[str]:
-    # a result is saved when the kernel has run: "result", "result1", or the name of a return value
+    # results are saved when the kernel has run; they are named "result", "result1", or as a return value
     return {n.removeprefix(_SAVED) for n in dir(getattr(node_classes, node)) if n.startswith(_SAVED)}
 
 
 def late_kernels(out: Any, since: int) -> dict[str, bool]:
-    """Those of `late_nodes` among the nodes that made a unit's output since the mark."""
+    """Return the `late_nodes` among the nodes that made a unit's output since the mark."""
     found = {}
     late = late_nodes()
     todo = [t.grad_fn for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
@@ -79,22 +79,22 @@ def late_kernels(out: Any, since: int) -> dict[str, bool]:
 
 
 def is_fresh(x: Tensor) -> bool:
-    """May a kernel fill it that has not run yet? It is part of no graph, and nobody has written to it."""
+    """May a kernel that has not run yet fill this tensor? Only if it is in no graph and nobody has written to it."""
     return not x.requires_grad and x._version == 0 and x.is_floating_point()
 
 
 def may_be_unfilled(store: Mapping[int, Any], notes: Sequence[tuple[Any, ...]], i: int) -> bool:
-    """Is the op that saves its last tensor with number `i` maybe one that fills noise then?"""
+    """May the op that saves tensor `i` last fill noise after that?"""
     return any(isinstance(store.get(k), Tensor) and _like_noise(store[k], notes, k) for k in (i - 1, i))
 
 
 def unset(saved: Mapping[int, tuple[Any, int]], notes: Sequence[tuple[Any, ...]]) -> set[int]:
-    """Numbers of what may be noise that no kernel has set, in a call that draws nothing: RReLU saves it in evaluation, too."""
+    """Return the indices of tensors that may be noise no kernel has set, in a call that draws nothing: RReLU saves it in evaluation, too."""
     return {i for i, (x, _) in saved.items() if isinstance(x, Tensor) and _like_noise(x, notes, i)}
 
 
 def _like_noise(x: Tensor, notes: Sequence[tuple[Any, ...]], i: int) -> bool:
-    """Noise is saved before what it is like."""
+    """Is it fresh, and of the same shape and dtype as the tensor saved next? `rrelu` saves its noise just before such a tensor."""
     if not is_fresh(x) or i + 1 >= len(notes):
         return False
     shape, _, dtype, _ = notes[i]

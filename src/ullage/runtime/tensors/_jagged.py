@@ -1,7 +1,7 @@
-"""Jagged tensors: their ragged size is a number that torch gives out per tensor of offsets.
+"""Jagged tensors: torch gives out a new symbolic size for each tensor of offsets.
 
-So a forward that makes its offsets itself makes another size each time, and autograd refuses to mix the two. What a replay
-rebuilds is given the offsets of its forward, if these say the same.
+So a forward that makes its own offsets makes another size at each run, and autograd refuses to mix the two. A jagged tensor that a
+replay rebuilds gets the offsets of its forward, if the values are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_jagged(t: Tensor) -> bool:
 
 
 def jagged_meta(t: Any) -> tuple[Any, ...]:
-    """Shape, stride, dtype and device, without the number that differs from call to call."""
+    """Return shape, stride, dtype and device, without the ragged size, which differs from call to call."""
     values = t._values
     ragged = f"ragged, {values.shape[t._ragged_idx - 1]} in all"
     shape = tuple([n if isinstance(n, int) else ragged for n in t.shape])
@@ -28,12 +28,12 @@ def jagged_meta(t: Any) -> tuple[Any, ...]:
 
 
 def rows_of(t: Any) -> Rows:
-    """Where its rows begin and end."""
+    """Return its offsets and lengths: where its rows begin and end."""
     return t._offsets, t._lengths
 
 
 def with_rows(t: Any, rows: Rows) -> Tensor | None:
-    """The same values in rows that are these tensors; None if its own rows are others."""
+    """Return the same values with these tensors as rows; None if its own rows have other values."""
     own = rows_of(t)
     if own[0] is rows[0] and own[1] is rows[1]:
         return t  # type: ignore[no-any-return]

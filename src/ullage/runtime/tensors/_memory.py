@@ -1,7 +1,7 @@
-"""A tensor's memory: which it is, whether it is there, and how it is put back.
+"""Tell whether a tensor still has the memory it had, and put that memory back.
 
-`p.data = ...` and `set_` give a tensor another storage, `p.data = p.data.t()` another way to read it. None of these are ops that a dispatch
-mode sees, and no version counts them. What is asked on every call costs a tenth of a microsecond per tensor and question.
+`p.data = ...` and `set_` give a tensor another storage, `p.data = p.data.t()` another way to read it. No dispatch mode sees these as
+ops, and no version counts them. The checks made on every call cost a tenth of a microsecond per tensor.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _untyped = Tensor.untyped_storage
 _offset: Any = Tensor.storage_offset
 _ROWS, _COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
 _COMPRESSED = {torch.sparse_csr: _ROWS, torch.sparse_bsr: _ROWS, torch.sparse_csc: _COLUMNS, torch.sparse_bsc: _COLUMNS}
-_MOST_CHECKS = 3  # torch's guards are strict about dispatch keys: autocast and backward have others
+_MOST_CHECKS = 3  # torch's guards compare dispatch keys, which differ in forward, under autocast and in backward: one guard for each
 
 
 def storage(t: Tensor) -> Any:
-    """A tensor's storage; None for a sparse tensor, or a subclass that has none."""
+    """Return a tensor's storage; None for a sparse tensor, or a subclass that has none."""
     try:
         return t.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -34,18 +34,18 @@ def storage(t: Tensor) -> Any:
 
 
 def storage_of(t: Tensor) -> int:
-    """What tells storages apart while they are alive; 0 for a tensor that has none."""
+    """Return a key that tells living storages apart; 0 for a tensor that has none."""
     found = storage(t)
     return int(found._cdata) if found is not None else 0
 
 
 def same_storage(a: Any, b: Any) -> bool:
-    """Are two storages, or None, one?"""
+    """Are two storages the same, or both None?"""
     return a is b or (a is not None and b is not None and int(a._cdata) == int(b._cdata))
 
 
 def same_memory(t: Tensor, data: Tensor) -> bool:
-    """Does a tensor have the storage of `data`, and all that says how to read it?"""
+    """Does a tensor have the storage of `data`, with the same dtype, shape, strides and offset?"""
     if t.dtype != data.dtype or t.layout != data.layout:
         return False
     if type(t).__torch_dispatch__ is not no_dispatch and type(t) is not FakeTensor:  # a detached one is another wrapper
@@ -62,7 +62,7 @@ def same_memory(t: Tensor, data: Tensor) -> bool:
 
 
 def same_parts(t: Tensor, data: Tensor) -> bool:
-    """Have two tensors that consist of others the same ones' memory? True for those whose parts nobody can tell."""
+    """Do two tensors made of inner tensors (sparse, subclasses) share the memory of these? True if their class does not name its parts."""
     if t.layout == torch.sparse_coo:
         return same_memory(t._indices(), data._indices()) and same_memory(t._values(), data._values())
     if t.layout in _COMPRESSED:
@@ -75,10 +75,10 @@ NO_GRADIENT, IN_GRAPH, LEAF = 0, 1, 2
 
 
 def kind_of(t: Tensor) -> int:
-    """How autograd sees a tensor: NO_GRADIENT, IN_GRAPH or LEAF. It decides what a unit may write in place.
+    """Return NO_GRADIENT, IN_GRAPH or LEAF: autograd allows a unit other in-place ops on each.
 
-    One of several views from one op (`chunk`, `split`) refuses any look at its graph once the tensor it views was
-    written to. So does every op that uses it, but a plain step may hand it on unused.
+    One of several views that one op made (`chunk`, `split`) raises at any look at its graph once its base was written to. So does
+    every op that uses it, but a plain step may pass it on unused.
     """
     if not t.requires_grad:
         return NO_GRADIENT
@@ -95,9 +95,9 @@ def hides_graph(t: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Has a strided tensor memory of its own for its elements?
+    """Does a strided tensor have memory for its elements?
 
-    Those that `torch.func` wraps and tensors of zeros that autograd makes up have none, FSDP's none while it is freed.
+    Tensors that `torch.func` wraps and autograd's lazy zeros have none; FSDP's have none while FSDP has freed it.
     """
     if not tensor.numel():
         return True
@@ -109,7 +109,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def _end(shape: Sequence[int], stride: Sequence[int], offset: int) -> int:
-    """How many elements a storage must have."""
+    """Return how many elements a storage must have for such a view."""
     return offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
@@ -121,19 +121,19 @@ def _meta(t: Tensor) -> tuple[Any, ...]:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Is all that says what is in its memory its dtype, shape, strides and offset?"""
+    """Do dtype, shape, strides and offset say all of how to read its memory?"""
     strided = type(t) in OWN and t.layout == torch.strided and not t.is_nested
     return strided and not (t.is_conj() or t.is_neg() or t.is_quantized)
 
 
 class Layout:
-    """How some tensors lie in their storages. Nearly always the same from call to call, and then seen by one call into C++.
+    """How some tensors lie in their storages. It is nearly always the same from call to call, and one call into C++ tells.
 
     Args:
-        tensors: which.
+        tensors: the tensors.
 
     Attributes:
-        loose: which of them do not require grad: what is written to such a tensor later may have a graph.
+        loose: indices of tensors that do not require grad: a later in-place write may give such a tensor a graph.
     """
 
     __slots__ = ("_checks", "_guarded", "_metas", "_odd", "loose")
@@ -150,7 +150,7 @@ class Layout:
         return [_meta(t) for t in tensors]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Do these lie so?"""
+        """Do these tensors lie in the same way?"""
         if len(tensors) != len(self._metas):
             return False
         for check in self._checks:
@@ -163,15 +163,15 @@ class Layout:
         return True
 
     def fits_at(self, i: int, t: Tensor) -> bool:
-        """Does this one lie as the i-th?"""
+        """Does this tensor lie as the i-th did?"""
         return bool(_meta(t)[:-1] == self._metas[i][:-1])
 
     def is_empty(self, i: int) -> bool:
-        """Had the i-th no elements, so that it does not matter where it was?"""
+        """Did the i-th have no elements, so that its memory does not matter?"""
         return 0 in self._metas[i][0]
 
     def read(self, i: int, memory: Any, offset: int) -> Tensor | None:
-        """The i-th tensor's values in a storage that it had; None where that can't be."""
+        """Return the i-th tensor's values from a storage that it had; None if they can't be read from it."""
         shape, stride, dtype, device = self._metas[i][:4]
         if i in self._odd or memory is None or memory.device != device or device.type == "meta":
             return None
@@ -181,11 +181,11 @@ class Layout:
 
 
 class Memory:
-    """Where some tensors were at one moment. Their storages are held, so that no other one gets the address of one of them.
+    """The memory of some tensors at one moment. It holds their storages, so that no new storage gets the address of one of them.
 
     Args:
-        tensors: which.
-        layout: how such tensors lay at an earlier moment, if that is known.
+        tensors: the tensors.
+        layout: their layout at an earlier moment, if that is known.
     """
 
     __slots__ = ("layout", "offsets", "storages")
@@ -195,28 +195,28 @@ class Memory:
         self.layout = layout if layout is not None and layout.fits(tensors) else Layout(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Are all of them where they were?"""
+        """Do all of them have the same memory as then?"""
         return storages_of(tensors) == self.storages and _offsets(tensors) == self.offsets and self.layout.fits(tensors)
 
     def has_moved(self, i: int, t: Tensor) -> bool:
-        """Is the i-th elsewhere now, or read in another way? FSDP frees and fills a storage: that is no other one."""
+        """Does the i-th have another storage or layout now? A storage that FSDP frees and fills again stays the same."""
         if self.layout.is_empty(i):
             return False
         same = same_storage(storage(t), self.storages[i]) and _offsets([t])[0] == self.offsets[i]
         return not same or not self.layout.fits_at(i, t)
 
     def moved(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Which of them; also those that had no elements, and have some now."""
+        """Return the indices of the tensors that have moved, and of those that had no elements and have some now."""
         if self.holds(tensors):
             return []
         return [i for i, t in enumerate(tensors) if self.has_moved(i, t) or (self.layout.is_empty(i) and t.numel())]
 
     def read(self, i: int) -> Tensor | None:
-        """What is in the memory that the i-th had; None where that can't be read."""
+        """Return the values in the memory that the i-th had; None if they can't be read."""
         return self.layout.read(i, self.storages[i], self.offsets[i])
 
     def put_back(self, i: int, t: Tensor) -> None:
-        """Give the i-th the memory that it had; where that can't be, some that is full of NaN, so that no kernel reads nothing."""
+        """Give the i-th the memory that it had. If that is impossible, give it memory full of NaN, so that no kernel reads address 0."""
         data = self.read(i)
         if data is None and type(t) in OWN and t.layout == torch.strided and not t.is_meta:
             data = torch.empty(t.shape, dtype=t.dtype, device=t.device)
@@ -226,7 +226,7 @@ class Memory:
 
 
 def storages_of(tensors: Sequence[Tensor]) -> list[Any]:
-    """Their storages; None for one that has none."""
+    """Return the tensors' storages; None for one that has none."""
     try:
         return list(map(_untyped, tensors))
     except (NotImplementedError, RuntimeError):
@@ -241,24 +241,24 @@ def _offsets(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def lost(t: Tensor) -> bool:
-    """Has a tensor been given a placeholder's memory: of so many bytes, and nowhere? FSDP frees storages too, but resizes them to nothing.
+    """Does a tensor have a placeholder's memory, with a size but no address? A kernel that reads it crashes the process.
 
-    A kernel that reads it ends the process.
+    FSDP frees storages too, but resizes them to 0 bytes.
     """
     return t.data_ptr() == 0 and t.numel() > 0 and t.untyped_storage().nbytes() > 0 and not t.is_meta
 
 
 def fits_in(t: Tensor, data: Tensor) -> bool:
-    """Can `t.data = data` be?"""
+    """Does torch allow `t.data = data`?"""
     return bool(_fits_in(t, data))
 
 
 class Back:
-    """What others have replaced between a forward and its backward, and is put back for the replay: dicts' tensors, tensors' memory.
+    """Tensors in dicts, and memory of tensors, that somebody replaced after the forward and that are put back for the replay.
 
     Attributes:
-        dicts: dicts of parameters, buffers and modules, and what they held.
-        memory: tensors, and what has the memory that they had.
+        dicts: dicts of parameters, buffers and modules, each with its old content.
+        memory: tensors, each with a tensor that has its old memory.
     """
 
     __slots__ = ("dicts", "memory")
@@ -272,7 +272,7 @@ class Back:
 
     @contextlib.contextmanager
     def seen(self) -> Iterator[None]:
-        """Inside it, all is as it was; afterwards as it was just before."""
+        """Put everything back inside the context; afterwards everything is as just before it."""
         contents = [(d, dict(d)) for d, _ in self.dicts]
         data = [t.data for t, _ in self.memory]
         try:
@@ -289,6 +289,6 @@ class Back:
 
 
 def fill(d: dict[str, Any], content: dict[str, Any]) -> None:
-    """Have a dict hold that, in that order."""
+    """Make a dict hold exactly `content`, in that order."""
     d.clear()
     d.update(content)

@@ -1,8 +1,8 @@
-"""What a forward notes of the tensors that autograd saves, and a quick way to see that another call saves the same.
+"""Notes of the tensors that autograd saves in a forward, and a quick check that another call saves the same.
 
 Reading shape, strides, dtype and device from Python costs more than half a microsecond per tensor. torch's own guard object
-compares all of it in one call; it is made for a note when that was first found equal, and a tensor that the guard does not
-know (it is strict about dispatch keys) is compared from Python.
+compares all of it in one call. A note gets its guard when a tensor first equals it; a tensor that the guard rejects (it compares
+dispatch keys, too) is compared from Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Check = Callable[..., bool]
 
 
 def meta_of(t: Tensor) -> Meta:
-    """What forward notes of a saved tensor, and replay compares."""
+    """Return a saved tensor's note, which the forward takes and the replay compares."""
     if t.layout is torch.jagged:
         return jagged_meta(t)
     try:
@@ -31,12 +31,12 @@ def meta_of(t: Tensor) -> Meta:
 
 
 def lazy_bits(t: Tensor) -> int:
-    """Is it a view that is conjugated (1) or negated (2) as it is read? Such a view has the memory, shape and strides of what it is taken of."""
+    """Return 1 for a lazily conjugated view, plus 2 for a lazily negated one. Such a view has its base's memory, shape and strides."""
     return t.is_conj() + 2 * t.is_neg()
 
 
 def with_lazy_bits(t: Tensor, bits: int) -> Tensor:
-    """`t` itself, now a view of that kind."""
+    """Return `t` itself, with these bits set."""
     if bits != lazy_bits(t):
         set_conj(t, bool(bits & 1))
         set_neg(t, bool(bits & 2))
@@ -48,12 +48,12 @@ def _unknown(_: Tensor) -> bool:
 
 
 def _compared(*_: Tensor) -> bool:
-    """No guard could be made."""
+    """Stands for a guard where none could be made."""
     return False
 
 
 class Notes(list[Meta]):
-    """What one call saved, in order; `checks[k]` is a guard per note, in the place `k` where it is compared."""
+    """Notes of the tensors that one call saved, in order; `checks[k]` has a guard per note for place `k`, see `checks_in`."""
 
     __slots__ = ("checks",)
 
@@ -62,14 +62,14 @@ class Notes(list[Meta]):
         self.checks: dict[str, list[Check]] = {}
 
     def checks_in(self, place: str) -> list[Check]:
-        """The guards for "forward", "full" or "selective" replay: dispatch keys differ between them."""
+        """Return the guards for the forward, or a "full" or "selective" replay: tensors have other dispatch keys in each."""
         checks = self.checks.get(place)
         if checks is None or len(checks) != len(self):
             checks = self.checks[place] = [_unknown] * len(self)
         return checks
 
     def equal(self, i: int, x: Tensor, checks: list[Check]) -> bool:
-        """Is `x` as noted? If so, its guard is made."""
+        """Does `x` equal its note? If so, make the guard."""
         if i >= len(self) or meta_of(x) != self[i]:
             return False
         if checks[i] is _unknown:
@@ -78,7 +78,7 @@ class Notes(list[Meta]):
 
 
 def guard_of(*tensors: Tensor) -> Check:
-    """One call that tells whether as many tensors have the types, shapes, strides, dtypes and devices of these; never, if there is none."""
+    """Return a check: do as many tensors have the types, shapes, strides, dtypes and devices of these? It says no if torch has no guards."""
     if TensorGuards is None:
         return _compared
     try:

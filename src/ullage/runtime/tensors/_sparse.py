@@ -1,7 +1,8 @@
-"""Sparse products under autocast where a dispatch mode of ours is on: computed in the dtype of the plain step.
+"""Compute sparse products under autocast in the dtype of the plain step, also inside a dispatch mode of ullage's.
 
-`torch.sparse.mm` calls `_sparse_addmm`, whose kernel calls `addmm`, and there autocast casts. A mode is handed `_sparse_addmm`, and while
-a mode handles an op autocast is off, so the product would stay in float32. Whether autocast is on only a function mode can tell.
+`torch.sparse.mm` calls `_sparse_addmm`, whose kernel calls `addmm`, and there autocast casts. A dispatch mode intercepts
+`_sparse_addmm`, and autocast is off while a mode handles an op, so the product would stay in float32. Only a function mode can
+still tell whether autocast was on.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class SparseProducts(TorchFunctionMode):
-    """Notes whether autocast is on where a sparse product is asked for; beside dispatch modes that `run` ops."""
+    """Notes whether autocast is on at a sparse product, for the dispatch modes that `run` ops."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""

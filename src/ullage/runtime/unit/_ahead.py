@@ -1,36 +1,39 @@
-"""Which tensors that have left a backward will ask for next.
+"""Predict which offloaded tensors backward asks for next.
 
-What left last is asked for first. Inside a unit the order may be another one, as a replay asks for what its forward made
-first: so the rest of what the unit sent comes before what others sent. What left before the last backward began is of other graphs.
-The runtime and the simulation of a step (`ullage.solver._channels`) both go by it.
+Backward asks for the tensor that was offloaded last first. Inside one unit the order may differ: a replay asks first for what its
+forward made first. So the unit's other tensors are predicted before those of other units. Tensors offloaded before the last
+backward began belong to other graphs and are never predicted.
+The runtime and the simulated step (`ullage.solver._channels`) use the same prediction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 
-MOST = 64  # asked for ahead, so that a step of thousands of tensors has no long queue
+# Tensors predicted at once, so that a step of thousands of tensors has no long queue. The store bounds the bytes by its
+# window, so the number matters only for small tensors.
+MOST = 64
 
 
 class Ahead:
-    """Tensors by number, in the order in which they left."""
+    """Offloaded tensors, numbered in the order in which they were sent."""
 
     def __init__(self) -> None:
         self._senders: list[Hashable] = []
         self._firsts: list[int] = []  # per tensor, the first of its graph
-        self._first = 0  # the first that left since the last backward
-        # from this number on all have been named or asked for in this backward, or are of another graph
+        self._first = 0  # the first that was sent since the last backward
+        # every tensor from this number on was predicted or asked for in this backward, or belongs to another graph
         self._front = 0
         self._named: set[int] = set()
         self._asked: set[int] = set()
 
     def forget_last(self) -> None:
-        """The last one is gone; its number is used again."""
+        """Drop the last tensor: nobody holds it any more, and its number is used for the next one."""
         self._senders.pop()
         self._firsts.pop()
 
     def left(self, sender: Hashable) -> int:
-        """One more has left; returns its number."""
+        """Record that `sender` offloaded one more tensor, and return its number."""
         n = len(self._senders)
         self._first = n if self._asked else min(self._first, n)
         self._senders.append(sender)
@@ -39,7 +42,7 @@ class Ahead:
         return n
 
     def asked(self, n: int) -> list[int]:
-        """One is asked for; returns the numbers of those that will be next and were not named before, in order."""
+        """Record that backward asks for tensor `n`; return the numbers it asks for next, in order, without those returned before."""
         if n in self._asked or (n >= self._front and n not in self._named):
             self._begin(n + 1)
         self._asked.add(n)
@@ -53,7 +56,7 @@ class Ahead:
         return found
 
     def _begin(self, front: int) -> None:
-        """Another backward: nothing before this number has been named in it."""
+        """Start another backward, in which no tensor before this number was predicted yet."""
         self._front = front
         self._named.clear()
         self._asked.clear()

@@ -1,6 +1,13 @@
-"""One call of a unit as everything that works on it sees it; `Frame` is what it is.
+"""The interface of one call of a unit, for the rooms that work on it: pack hooks, learning, replay, sweeps.
 
-What a frame holds of modules above this one is not typed here.
+Idea: `Frame` stands above those rooms and calls into them, so they can't import it. They are written on this protocol, and the
+imports of the runtime form no circle (`scripts/circles.py`).
+
+Invariant: `Frame` is the only implementation, and it stays one object from the forward until autograd drops the unit's last
+saved tensor.
+
+Known weakness: attributes whose classes live in rooms above this one (`reads`, `around`) are typed `Any` or `Sequence[Any]`, so
+mypy checks less there than in `Frame`. The protocol is wide because four rooms write to a frame.
 """
 
 from __future__ import annotations
@@ -77,22 +84,22 @@ class Call(Protocol):
         """See `Frame.settle`."""
 
     def keep_all(self) -> None:
-        """There will be no replay."""
+        """Keep every saved tensor: this call gets no replay."""
 
     def noted(self) -> Notes:
-        """What this forward has saved."""
+        """Return the notes of the tensors that this forward has saved."""
 
     def note_buffers(self, buffers: list[Tensor]) -> None:
-        """Buffers that no call has changed so far."""
+        """Copy or watch buffers that no call has changed so far."""
 
     def finish(self) -> None:
-        """The forward has gone well."""
+        """Close a forward that raised nothing."""
 
     def digests_of(self, saved: Mapping[int, tuple[Tensor | Away, int]]) -> dict[int, bytes | None]:
-        """Digests of saved tensors."""
+        """Return the digests of saved tensors."""
 
     def take(self, store: dict[int, Any]) -> None:
-        """Keep what a replay has rebuilt, for the rest of this backward."""
+        """Hold the tensors that a replay has rebuilt, for the rest of this backward."""
 
     def state_names(self) -> str:
-        """What the unit's forward changes, for messages."""
+        """Name the state that the unit's forward changes, for messages."""

@@ -1,8 +1,8 @@
-"""A call's arguments, held so that a replay can be given the same ones.
+"""Hold a call's arguments, so that its replay gets the same ones.
 
-Tensors are held detached (a unit may return its own input, and the graph must not hold itself), or, where somebody else's
-saved-tensor hooks are in force (an outer checkpoint, `save_on_cpu`), as saved tensors of theirs: they decide what
-happens to them. What has no graph is given to the replay itself. Containers of any class are copied, so a replay that
+Tensors are held detached: a unit may return its own input, and then the graph would hold itself. Where other saved-tensor hooks
+are in force (an outer checkpoint, `save_on_cpu`), an argument is saved through those hooks, and they decide where it stays.
+A tensor without a graph is given to the replay as the caller's own object. Containers of any class are copied, so a replay that
 appends to one appends to the copy.
 """
 
@@ -34,7 +34,7 @@ def _alias(t: Tensor) -> Tensor:
 
 
 class _SaveOne(torch.autograd.Function):
-    """Saves one tensor and does nothing, for versions of torch without `make_saved_tensor`."""
+    """Saves one tensor and computes nothing, for versions of torch without `make_saved_tensor`."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, flag: Tensor) -> Tensor:
@@ -60,15 +60,16 @@ class Held:
     __slots__ = ("_hooked", "_same", "_theirs", "first", "kind", "leaf", "tensor", "version")
 
     def __init__(self, t: Tensor, hooked: bool, leaf: int = -1) -> None:
-        self.first: Held | None = None  # that holds the same tensor, if this is not the first
+        self.first: Held | None = None  # the first `Held` of the same tensor, if that was passed before
         self.version = t._version
         self.kind = kind_of(t)
-        self.leaf = leaf  # of the output of the unit before, which a sweep makes; -1: it is held
+        self.leaf = leaf  # its place in the output of the previous unit, which a sweep makes; -1: it is held here
         self._same: Tensor | None = None
         if leaf < 0 and not hooked:
             self.tensor: Tensor | None = t.detach()
             if self.kind != IN_GRAPH:
-                # Only weakly where nobody can tell once it is gone: written to later, it may hold the graph that holds this.
+                # A plain float tensor only weakly: the caller may write to it later, and then it holds the graph that holds
+                # this frame. Once it is gone nobody can tell it from the alias that the replay gets instead.
                 if type(t) is not Tensor or not t.dtype.is_floating_point or t.__dict__:
                     self._same = t
                 self._theirs: Any = ref(t)
@@ -83,15 +84,17 @@ class Held:
             self._hooked = _holding(make_saved_tensor, t, False)
         else:
             flag = torch.zeros((), requires_grad=True)
-            self._hooked = _holding(_SaveOne.apply, t, flag)  # not its node: only with it is what it saved freed
+            # the output holds the node: dropping the output frees what the node saved
+            self._hooked = _holding(_SaveOne.apply, t, flag)
 
     def give(self, moved: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The argument for a replay, in grad mode: the caller's own tensor, where that has no graph.
+        """Return the argument for a replay, in grad mode: the caller's own tensor, where that has no graph.
 
-        Otherwise a detached alias; a leaf if it was one: autocast keeps casts of leaves for the next op.
+        Otherwise a detached alias. A leaf stays a leaf, because autocast caches casts of leaves for the next op.
 
         Args:
-            moved: where those go whose memory is put back for the replay, with what they have now: `.data =` changes that and no version.
+            moved: gets each tensor whose old memory is put back for the replay, with the memory it has now. `.data =` changes a
+                tensor's memory and no version counter.
         """
         if self.tensor is not None:
             if self.kind != IN_GRAPH and self.leaf < 0:
@@ -118,13 +121,13 @@ class Held:
         return theirs.grad_fn is None and theirs.requires_grad == (self.kind == LEAF)
 
     def written(self) -> bool:
-        """Has it been written to? Asked right after the forward, when the caller's tensor is there."""
+        """Has the argument been written to? Call it right after the forward, while the caller still holds the tensor."""
         theirs = self.tensor if self.tensor is not None else self._theirs()
         return theirs is not None and theirs._version != self.version
 
 
 class _Box:
-    """A container of arguments, of whatever class: what it holds, held, and its attributes.
+    """A container among the arguments, of any class: its items and attributes, held as arguments are.
 
     Args:
         of: the container.
@@ -139,7 +142,7 @@ class _Box:
         self.extra: Any = of.maxlen if isinstance(of, deque) else getattr(of, "default_factory", None)
 
     def empty(self) -> Any:
-        """A new container of that class; its `__init__` is not run."""
+        """Return a new container of that class, without running its `__init__`."""
         base = base_of(self.cls)
         new: Any = base.__new__(self.cls)
         if base is deque:
@@ -149,11 +152,11 @@ class _Box:
         return new
 
     def fixed(self, items: list[Any]) -> Any:
-        """A new tuple or frozenset of that class."""
+        """Return a new tuple or frozenset of that class."""
         base = base_of(self.cls)
         try:
             return base.__new__(self.cls, items)
-        except TypeError:  # what torch's ops return: a tuple that is made in its own way
+        except TypeError:  # torch's return types (`torch.return_types.max`) have a constructor of their own
             return self.cls(items)
 
 
@@ -167,21 +170,20 @@ class Inputs:
     Args:
         args: positional arguments.
         kwargs: keyword arguments.
-        made: ids of tensors that the unit before has just made, and which leaf of its output they are: these are not held.
+        made: ids of tensors that the previous unit has just made, and which leaf of its output each is: these are not held.
     """
 
     __slots__ = ("_known", "_repeated", "args", "elsewhere", "held", "hooked", "kwargs", "made", "moved")
 
     def __init__(self, args: Sequence[Any], kwargs: dict[str, Any], made: dict[int, int] | None = None) -> None:
-        self.hooked = top_hooks(True) is not None  # somebody else's saved-tensor hooks
+        self.hooked = top_hooks(True) is not None  # other saved-tensor hooks are in force around this call
         self.made = made if not self.hooked else None
-        self.held: list[tuple[str | int, Held]] = []  # with its keyword, or place
-        self._known: dict[int, Any] = {}  # by the tensor's id, while the caller holds them all
+        self.held: list[tuple[str | int, Held]] = []  # each with its keyword or position
+        self._known: dict[int, Any] = {}  # by id; ids are unique while the caller holds all arguments
         self._repeated = False
         self.moved: list[tuple[Tensor, Tensor]] = []  # while a replay runs
-        self.elsewhere: Sequence[
-            int
-        ] = ()  # storages of arguments that had been given other memory before the last replay
+        # storages of arguments that had been given other memory before the last replay
+        self.elsewhere: Sequence[int] = ()
         hold = self._hold
         self.args = [a if type(a) in _AS_IS else hold(a, i) for i, a in enumerate(args)]
         self.kwargs = {k: a if type(a) in _AS_IS else hold(a, k) for k, a in kwargs.items()} if kwargs else kwargs
@@ -190,13 +192,14 @@ class Inputs:
     def _hold(self, value: Any, name: str | int) -> Any:
         if isinstance(value, Tensor):
             first = held = self._known.get(id(value))
-            # under hooks each is saved: how many are must not hang on which are one, as in an outer replay fewer may be
+            # Under other hooks a repeated tensor is saved each time: in an outer replay two arguments that were one tensor may
+            # be two, and the number of saved tensors must not depend on that.
             if held is None or self.hooked:
                 held = Held(value, self.hooked, self.made.get(id(value), -1) if self.made else -1)
                 held.first = first
             if first is None:
                 self._known[id(value)] = held
-            else:  # a forward may ask whether its arguments are one tensor, as attention does
+            else:  # a forward may ask whether two arguments are one tensor, as `nn.MultiheadAttention` does
                 self._repeated = True
             self.held.append((name, held))
             return held
@@ -221,9 +224,8 @@ class Inputs:
     def _give(self, value: Any, given: dict[int, Any]) -> Any:
         if isinstance(value, Held):
             if id(value) not in given:
-                given[id(value)] = value.give(
-                    self.moved
-                )  # each once, also of those that are one: the outer hooks count
+                # each `Held` once, also where several hold one tensor: the outer hooks count them
+                given[id(value)] = value.give(self.moved)
             return given[id(value.first or value)]
         if not isinstance(value, _Box):
             return value
@@ -243,7 +245,7 @@ class Inputs:
         return new
 
     def give(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments for one replay; a tensor that was passed twice is still one object."""
+        """Return the arguments for one replay; a tensor that was passed twice is still one object."""
         given: dict[int, Any] = {}
         if self._repeated:
             args = [self._give(a, given) for a in self.args]
@@ -252,45 +254,45 @@ class Inputs:
         return args, {k: self._give(a, given) for k, a in self.kwargs.items()} if self.kwargs else {}
 
     def put_back(self) -> None:
-        """After a replay: what others have given an argument since its forward is there again."""
+        """After a replay, give each argument again the memory it had just before the replay."""
         for t, now in self.moved:
             t.data = now
         self.elsewhere = [storage_of(t) for t, _ in self.moved]
         self.moved = []
 
     def kinds(self) -> list[int]:
-        """Per input, which in-place ops autograd allows: 0 no gradient, 1 non-leaf, 2 leaf."""
+        """Return per input which in-place ops autograd allows: 0 no gradient, 1 non-leaf, 2 leaf."""
         return [held.kind for _, held in self.held]
 
     def linked(self) -> bool:
-        """Is there one that is not held?"""
+        """Does some argument come from the previous unit, so that it is not held here?"""
         return any(held.leaf >= 0 for _, held in self.held)
 
     def receive(self, leaves: Sequence[Any]) -> None:
-        """Take what is not held from the output of the unit before."""
+        """Take the arguments that are not held here from the previous unit's output."""
         for _, held in self.held:
             if held.leaf >= 0:
                 held.tensor = leaves[held.leaf].detach()
                 held.version = held.tensor._version
 
     def let_go(self) -> None:
-        """Of what was received."""
+        """Free the arguments that `receive` took."""
         for _, held in self.held:
             if held.leaf >= 0:
                 held.tensor = None
 
     def written(self) -> str:
-        """The name of an argument that the forward has just written to, or ""."""
+        """Return the name of an argument that the forward has just written to, or ""."""
         for name, held in self.held:
             if held.written():
                 return _name(name)
         return ""
 
     def changed(self) -> dict[int, str]:
-        """Arguments that were written to since the call: names by storage."""
+        """Return the arguments written to since the call: names by storage."""
         found: dict[int, str] = {}
         for name, held in self.held:
             t = held.tensor
-            if t is not None and t._version != held.version:  # hooked ones are checked by autograd or by their hooks
+            if t is not None and t._version != held.version:  # autograd or the outer hooks check those they saved
                 found[storage_of(t)] = _name(name)
         return found

@@ -1,4 +1,4 @@
-"""What stands in the place of a saved tensor that has changed."""
+"""The stand-in for a saved tensor whose values changed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Modified:
-    """In the place of a saved tensor that is not what it was: told only if backward asks for it, as by autograd.
+    """Stands in for a saved tensor that has other values now. It is an error only if backward asks for it, as in autograd.
 
     Attributes:
-        shape: its shape.
-        by: what changed between forward and backward and went into it; "" if the unit itself writes to it after it was saved.
-        now: what it is now.
-        argument: it is an argument of a unit in this one, whose backward may do without it.
+        shape: the tensor's shape.
+        by: name of the tensor that changed between forward and backward and that this one was computed from; "" if the unit
+            itself writes to this tensor after it was saved.
+        now: the tensor as it is now.
+        argument: an inner unit holds it as an argument, and that unit's backward may not need it.
     """
 
     shape: torch.Size

@@ -1,4 +1,4 @@
-"""How a unit is run."""
+"""The options of one call of a unit."""
 
 from __future__ import annotations
 

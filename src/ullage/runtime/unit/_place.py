@@ -1,4 +1,4 @@
-"""A unit's place among units that are rebuilt together, and what they know of each other's calls."""
+"""A unit's place in the runs of a plan (units that one sweep recomputes together), and the call of the unit before it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Place:
     """A unit's place in the runs of a plan.
 
     Attributes:
-        depth: how many runs it lies in without being the first of them; 0: it holds its input from forward on.
-        item: the depth of what it is beside in the innermost run that it lies in (its own depth, unless it starts a run).
-        records: a sweep that passes it on the level of its own run keeps all it saves, so it is not run again.
-        feeds: the next unit does not hold its input.
+        depth: number of runs that contain it and start with another unit; 0: it holds its input from forward on.
+        item: depth of its neighbours in the innermost run that contains it: its own depth, unless it starts a run.
+        records: a sweep of its own run keeps all its saved tensors, so it is not run again.
+        feeds: the next unit does not hold its input: this unit's output is recomputed for it.
     """
 
     depth: int = 0
@@ -33,19 +33,20 @@ NOWHERE = Place()
 
 
 class Trail(threading.local):
-    """The last call, in this thread, of a unit that the next one may rely on; one per model."""
+    """The last call in this thread of a unit whose output the next unit may leave unheld. One trail per model."""
 
     last: tuple[ReferenceType[Any], list[tuple[ReferenceType[Tensor], int] | None]] | None = None
 
     def note(self, frame: Any, out: Any) -> None:
-        """A call is over."""
+        """Note that a call is over and returned `out`."""
         self.last = None
-        if frame.complete and frame.reads is not None:  # else it keeps everything, or nothing needs it
+        # without `reads` the call keeps everything or saves nothing: it can't be run again for its output
+        if frame.complete and frame.reads is not None:
             leaves = tree_flatten(out)[0]
             self.last = ref(frame), [(ref(t), t._version) if isinstance(t, Tensor) else None for t in leaves]
 
     def take(self) -> tuple[Any, dict[int, int]] | None:
-        """The call before, and which leaf of its output each living tensor is, by id."""
+        """Return the call before and, by id, which leaf of its output each living and unchanged tensor is."""
         last, self.last = self.last, None
         frame = last[0]() if last is not None else None
         if last is None or frame is None:

@@ -1,4 +1,29 @@
-"""What is remembered between the calls of one unit: facts about its state, and the logs that replays skip by."""
+"""What the calls of one unit teach later ones: which state it changes, what it saves, and which ops a replay may skip.
+
+Idea: a first call is slow and looks at everything; later calls of the same kind rely on what it found and only verify. A unit's
+`Site` holds this for one module; units of equal structure share the expensive part in one `Shared`.
+
+Invariant: nothing learnt is believed unseen. A forward compares each saved tensor with the notes, a replay compares again, and
+the first replay of a kind must reproduce the digests of what its forward dropped (`Proof`). What fails is forgotten or refused.
+
+    name                lifetime                       written by                    read by
+    Site.facts          site, per kinds of a call      learn, frame, replay          frame (on entry)
+    Site.noted          site, per kinds of a call      learn, frame (at the end)     frame: what a full call is expected to save
+    Shared.known        structure, per signature       learn; a plan (`know`)        frame (on entry), as `frame.known`
+    Shared.logs         structure, per signature       learn, as `Learnt`            the planner's levels; None outside a capture
+    Known.notes         as long as its Known           learn                         pack hooks of forward
+    Known.proof,
+    Shared.proof        structure                      frame (claims), replay (done) frame, learn, replay
+    Site.notes          site                           say, warn                     handles and reports: texts for the user
+    frame.known         one call                       frame, learn                  pack hooks, replay
+    frame.notes         one call                       learn, frame (at the end)     replay: what it must save again
+
+A call's kinds are the `training` flags, structures, flags, gradient kinds and types of what it reaches; its signature adds shapes,
+strides, dtypes and the flags around the call.
+
+Known non-optimalities: a first call holds all its saved tensors, so it saves no memory. One digest mismatch of a full replay
+makes the whole structure keep its activations (`distrust`), even if only one of its units draws unseen numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +50,24 @@ if TYPE_CHECKING:
     from ullage.runtime.unit._options import Options
     from ullage.runtime.unit._tier import Away, Tier
 
-MOST_SIGNATURES = 64  # per unit structure; the one not used for longest goes first
+# Per unit structure; the least recently used one is dropped. A log has an entry per op, and a program whose shapes never repeat
+# (each batch padded to its own length) would keep one more log per step. Not tuned.
+MOST_SIGNATURES = 64
+# Logs of one signature that may go stale before its replays run in full. A branch that depends on data makes each new log wrong
+# again, and each costs a slow first call; a one-time change (a lazily built cache) costs one or two. Not tuned.
 MOST_STALE = 3
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first call of a unit showed.
+    """What the first calls of a unit showed.
 
     Attributes:
-        changes: state it changes.
-        host_rng: it draws from Python's or numpy's generator.
-        must_keep: why it can't be run again, so that everything is kept, or "".
-        looks: from how many calls: what the first one made may be changed by the second.
+        changes: state that its forward changes.
+        host_rng: its forward draws from Python's or numpy's generator.
+        must_keep: why its forward can't be run again, so that all its saved tensors are kept; or "".
+        looks: number of calls that were looked at. A forward that changes containers needs two: the second call may change
+            an object that the first one only created (a cache that is filled, then appended to).
     """
 
     changes: Changes = field(default_factory=Changes)
@@ -48,13 +78,16 @@ class Facts:
 
 @dataclass
 class Proof:
-    """One replay has to give back, bit for bit, what its forward saved; one call at a time takes the digests for it."""
+    """Whether a replay has reproduced its forward's saved tensors bit for bit.
+
+    One call at a time takes the digests for it, because a digest reads every byte that the call drops.
+    """
 
     done: bool = False
     by: ReferenceType[Any] | None = None
 
     def claim(self, frame: Any) -> bool:
-        """Is it this call's to prove?"""
+        """Let this call take the digests, unless the proof is done or another living call has claimed it."""
         if self.done or (self.by is not None and self.by() is not None):
             return False
         self.by = ref(frame)
@@ -67,7 +100,7 @@ class Proof:
 
 @dataclass
 class Known:
-    """A selection for one input signature, and whether a selective replay has proven it."""
+    """A selection for one input signature, the notes of the call it was learnt from, and whether a selective replay has proven it."""
 
     selection: Selection
     notes: Notes
@@ -76,7 +109,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a unit's call taught: its op log, what it saved, and which unit it was."""
+    """One recorded call of a unit: its op log, the notes of its saved tensors, and the unit's name."""
 
     log: Log
     notes: Notes
@@ -85,14 +118,14 @@ class Learnt:
 
 @dataclass
 class Shared:
-    """What units of one structure share: selections by input signature, and how often each went stale.
+    """What units of one structure share.
 
     Attributes:
         known: selections by input signature.
-        stale: how often each went stale.
-        proof: of a full replay of this structure.
-        logs: where the op logs go, if someone wants them; by input signature.
-        distrust: why a full replay was not what its forward was, so that later calls keep their activations; or "".
+        stale: by input signature, how many logs went stale.
+        proof: whether a full replay of this structure is proven.
+        logs: gets the op logs by input signature, if a capture asks for them.
+        distrust: how a full replay differed from its forward, so that later calls keep their activations; or "".
     """
 
     known: OrderedDict[Hashable, Known] = field(default_factory=OrderedDict)
@@ -102,14 +135,14 @@ class Shared:
     distrust: str = ""
 
     def look_up(self, signature: Hashable) -> Known | None:
-        """What is known for a signature."""
+        """Return what is known for a signature, or None."""
         found = self.known.get(signature)
         if found is not None:
             self.known.move_to_end(signature)
         return found
 
     def learn(self, signature: Hashable, selection: Selection, notes: Notes) -> Known:
-        """Remember a selection; it is not trusted yet."""
+        """Remember a selection that no replay has proven yet."""
         if self.stale.get(signature, 0) >= MOST_STALE:
             selection = refused("what it saves changes from call to call")
         known = self.known[signature] = Known(selection, notes)
@@ -119,39 +152,40 @@ class Shared:
         return known
 
     def know(self, signature: Hashable, selection: Selection, notes: Notes) -> None:
-        """Take a selection as proven."""
+        """Remember a selection that is already proven."""
         self.known[signature] = Known(selection, notes, Proof(True))
 
     def forget(self, signature: Hashable) -> None:
-        """It went stale: the next call with it makes a new log."""
+        """Drop a selection whose log went stale: the next call with this signature records a new log."""
         self.stale[signature] = self.stale.get(signature, 0) + 1
         self.known.pop(signature, None)
 
 
 @dataclass
 class Site(Apart):
-    """One unit: its name, what is known of it, and what happened.
+    """One unit: its name, what its calls taught, and counts of what happened.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         shared: what it shares with units of its structure.
-        changing: ids of tensors that a plan knows to change; on fake tensors nothing else shows it.
-        trail: what units of its model that are rebuilt together know of each other.
-        tier: where saved tensors are offloaded to, if there is such a place.
-        facts: by the `training` flags below it and the types of what it reaches.
-        noted: what a full call last saved, by the same.
-        links: how often its input was not held, but left to the unit before.
-        replays: how often it was re-run.
+        changing: ids of tensors that a plan knows to change; a call on fake tensors shows no values and can't tell.
+        trail: the last call of the previous unit, for units that one sweep recomputes together.
+        tier: where saved tensors are offloaded to, if anywhere.
+        facts: facts by the kinds of a call.
+        noted: notes of the last full call, by the kinds of a call.
+        links: number of calls whose input was not held but left to the previous unit.
+        replays: number of replays.
         skipped: ops that selective replays did not run, in all.
-        stale: how often a log was not of what ran.
+        stale: number of op logs that did not match what ran.
         sent_bytes: bytes offloaded, in all.
-        late: how often backward waited for what was on its way back.
-        notes: what a user should know, each once.
+        late: how often backward waited for a tensor on its way back.
+        notes: texts for the user, each once.
         layout: how the parameters and buffers of its last call lay in memory.
-        places: where they stood.
-        fills: a kernel of it fills a tensor that is saved already, so that its replays run to their end.
-        digests_last: digests of what it saves are taken when its forward is over.
-        leaves: by where its replays stop: have they left something that its forward puts back later?
+        places: which dicts held them.
+        fills: one of its kernels fills a tensor after autograd saved it, so its replays run to their end.
+        digests_last: digests of its saved tensors are taken when its forward is over, for the same reason.
+        leaves: by the tensor at which a replay stops: has such a replay left something changed that the rest of the forward
+            would have put back?
     """
 
     name: str
@@ -175,20 +209,20 @@ class Site(Apart):
     leaves: dict[Hashable, bool] = field(default_factory=dict)
 
     def learns(self, options: Options) -> bool:
-        """Will its next call be one that learns?"""
+        """Will the next call learn, and so hold all its saved tensors until its forward is over?"""
         return not self.facts or (options.rule is not None and not self.shared.known)
 
     def send(self, x: Tensor) -> Away | None:
-        """Offload a saved tensor; None if it stays."""
+        """Offload a saved tensor; None if it stays in memory."""
         return self.tier.pack(x, self) if self.tier is not None else None
 
     def warn(self, note: str) -> None:
-        """Note something, and warn of it at every call: results may be wrong each time."""
+        """Note a text and warn with it at every call, because results may be wrong each time."""
         self.notes[note] = None
         again(f"{self.name}: {note}")
 
     def say(self, note: str, warn: bool = True) -> None:
-        """Note something that makes no result wrong; the first time as a warning too."""
+        """Note a text about something that makes no result wrong; the first time it is a warning too."""
         if note not in self.notes:
             self.notes[note] = None
             if warn:
@@ -196,17 +230,17 @@ class Site(Apart):
 
 
 def refused(reason: str) -> Selection:
-    """Nothing is kept and nothing skipped."""
+    """Return a selection that keeps nothing and skips nothing, with its reason."""
     return Selection(frozenset(), frozenset(), (), 0, reason)
 
 
 def flags_of(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """The flags among arguments: what state a forward changes often depends on them."""
+    """Return the flags among the arguments: which state a forward changes often depends on them."""
     return tuple([a for a in (*args, *kwargs.values()) if a is None or isinstance(a, bool | str)])
 
 
 def signature_of(args: Any, kwargs: Any, flags: Hashable, training: Hashable) -> Hashable:
-    """What a log depends on: shapes, strides, dtypes and types of the arguments, flags around the call."""
+    """Return what an op log depends on: shapes, strides, dtypes and types of the arguments, and flags around the call."""
     parts: list[Any] = [flags, training]
     for a in (*args, *kwargs.values()) if kwargs else args:
         if hasattr(a, "untyped_storage"):

@@ -1,16 +1,18 @@
 """Offload saved tensors between forward and backward, and bring them back.
 
-What is moved is a storage, once, however many saved tensors are views of it; each of them comes back as the same view of
-one buffer. Which tensors of a unit may go:
+A storage is moved once, however many saved tensors are views of it; each of them comes back as the same view of one buffer.
+These tensors of a unit stay in memory:
 
-- not leaves that require grad (parameters) nor views of them, nor what the unit's module or its other arguments hold;
-- not what is smaller than a block of the store or on another device than it is for, nor anything but plain strided tensors, nor subclasses.
+- leaves that require grad (parameters), views of them, and tensors that the unit's module or its other arguments hold;
+- tensors smaller than a block of the store, or on a device that the store does not serve;
+- subclasses, and tensors that are not plain strided ones.
 
-One storage may have several version counters (the chunks of `unsafe_chunk`, as cells of recurrent networks make them; `.data`). That it has left
-already counts only for who shares the counter of the tensor that sent it.
+One storage may have several version counters (the chunks that `unsafe_chunk` makes in recurrent cells; `.data`). A storage counts as
+sent only for tensors that share the counter of the tensor that sent it.
 
-When backward asks for one, those that it will ask for next (`_ahead`) are prefetched. The store bounds how many bytes come ahead of their use. They are asked for before the wait, if the thread waits, and else after
-what is needed now, which would queue behind them.
+When backward asks for a tensor, the ones that it will ask for next (`_ahead`) are prefetched; the store bounds the bytes that come
+back before their use. If `get` waits, they are prefetched before it, so that they travel meanwhile; otherwise after it, because
+the tensor that is needed now would queue behind them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from ullage.runtime.tensors._fills import is_fresh, mark
 from ullage.runtime.tensors._memory import IN_GRAPH, LEAF, kind_of
 from ullage.runtime.unit._ahead import Ahead
 
-LEAST_BYTES = 4096  # a block of the disk store
+LEAST_BYTES = 4096  # a block of the disk store: a smaller tensor would take a whole block, and a transfer of its own
 
 
 class Sender(Protocol):
@@ -52,25 +54,25 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class Parcel:
-    """One storage that has left. Its place is given back when nobody holds it any more."""
+    """One offloaded storage. The store frees its place when nobody holds this object any more."""
 
     __slots__ = ("__weakref__", "_left", "_version", "back", "number", "site", "ticket", "users")
 
     def __init__(self, ticket: Ticket, number: int, site: Sender) -> None:
         self.ticket, self.number, self.site = ticket, number, site
         self.users = 0  # saved tensors in this storage
-        self._left = 0  # of these, how many have not asked for it since it came back
-        self.back: Tensor | None = None  # while some of them have not asked
+        self._left = 0  # saved tensors that have not asked for it since it came back
+        self.back: Tensor | None = None  # the bytes in memory, until the last saved tensor has asked
         self._version = 0
 
     def fetch(self) -> Tensor:
-        """The bytes, flat uint8. They come back once for all saved tensors in them and are held until the last has asked.
+        """Return the bytes as flat uint8: brought back once for all saved tensors in them, held until the last has asked.
 
         Raises:
-            OffloadError: they can't be had.
+            OffloadError: the store can't bring them back.
         """
         if self.back is None or self.back._version != self._version:
-            site = self.site  # a store may call later: that must not hold the parcel
+            site = self.site  # the store may call `late` later, so it must not hold the parcel
 
             def late() -> None:
                 site.late += 1
@@ -86,7 +88,7 @@ class Parcel:
 
 
 class Away:
-    """In the place of a saved tensor: which view of which parcel."""
+    """Stands for an offloaded saved tensor: which view of which parcel it is."""
 
     __slots__ = ("_layout", "_tier", "_version", "parcel", "shape")
 
@@ -94,13 +96,13 @@ class Away:
         self._tier, self.parcel, self.shape = tier, parcel, x.shape
         self._layout = x.dtype, x.stride(), int(x.storage_offset())
         parcel.users += 1
-        self._version = x._version  # of what left; that it was not written to on its way is the store's to see
+        self._version = x._version  # when it was sent; the store checks that nobody writes to it on its way
 
     def tensor(self) -> Tensor:
-        """The saved tensor.
+        """Bring the saved tensor back.
 
         Raises:
-            OffloadError: it can't be had.
+            OffloadError: the store can't bring it back.
         """
         with quiet(), torch.no_grad():
             blocks, first = self._tier.store.get_blocks, self.parcel.back is None
@@ -114,7 +116,7 @@ class Away:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A tensor's whole storage, as flat uint8. It has x's version counter."""
+    """Return a tensor's whole storage as flat uint8, with x's version counter."""
     return x.detach().as_strided((x.untyped_storage().nbytes() // x.dtype.itemsize,), (1,), 0).view(torch.uint8)
 
 
@@ -128,7 +130,7 @@ class _Counter:
         self._witness.data = torch.empty(0, dtype=x.dtype, device=x.device)  # the counter stays, the storage goes
 
     def is_of(self, x: Tensor) -> bool:
-        """Does this tensor have the same counter? Seen by moving it, and putting it back."""
+        """Does this tensor share the counter? Found out by moving the counter, and putting it back."""
         before, mine = x._version, self._witness._version
         set_versions((self._witness,), (mine + 1,))
         try:
@@ -138,10 +140,10 @@ class _Counter:
 
 
 class Tier(Apart):
-    """A store as units see it.
+    """A store, for the saved tensors of units.
 
     Args:
-        store: where storages go.
+        store: the store that takes the storages.
     """
 
     def __init__(self, store: Store) -> None:
@@ -152,10 +154,10 @@ class Tier(Apart):
         self._lock = threading.Lock()
 
     def pack(self, x: Tensor, site: Sender) -> Away | None:
-        """Have a saved tensor of a unit's, and its storage, leave; None if it is not one that can.
+        """Offload a saved tensor's storage; None if the tensor must stay in memory.
 
         Raises:
-            OffloadError: the store can't take it.
+            OffloadError: the store has no room for it, or fails.
         """
         if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_conj() or x.is_neg() or x.is_quantized:
             return None
@@ -172,12 +174,12 @@ class Tier(Apart):
                 parcel = known[1]()
                 if parcel is not None:
                     return Away(self, parcel, x)
-            ticket = self.store.put(_flat(x))  # which sees by the version whether somebody writes to it meanwhile
+            ticket = self.store.put(_flat(x))  # the store sees by the version whether somebody writes to it meanwhile
             counter = _Counter(x)
         site.sent_bytes += size
         totals.sent += size
         with self._lock:
-            while self._order and self._order[-1]() is None:  # those at the end that are gone are forgotten
+            while self._order and self._order[-1]() is None:  # numbers at the end whose parcels are gone are used again
                 self._order.pop()
                 self._ahead.forget_last()
             parcel = Parcel(ticket, self._ahead.left(id(site)), site)
@@ -187,7 +189,7 @@ class Tier(Apart):
         return Away(self, parcel, x)
 
     def foresee(self, parcel: Parcel) -> None:
-        """A parcel is about to be asked for: prefetch those that will be asked for after it."""
+        """Backward is about to ask for a parcel: prefetch those that it will ask for next."""
         with self._lock:
             todo = [other for k in self._ahead.asked(parcel.number) if (other := self._order[k]()) is not None]
         for other in todo:
@@ -196,12 +198,12 @@ class Tier(Apart):
 
 
 def tensor_of(kept: Any) -> Any:
-    """What is kept in memory, or what left and comes back now."""
+    """Return a kept tensor; bring it back first if it was offloaded."""
     return kept.tensor() if type(kept) is Away else kept
 
 
 def brought_back(kept: dict[int, tuple[Any, int]], index: int) -> Any:
-    """One of a frame's kept tensors, which stays in memory from now on: a replay needs it, and backward soon after."""
+    """Return one of a frame's kept tensors. An offloaded one stays in memory from now on: backward needs it soon after the replay."""
     tensor = kept[index][0]
     if type(tensor) is Away:
         tensor = tensor.tensor()
@@ -210,7 +212,7 @@ def brought_back(kept: dict[int, tuple[Any, int]], index: int) -> Any:
 
 
 def movable(x: Tensor, resident: Iterable[int]) -> bool:
-    """May a saved tensor be offloaded? `resident`: keys of storages that stay anyway."""
+    """May a saved tensor be offloaded? `resident`: keys of storages that something else holds anyway."""
     if kind_of(x) == LEAF:
         return False
     base = x._base
@@ -220,7 +222,7 @@ def movable(x: Tensor, resident: Iterable[int]) -> bool:
 
 
 def resident_keys(roots: Sequence[Any], args: Iterable[Any]) -> set[int]:
-    """Keys of storages that a unit's modules hold, and of arguments that were not computed with gradients."""
+    """Return the keys of storages held by a unit's modules, and of arguments that were not computed with gradients."""
     found = set()
     for t in Reached(roots).tensors():
         found.add(t.untyped_storage()._cdata)
@@ -231,7 +233,7 @@ def resident_keys(roots: Sequence[Any], args: Iterable[Any]) -> set[int]:
 
 
 class _Waiting:
-    """In the place of a saved tensor that the kernel which saved it may fill only now (`_fills`): it leaves with the next op."""
+    """Stands for a saved tensor that its kernel may fill only after autograd saved it (`_fills`): it is offloaded at the next op."""
 
     __slots__ = ("saved",)
 
@@ -240,21 +242,21 @@ class _Waiting:
 
     def leave(self, site: Sender) -> None:
         tensor, version = self.saved
-        if tensor._version == version:  # else backward says what happened
+        if tensor._version == version:  # otherwise it stays, and backward raises the error that names it
             self.saved = site.send(tensor) or self.saved
 
 
 def run_offloaded(site: Sender, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a unit's forward and offload what it saves; no op runs again.
+    """Run a unit's forward and offload its saved tensors; there is no replay.
 
     Raises:
-        OffloadError: there is no store, or it can't take it; in backward, if it can't give it back.
+        OffloadError: no store was given, or it can't take a tensor; in backward, if it can't bring one back.
     """
     if site.tier is None:
         raise OffloadError(f"{site.name}: its saved tensors are to be offloaded, but no store was given")
     resident = resident_keys(roots_of(call), tree_flatten((args, kwargs))[0])
     waiting: list[_Waiting] = []
-    node = 0  # the next one's number: it moves with the next op, when the one that saved what is waiting has run
+    node = 0  # number of autograd's next node: it changes at the next op, when the op that saved the waiting tensors has run
 
     def pack(x: Tensor) -> Any:
         nonlocal node
