@@ -8,6 +8,9 @@ from torch import nn
 
 import ullage as ul
 from ullage.capture import Session
+from ullage.mechanisms import RECOMPUTE
+from ullage.planner.study._executed import StepCapture
+from ullage.planner.study._prepare import prepare
 
 
 class Drops(nn.Module):
@@ -77,6 +80,21 @@ def test_optimizers_are_foreach_by_default() -> None:
     assert any(o.startswith("cuda:aten._foreach_") for o in ops) and not any(
         o.startswith("cpu:aten._foreach_") for o in ops
     )
+
+
+def test_optimizers_are_foreach_after_replays_too() -> None:
+    """A unit's replay is substituted inside a step that is; what the optimizer asks after it is the step's own."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3)))
+    work = ul.Workload(model, torch.ones(8, 64), loss=lambda out, x: out.sum(), optimizer=torch.optim.AdamW)
+    s = prepare(work, device="h200")
+    recomputed = s.capture_fresh({u.fqn: RECOMPUTE for u in s.units})
+    for plain, planned in zip(s.plain, recomputed, strict=True):
+        assert _updates(planned) == _updates(plain) != []
+
+
+def _updates(step: StepCapture) -> list[str]:
+    trace, ops = step.session.trace, range(step.ops.start, step.ops.stop)
+    return [str(step.session.signatures[trace.signature[i]].func) for i in ops if trace.phase[i] == "optimizer"]
 
 
 def test_an_estimate_is_labelled_and_its_blocks_can_be_replayed() -> None:

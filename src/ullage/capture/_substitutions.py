@@ -110,13 +110,14 @@ def _dropout(func: Any, x: Tensor, p: float = 0.5, training: bool = True, inplac
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Run a step on CPU tensors as a CUDA device would, as far as bytes go."""
+    """Run a step on CPU tensors as a CUDA device would, as far as bytes go. Inside itself it changes nothing."""
     name, supported = "_get_foreach_kernels_supported_devices", foreach_devices
     supported()  # is it there?
+    found = getattr(optim, name)  # inside itself: the outer one's, which the optimizer's step will ask
     owner = threading.get_ident()  # the patch is seen by every thread
     setattr(optim, name, lambda: [*supported(), *(["cpu"] if threading.get_ident() == owner else [])])
     try:
         with _AsOnCuda():
             yield
     finally:
-        setattr(optim, name, supported)
+        setattr(optim, name, found)
