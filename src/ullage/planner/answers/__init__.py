@@ -1,1 +1,1 @@
-"""What people ask beside a plan: the frontier, the largest size that fits, what holds the peak."""
+"""Questions beside a plan: the frontier, the largest size that fits, the tensors that hold the peak."""

@@ -27,7 +27,7 @@ class _Drawn:
     x_label: str
     y_label: str
     title: str
-    memory: float | None  # of the device, where it lies between the ends
+    memory: float | None  # the device's, if it lies between the ends
 
 
 def check_picture(path: str | Path) -> Path:
@@ -42,7 +42,7 @@ def check_picture(path: str | Path) -> Path:
 
 @writes(Frontier, "plot")
 def picture(f: Frontier, path: str | Path) -> None:
-    """Draw the curve as steps, the policies as named crosses. The same frontier gives the same file."""
+    """Draw the curve as steps and the policies as named crosses. The same frontier gives the same file."""
     path, d = check_picture(path), _drawn(f)
     import matplotlib
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def picture(f: Frontier, path: str | Path) -> None:
 
 
 def terminal(f: Frontier, width: int = 80, height: int = 20, color: bool = False) -> str | None:
-    """The same as text, policies as letters; None if plotext is not installed."""
+    """Draw the same as text, with letters for policies; None if plotext is not installed."""
     d = _drawn(f)
     letters = list(zip("abcdefghij", d.policies, strict=False))
 

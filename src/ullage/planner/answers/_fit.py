@@ -22,16 +22,16 @@ from ullage.planner.study._tiers import TierRequest, choose_tier
 from ullage.solver._solve import smallest
 from ullage.workload import Workload, check_axis
 
-STEPS = {"batch": 1, "seq": 128}  # sequences: what kernels tile by
-MOST = {"batch": 2**16, "seq": 2**20}
-MOST_STEPS = 1024  # of an axis that is not known
+STEPS = {"batch": 1, "seq": 128}  # kernels tile a sequence by 128 or a divisor of it
+MOST = {"batch": 2**16, "seq": 2**20}  # far above any model's use, so that doubling ends: 16 and 13 doublings
+MOST_STEPS = 1024  # of any other axis: 10 doublings
 
 
 class Tried(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One value that `fit` planned for.
 
     Attributes:
-        value: of the axis.
+        value: the axis's value.
         fits: whether a plan fits the budget.
         peak_bytes: bytes of the best plan or, if none fits, the smallest that any plan reaches; None if the step can't be run.
         step_seconds: seconds of the best plan; None if none fits.
@@ -58,13 +58,13 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         device: name of the device.
         estimate: whether that device is not here.
         costs: "measured" or "roofline".
-        value: the largest that fits.
+        value: the largest value that fits.
         throughput: its throughput.
         plan: its plan.
         fastest: the tried value with the highest throughput.
         fastest_throughput: its throughput.
         fastest_plan: its plan.
-        bound_by: what keeps the value from being larger: "the budget", "at_most=N", or why a larger one can't be run.
+        bound_by: the reason that no larger value fits: "the budget", "at_most=N", or why a larger one can't be run.
         tried: every value that was planned for, in order.
     """
 
@@ -108,7 +108,7 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class _Search:
-    """Tries values and remembers what came of them."""
+    """Tries values and remembers the results."""
 
     def __init__(
         self, make: Callable[..., Workload], axis: str, budget: Size, request: TierRequest, given: dict[str, Any]
@@ -117,11 +117,11 @@ class _Search:
         self.say: Callable[[str], None] = given.pop("progress") or (lambda _: None)
         self.tried: dict[int, Tried] = {}
         self.plans: dict[int, Plan] = {}
-        self.least: dict[int, int] = {}  # the smallest peak of any plan, where it is known
-        self.study: Study | None = None  # of the largest value that fits
+        self.least: dict[int, int] = {}  # by value, the smallest peak of any plan, if known
+        self.study: Study | None = None  # the study of the largest value that fits
 
     def fits(self, value: int) -> bool:
-        """Plan for a value. What can't be run is as good as over the budget, once a smaller value could be."""
+        """Plan for a value. A value that can't be run counts as one over the budget, once a smaller value could be run."""
         try:
             found = self._plan(value)
         except (WorkloadError, CaptureError) as error:
@@ -162,7 +162,7 @@ class _Search:
         try:
             work = self.make(**{self.axis: value})
         except UllageError:
-            raise  # says it better
+            raise  # it names the cause better than the error below
         except Exception as error:
             raise WorkloadError(f"make_work({self.axis}={value}) raised {type(error).__name__}: {error}") from error
         if not isinstance(work, Workload):
@@ -170,10 +170,10 @@ class _Search:
         return work
 
     def largest(self, first: int, last: int, step: int) -> tuple[int, str]:
-        """The largest value that fits and what bounds it: doubling, then closing in.
+        """Return the largest value that fits, and the reason that no larger one does: double, then close the gap.
 
-        Peaks grow about linearly in a batch or a sequence, so a straight line through the smallest peaks at both ends
-        mostly hits at once; where it has missed twice on the same side (a peak that grows faster), the gap is halved.
+        Peaks grow about linearly with a batch or a sequence, so a straight line through the smallest peaks at both ends
+        mostly finds the value at once. After two misses on the same side (a peak that grows faster), the gap is halved.
         """
         low = high = first
         while self.fits(high):
@@ -199,7 +199,7 @@ class _Search:
         return self.budget.resolve(0, self.study.device.memory_bytes)
 
     def _least_of(self, value: int) -> int:
-        """The smallest peak of the largest value that fits, as the model sees it."""
+        """Return the smallest peak of the largest value that fits, by the solver's model."""
         if value not in self.least:
             assert self.study is not None
             self.least[value] = smallest(model_of(self.study)).peak_bytes
@@ -235,7 +235,7 @@ def fit(
     Args:
         make_work: called with `axis` as its only keyword; returns a workload. For models that are larger than this
             machine it has to return `Workload.from_factory(...)`.
-        budget: see `plan`; not a share of the plain step, which is another one at each value.
+        budget: see `plan`; not a share of the plain step, whose peak differs at each value.
         axis: "batch", "seq" or any other keyword that takes a whole number.
         device: see `plan`, as for `costs` and `units`.
         costs: "auto" or "roofline".
@@ -243,9 +243,9 @@ def fit(
         step: only multiples of it are tried; default: 1, along seq 128.
         at_least: the smallest value to try; default: `step`.
         at_most: the largest; default: 65,536 for batch, 1,048,576 for seq, else 1,024 steps.
-        disk_directory: where saved tensors may go, see `plan`.
-        disk_budget: bytes or a string: of the file that is made there.
-        host_budget: bytes or a string: of pinned host memory, instead of a disk.
+        disk_directory: where saved tensors may be offloaded to, see `plan`.
+        disk_budget: bytes or a string: size of the file that is made there.
+        host_budget: bytes or a string: pinned host memory, instead of a disk.
         checksums: see `plan`.
         progress: called with a line at each stage.
 

@@ -1,4 +1,4 @@
-"""The curve of step time against peak: one study, a plan for each of several budgets, named policies beside it."""
+"""The curve of step time against peak: from one study, a plan for each of several budgets, and named policies."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         device: name of the device.
         estimate: whether that device is not here.
         costs: "measured" or "roofline".
-        memory_bytes: of the device, or None if that is not known.
-        points: the smallest peak first; the last is the plain step unless something smaller is as fast.
-        policies: the named policies, as `plan(policy=...)` has them.
+        memory_bytes: memory of the device, or None if that is not known.
+        points: the smallest peak first; the last is the plain step unless a plan with a smaller peak is as fast.
+        policies: the named policies, as `plan(policy=...)` plans them.
     """
 
     version: int
@@ -79,7 +79,7 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     policies: list[PolicyPoint]
 
     def within(self, budget: int | str) -> FrontierPoint:
-        """The fastest point that stays within a budget.
+        """Return the fastest point within a budget.
 
         Raises:
             BudgetError: the budget can't be read.
@@ -170,13 +170,13 @@ def frontier(
     Args:
         work: what is trained; left as found.
         points: budgets to plan for, 2 or more. With fewer than 6 (7 with a tier) some policies have no point of their own.
-        device: see `plan`, as for what follows.
+        device: see `plan`.
         costs: "auto" or "roofline".
         profile: take op costs from this profile.
         units: FQN globs of the modules to plan over.
-        disk_directory: where saved tensors may go, see `plan`; with a tier the policy `offload` is shown too.
-        disk_budget: bytes or a string: of the file that is made there.
-        host_budget: bytes or a string: of pinned host memory, instead of a disk.
+        disk_directory: where saved tensors may be offloaded to, see `plan`; with a tier the policy `offload` is shown too.
+        disk_budget: bytes or a string: size of the file that is made there.
+        host_budget: bytes or a string: pinned host memory, instead of a disk.
         checksums: see `plan`.
         progress: called with a line at each stage.
 
@@ -192,13 +192,13 @@ def frontier(
 
 
 def check_points(points: int) -> None:
-    """Raise ArgumentError unless this is a number of budgets."""
+    """Raise ArgumentError unless `points` is a whole number of 2 or more."""
     if isinstance(points, bool) or not isinstance(points, int) or points < 2:
         raise ArgumentError(f"points={points!r}: expected a whole number of 2 or more")
 
 
 def frontier_of(s: Study, points: int) -> Frontier:
-    """The frontier of a study; see `frontier`."""
+    """Make the frontier of a study; see `frontier`."""
     high, low = s.plain_steps.peak_bytes, smallest_bytes(s)
     limits = sorted({min(low, high), high})
     found = [_within(s, limit) for limit in limits]
@@ -212,7 +212,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
             limit = plan.predicted.peak_bytes
             if limit < high and limit not in limits and len(limits) < points:
                 limits.append(limit)
-                found.append(_within(s, limit))  # now, while the policy's execution is at hand
+                found.append(_within(s, limit))  # now, while the policy's captured steps are still kept
     between = spread(limits, points)
     found += [_within(s, limit) for limit in between]
     return Frontier(
@@ -227,7 +227,7 @@ def frontier_of(s: Study, points: int) -> Frontier:
 
 
 def spread(limits: Sequence[int], points: int) -> list[int]:
-    """Further limits, `points` in all, so that the widest gap between neighbours gets as narrow as it can."""
+    """Return further limits, for `points` in all, that make the widest gap between neighbours as narrow as possible."""
     ends = sorted(limits)
     gaps = [1] * (len(ends) - 1)
     for _ in range(points - len(ends) if gaps else 0):
@@ -238,7 +238,7 @@ def spread(limits: Sequence[int], points: int) -> list[int]:
 
 
 def curve(limits: Sequence[int], plans: Sequence[Plan]) -> list[FrontierPoint]:
-    """Per limit, upwards, the fastest of all plans within it: what fits a smaller budget fits a larger one too."""
+    """Return per limit, upwards, the fastest of all plans within it, those for smaller budgets included."""
     points: list[FrontierPoint] = []
     for limit in limits:
         fits = [p for p in plans if p.predicted.peak_bytes <= limit]
@@ -253,7 +253,7 @@ def curve(limits: Sequence[int], plans: Sequence[Plan]) -> list[FrontierPoint]:
 
 
 def _within(s: Study, limit: int) -> Plan | None:
-    """The plan for a limit; None if there is none."""
+    """Return the plan for a limit; None if there is none."""
     s.progress(f"planning for {format_bytes(limit)}")
     execute_choice(s, budget := Budget(limit))
     try:

@@ -1,4 +1,4 @@
-"""`bounds`: say what holds the peak of a plan's step, or of the plain one."""
+"""`bounds`: the tensors that hold the peak of a plan's step, or of the plain one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def bounds(
     profile: Profile | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bounds:
-    """Say what holds the peak of a plan's step, or of the plain one, and what would lower it.
+    """Find the tensors that hold the peak of a plan's step, or of the plain one, and the levers that would lower it.
 
     Args:
-        work: what is trained; left as found.
+        work: the workload; left as found.
         plan: any plan for this model, also one edited by hand; None is the plain step.
         device: as in `ullage.plan`; a plan has its own.
         costs: "auto" or "roofline"; a plan has its own.

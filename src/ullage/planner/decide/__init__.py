@@ -1,1 +1,1 @@
-"""From a study and a budget to a plan whose step has been executed."""
+"""Decide a plan for a study and a budget, and execute its step before it is returned."""

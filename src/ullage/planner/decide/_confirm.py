@@ -1,4 +1,4 @@
-"""From what the solver chooses to what is executed within the budget: tighten until it fits, and say so where nothing does."""
+"""Execute the solver's choice and lower its target until the executed step fits the budget; explain it if none does."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from ullage.planner.study._study import Study
 from ullage.solver._solve import Solution, smallest
 from ullage.solver._solve import solve as solve_anew
 
+# Solver's choices that are executed before the smallest step is taken instead. Each lowers the target by the excess that its
+# execution showed. Not tuned.
 MAX_TIGHTENINGS = 10
 
-solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same
+solve = lru_cache(maxsize=4)(solve_anew)  # `execute_choice` and `decide` ask for the same solutions
 with_tier = lru_cache(maxsize=4)(solve_with_tier)
 
 
 def solution_of(s: Study, choices: Choices, target: int, offload: bool = True) -> tuple[Solution, int] | None:
-    """What the solver finds within `target` bytes, and the window that goes with it; None if it finds nothing."""
+    """Return the solver's solution within `target` bytes and its window; None if there is none."""
     seen, window = composed(s, choices), 0
     if s.tier is None or not offload:
         found = solve(seen.model if s.tier is None else without_tier(seen.model), target)
@@ -43,10 +45,10 @@ def solution_of(s: Study, choices: Choices, target: int, offload: bool = True) -
 
 
 def optimal(s: Study, choices: Choices, budget: Budget, explain: bool = False) -> tuple[Steps, float]:
-    """The steps that are executed within the budget, and a lower bound on the seconds any such ones add.
+    """Return executed steps within the budget, and a lower bound on the seconds that any such steps add.
 
-    What is simulated while choosing is coarser than what is then executed. So that offload never makes a step slower, a
-    choice that sends something is compared with the best one that sends nothing.
+    The simulation during the choice is coarser than execution. So a choice that offloads is compared, executed, with the best one
+    that does not: offloading never makes a step slower.
     """
     confirmed, bound = _confirmed(s, choices, budget, offload=True)
     found = [confirmed]
@@ -62,7 +64,7 @@ def optimal(s: Study, choices: Choices, budget: Budget, explain: bool = False) -
 
 
 def _confirmed(s: Study, choices: Choices, budget: Budget, offload: bool) -> tuple[Executed | None, float]:
-    """What the solver chooses and execution shows to fit, None if there is none; and its lower bound."""
+    """Return the first of the solver's choices that fits when executed (None if there is none), and its lower bound."""
     model, target, bound = model_of(s, choices), budget.room, None
     for _ in range(MAX_TIGHTENINGS):
         solved = solution_of(s, choices, target, offload)
@@ -73,19 +75,19 @@ def _confirmed(s: Study, choices: Choices, budget: Budget, offload: bool) -> tup
         trial = s.execute(assignment_of(model, solution.schedule), window)
         s.progress("confirming the plan")
         over = trial.peak_with_update - budget.room
-        if not trial.fits_tier:  # the model says less than what is sent
+        if not trial.fits_tier:  # the step offloads more than the model said, and a lower target would not change that
             break
         if over <= 0:
             steps = s.execute_fresh(trial.assignment, window)
             over = steps.peak_bytes - budget.room
             if over <= 0:
                 return (trial, bound) if steps.fits_tier else (None, bound)
-        target = min(target - over, solution.peak_bytes - 1)  # not the same again
+        target = min(target - over, solution.peak_bytes - 1)  # below its own peak, so that it is not chosen again
     return None, bound or 0.0
 
 
 def smallest_step(s: Study, choices: Choices = ALL) -> Executed:
-    """The executed step with the smallest peak, among the solver's choice, the homogeneous ones and the plain one; without windows."""
+    """Return the executed step with the smallest peak among the solver's choice, homogeneous ones and the plain one; without windows."""
     model, options = model_of(s, choices), choices.of(s)
     candidates = [c.assignment for c in s.captures.values() if _allowed(options, c.assignment)]
     candidates.append(assignment_of(model, smallest(model).schedule))
@@ -106,7 +108,7 @@ def _allowed(options: Mapping[str, list[Option]], assignment: Mapping[str, Optio
 def infeasible(
     s: Study, choices: Choices, budget: Budget, best: Executed, why: str = "", explain: bool = False
 ) -> BudgetInfeasible:
-    """The error that says how far down plans reach, and what holds them up there."""
+    """Return the error that names the smallest peak of any plan, and what holds it."""
     steps = s.execute_fresh(best.assignment)
     size = steps.peak_bytes + budget.reserve
     phase, module, op = max(steps.both, key=lambda e: e.peak_bytes).moment

@@ -1,4 +1,4 @@
-"""From an executed assignment to a plan: what is predicted, and what is said of each unit."""
+"""Make a plan from executed steps: its predictions, and a decision with a reason for each unit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ullage.workload import note_of
 
 
 def forecast(steps: Steps) -> Forecast:
-    """What is predicted of an executed first and later step."""
+    """Return the predictions of an executed first and later step."""
     moved, (phase, module, op) = steps.later.overlap, steps.worst.moment
     return Forecast(
         peak_bytes=steps.peak_bytes,
@@ -47,15 +47,15 @@ def finish(
     pinned: Mapping[str, str],
     explain: bool = False,
 ) -> Plan:
-    """The plan of executed steps.
+    """Return the plan of executed steps.
 
     Args:
         s: the study.
-        choices: what there was to choose from.
-        steps: what was decided on.
-        budget: it fits, if there is one.
-        policy: "optimal", or the one that was named.
-        bound: seconds that no step within the budget can do without.
+        choices: the options that there were to choose from.
+        steps: the executed steps of the chosen assignment.
+        budget: the budget, which the steps fit; None for a policy without one.
+        policy: "optimal", or the named one.
+        bound: lower bound on the seconds of any step within the budget.
         pinned: reasons that are known already, by unit.
         explain: say what holds the peak and what would lower it, which takes a step or two more.
     """
@@ -96,7 +96,7 @@ def finish(
 
 
 def _tier(steps: Steps) -> OffloadTier | None:
-    """The tier as a handle makes it: a file as large as was said, of pinned memory what the steps need."""
+    """Return the tier that a handle makes: a file of the size asked for, or as much pinned memory as the steps need."""
     tier = steps.later.tier
     if not isinstance(tier, Host):
         return tier
@@ -106,7 +106,7 @@ def _tier(steps: Steps) -> OffloadTier | None:
 def _decisions(
     s: Study, choices: Choices, steps: Steps, first: StepCapture, policy: str, pinned: Mapping[str, str]
 ) -> list[Decision]:
-    """What is done with each unit, what that frees and costs, and why."""
+    """Return each unit's decision: its option, the bytes it frees, the seconds it costs, and the reason."""
     facts = model_of(s, choices) if len(s.captures) > 1 else None
     rows = []
     for index, u in enumerate(s.units):
@@ -136,7 +136,7 @@ def _decisions(
 
 
 def _why(s: Study, fqn: str, option: Option, policy: str) -> str:
-    """Why a unit that nobody pinned has its option."""
+    """Return why a unit that nobody pinned has its option."""
     if option != KEEP:
         return "needed for the budget" if policy == "optimal" else f"policy {policy}"
     return s.reasons.get((fqn, RECOMPUTE.name), "fits")
@@ -157,7 +157,7 @@ def _first_shape(capture: StepCapture, fqn: str) -> list[tuple[int, ...]]:
 
 
 def too_much_offloaded(step: Executed, why: str) -> BudgetError:
-    """The tier is too small for what a step sends."""
+    """Return the error for a tier that is too small for a step's offloaded tensors."""
     assert step.tier is not None
     there, needed = format_bytes(step.tier.capacity_bytes), format_bytes(step.offloaded_bytes)
     return BudgetError(

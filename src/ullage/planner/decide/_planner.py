@@ -1,4 +1,4 @@
-"""From a workload and a budget to a plan: capture, solve, confirm by executing on fake tensors, tighten, relax."""
+"""`plan`: capture a workload, solve, confirm by executing on fake tensors, tighten, relax."""
 
 from __future__ import annotations
 
@@ -68,16 +68,16 @@ def plan(
         pin: actions ("keep", "recompute", "select", "select:LEVEL") by FQN glob of units; any policy obeys, and the plan says
             what each costs.
         forbid: actions that no unit gets, unless it is pinned to one.
-        headroom: bytes or a string, as for `budget`: left free of the budget.
+        headroom: bytes or a string, as for `budget`: the reserve, which the plan leaves free.
         simple: True: of the plans within 1 % of the best step time, one with the fewest distinct actions; or that share.
-        disk_directory: where saved tensors may go, an existing directory on this machine, whose speed is measured. From a CUDA
-            device that is here too, not from one that is estimated.
-        disk_budget: bytes or a string: of a file that is made there while the plan is applied.
-        host_budget: bytes or a string: of pinned host memory that saved tensors of a CUDA device may go to; of these the
-            plan takes what it needs. Either this or a disk.
-        checksums: compare what comes back from the disk with what went there; the plan is for the speeds with them.
-        feedback: what `Handle.report()` of an earlier plan with this tier said: transfers are taken to be as much slower
-            than measured as that plan's steps had to wait longer than was predicted.
+        disk_directory: where saved tensors may be offloaded to: an existing directory on this machine, whose speed is measured. It
+            serves the CPU and a CUDA device of this machine, not an estimated one.
+        disk_budget: bytes or a string: size of a file that is made there while the plan is applied.
+        host_budget: bytes or a string: the most pinned host memory for saved tensors of a CUDA device; the plan takes what it
+            needs of it. Either this or a disk.
+        checksums: compare the bytes that come back from the disk with those sent; the plan is for the speeds with checksums.
+        feedback: the report (`Handle.report()`) of an earlier plan with this tier. If its steps waited longer for transfers than
+            predicted, transfers are taken to be slower than measured by the same factor.
         progress: called with a line at each stage.
 
     Raises:
@@ -139,14 +139,14 @@ def decide(
     choices: Choices = ALL,
     explain: bool = False,
 ) -> Plan:
-    """Decide within a budget; as often as one likes on one study. It may be None for a named policy.
+    """Decide within a budget; any number of decisions may share one study.
 
     Args:
         s: the study.
-        budget: what the plan stays within.
+        budget: the budget of the plan; None for a named policy.
         policy: "optimal" or a named one.
-        restriction: the overrides that made the choices what they are.
-        choices: what is chosen from.
+        restriction: the overrides that the choices come from.
+        choices: the options to choose from.
         explain: the plan, or the error, says what holds the peak, which takes a step or two more.
 
     Raises:
@@ -166,14 +166,14 @@ def decide(
 
 
 def _choose(s: Study, choices: Choices, budget: Budget | None, policy: str, explain: bool) -> tuple[Steps, float]:
-    """The steps, and a lower bound on the seconds of any step that fits; 0 for a named policy."""
+    """Return the chosen steps, and a lower bound on the seconds of any step that fits; 0 for a named policy."""
     plain = s.plain_steps
     if policy != "optimal":
         steps = s.execute_fresh(policy_assignment(policy, s.units, choices.of(s)))
         if budget is not None and steps.peak_bytes > budget.room:
             why = f"policy {policy} peaks at {format_bytes(steps.peak_bytes)}; "
             raise infeasible(s, choices, budget, smallest_step(s, choices), why, explain)
-        # without a budget no more than the plain step takes
+        # without a budget the window may take up to the plain step's peak
         return choose_window(steps, budget or Budget(plain.peak_bytes)), 0.0
     assert budget is not None
     if _plain_fits(s, choices, budget):
@@ -187,7 +187,7 @@ def _plain_fits(s: Study, choices: Choices, budget: Budget) -> bool:
 
 
 def _unconfirmed(s: Study, choices: Choices, budget: Budget | None, policy: str, chosen: Steps) -> Steps:
-    """What `_choose`, which has chosen these steps, would choose as the solver sees it, executed."""
+    """Return, executed, what the solver chooses among other choices, without confirming it; `chosen` is `_choose`'s."""
     if policy != "optimal":
         assignment = policy_assignment(policy, s.units, choices.of(s))
         same = key_of(assignment) == key_of(chosen.assignment)
@@ -202,16 +202,16 @@ def _unconfirmed(s: Study, choices: Choices, budget: Budget | None, policy: str,
 
 @without_failures
 def smallest_bytes(s: Study) -> int:
-    """The smallest budget, without a reserve, that some plan is executed within."""
+    """Return the smallest budget, without a reserve, within which some plan's step was executed."""
     return s.execute_fresh(smallest_step(s).assignment).peak_bytes
 
 
 @without_failures
 def execute_choice(s: Study, budget: Budget) -> None:
-    """Execute afresh what the solver chooses within a budget.
+    """Execute the solver's choice within a budget as a first and a later step.
 
-    `decide` would execute it twice, in passing and then afresh. It pays to do this first where the choice will most
-    likely fit, and where executions made for another budget may be the same.
+    `decide` would execute it twice: one later step, and then both. Calling this first saves that one step if the choice fits,
+    which it mostly does, and all of it if another budget had the same choice.
     """
     if s.plain_steps.peak_bytes > budget.room and (solved := solution_of(s, ALL, budget.room)) is not None:
         s.execute_fresh(assignment_of(model_of(s), solved[0].schedule))

@@ -15,16 +15,19 @@ from ullage.planner.study._study import Study
 from ullage.solver._instance import StepModel
 from ullage.solver._schedule import flat
 
-RELAX_WORK = 100_000  # ops executed on fake tensors while trying to relax single units
-SLACK_BYTES = 4096  # the model may be off by this much without having been seen to be
-REFUSED_IN_A_ROW = 4  # units of a plan with runs that get no cheaper option, until the rest is not tried
+# Ops executed on fake tensors while trying to relax single units: a bound on work, not on time, so that plans are the same on any
+# machine. A GPT of 12 blocks has some thousand ops per step. Not tuned.
+RELAX_WORK = 100_000
+SLACK_BYTES = 4096  # the model may overestimate by this much although no homogeneous step showed it. Not tuned
+# of a plan with runs: after so many units without a cheaper option the others are not tried. Not tuned
+REFUSED_IN_A_ROW = 4
 
 
 def relax(s: Study, choices: Choices, chosen: Executed, budget: Budget) -> dict[str, Option]:
-    """What was chosen, for all units; those whose next cheaper option still fits as execution shows get it, the most seconds first.
+    """Return the chosen assignment, with a cheaper option for each unit that still fits with it when executed, the most seconds first.
 
-    The solver leaves nothing to relax where its model is exact. Only what the model, by as much as it was seen to say
-    too much, might have refused wrongly is executed. With offloaded tensors nothing is tried.
+    If the model is exact, the solver leaves nothing to relax. An option is executed only if the model may have refused it wrongly,
+    given by how much it overestimated executed steps. A plan that offloads is not relaxed.
     """
     assignment, peak = {u.fqn: chosen.assignment.get(u.fqn, KEEP) for u in s.units}, chosen.peak_bytes
     if any(o.offloads for o in assignment.values()):
@@ -33,15 +36,16 @@ def relax(s: Study, choices: Choices, chosen: Executed, budget: Budget) -> dict[
         return _relax_with_runs(s, model_of(s, choices), assignment, budget)
     model, work = model_of(s, choices), RELAX_WORK
     seen = _overestimate(s, model)
-    # of twins, to whom the same option costs and frees the same, one is executed: what the model says is no better than
-    # a trial that did not fit is not tried
+    # Equal units have the same option at the same cost and bytes. Once a trial of such a kind did not fit, others of that kind are
+    # tried only if the model says a smaller peak for them.
     rejected: dict[tuple[str, int, float], int] = {}
     while work > 0:
         at = _choice(model, assignment)
         slack = max(model.peak(at) - peak, seen) + SLACK_BYTES
         tries = []
         for u, facts in enumerate(model.options):
-            cheaper = [c for c in range(at[u]) if not facts[c].sent_bytes]  # what it costs to send is not in the model
+            # the model does not know what offloading costs
+            cheaper = [c for c in range(at[u]) if not facts[c].sent_bytes]
             if not cheaper:
                 continue
             old, new = facts[at[u]], facts[cheaper[-1]]
@@ -64,9 +68,9 @@ def relax(s: Study, choices: Choices, chosen: Executed, budget: Budget) -> dict[
 
 
 def _relax_with_runs(s: Study, model: StepModel, assignment: dict[str, Option], budget: Budget) -> dict[str, Option]:
-    """`relax` where units are rebuilt together, of which the model knows no selective options: by execution alone.
+    """Relax a plan with runs by execution alone: the model knows no selective options for units recomputed together.
 
-    The last units come first: what they hold is free before the others' backward.
+    The last units come first, because their tensors are freed before the other units' backward.
     """
     work, refused = RELAX_WORK, 0
     for fqn, facts in reversed(list(zip(model.units, model.options, strict=True))):
@@ -91,7 +95,7 @@ def _fits(s: Study, trial: Executed, budget: Budget) -> bool:
 
 
 def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
-    """The option index per unit; an option the model has pruned counts as its cheapest."""
+    """Return the option index per unit; an option that the model has pruned counts as the cheapest one."""
     found = []
     for fqn, facts in zip(model.units, model.options, strict=True):
         found.append(next((i for i, o in enumerate(facts) if o.option == assignment[fqn]), 0))
@@ -99,7 +103,7 @@ def _choice(model: StepModel, assignment: Mapping[str, Option]) -> list[int]:
 
 
 def _overestimate(s: Study, model: StepModel) -> int:
-    """By how much the model says more than the executed homogeneous steps showed."""
+    """Return by how much, at most, the model overestimated the peak of an executed homogeneous step."""
     seen = [0]
     for capture in s.captures.values():
         wanted = {f: capture.assignment.get(f, KEEP) for f in model.units}

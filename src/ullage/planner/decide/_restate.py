@@ -1,4 +1,4 @@
-"""A plan that exists already, with the bytes and seconds of now."""
+"""Update the bytes and seconds of an existing plan."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ullage.planner.study._study import Study
 
 
 def restate(s: Study, plan: Plan) -> Plan:
-    """A plan with the bytes and seconds that this study finds; what was decided, and why, stays.
+    """Return a plan with the bytes and seconds of this study; its decisions and their reasons stay.
 
-    A file may have been edited by hand, and times that were measured are those of another day.
+    A plan's file may have been edited by hand, and its times were measured on another day.
     """
     steps = execute_plan(s, plan)
     alone = {f: replace(o, place=None) for f, o in steps.assignment.items()}
@@ -43,7 +43,7 @@ def restate(s: Study, plan: Plan) -> Plan:
 
 
 def _capture_missing(s: Study, alone: Mapping[str, Option]) -> None:
-    """Capture what the plan takes, where the planner would not think of it itself."""
+    """Capture the plan's options that the planner did not find itself."""
     if all(o == KEEP for o in alone.values()):
         return
     capture_options(s)
@@ -62,5 +62,5 @@ def _known(s: Study, choices: Choices) -> dict[str, set[Option]]:
 
 
 def _as_found(d: Decision, in_model: bool) -> Decision:
-    """The model leaves out an option that holds no less than keeping does: nothing is freed."""
+    """Set the freed bytes to zero for an option that the model leaves out because it holds no less than keep does."""
     return d if in_model else structs.replace(d, bytes_freed=0)

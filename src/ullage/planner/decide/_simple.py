@@ -1,4 +1,4 @@
-"""Fewer distinct actions: of the plans that are hardly slower than the best, the one a person can keep in mind."""
+"""Fewer distinct actions: among plans hardly slower than the best, find one that a person can keep in mind."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from ullage.planner.study._executed import Steps
 from ullage.planner.study._study import Study
 from ullage.solver._solve import solve
 
-TOGETHER = "rebuilt together"
-_MARGIN = 1.001  # between the time the solver sees and that of the executed step
+TOGETHER = "recomputed together"
+_MARGIN = 1.001  # a set is still executed if the solver's time is above the limit by no more than this: the executed step may differ
 
 
 def fewer_actions(s: Study, choices: Choices, best: Steps, tolerance: float, budget: Budget) -> tuple[Steps, str]:
-    """The plan with the fewest distinct actions that is at most `tolerance` slower, and what is to be said of it.
+    """Return the steps with the fewest distinct actions that are at most `tolerance` slower, and a note about them.
 
-    First one action for all units, then keep and one more, then the best of these and one more, and so on. Of each size,
-    the set that is cheapest as the solver sees it is decided in full, and its executed step is compared.
+    First one action for all units is tried, then keep and one more, then the best of these and one more, and so on. Of each size,
+    the set that the solver finds cheapest is decided in full, and its executed step is compared. So a set of the same size that
+    only execution would show to be faster can be missed.
 
     Args:
         s: the study.
-        choices: what there is to choose from.
+        choices: the options to choose from.
         best: the steps of the best plan.
         tolerance: share of its step time that may be added.
-        budget: what a plan stays within.
+        budget: the budget.
     """
     most = count_actions(best.assignment)
     if most == 1:
@@ -53,12 +54,12 @@ def fewer_actions(s: Study, choices: Choices, best: Steps, tolerance: float, bud
 
 
 def count_actions(assignment: Mapping[str, Option]) -> int:
-    """How many distinct actions there are; being rebuilt with others is one of its own."""
+    """Return how many distinct actions there are; being recomputed together with others counts as one of its own."""
     return len({(o.name, o.place is not None) for o in assignment.values()})
 
 
 def _cheapest(s: Study, choices: Choices, base: frozenset[str], budget: Budget) -> tuple[frozenset[str], float]:
-    """`base` and one more action: (the cheapest such set, seconds of its step), as the solver sees it."""
+    """Return the cheapest set of `base` and one more action by the solver, and the seconds of its step."""
     kinds = {o.name for options in choices.of(s).values() for o in options} | {TOGETHER}
     found = []
     for kind in sorted(kinds - base):
@@ -72,12 +73,12 @@ def _cheapest(s: Study, choices: Choices, base: frozenset[str], budget: Budget) 
 def _decided(s: Study, choices: Choices, budget: Budget) -> Steps | None:
     try:
         return optimal(s, choices, budget)[0]
-    except BudgetInfeasible:  # the solver saw one that is none when it is executed
+    except BudgetInfeasible:  # the solver's choice does not fit when it is executed
         return None
 
 
 def _only(s: Study, choices: Choices, actions: frozenset[str]) -> Choices:
-    """Choices of these names; a unit that has none of them keeps its own."""
+    """Return the choices with these actions only; a unit that has none of them keeps all its options."""
     names = actions | ({RECOMPUTE.name} if TOGETHER in actions else frozenset())
     left = {f: [o for o in options if o.name in names] or options for f, options in choices.of(s).items()}
     return replace(choices, allowed=left, together=TOGETHER in actions)

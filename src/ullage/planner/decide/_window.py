@@ -1,4 +1,4 @@
-"""The window of an assignment: what tensors on their way may hold, as its executed step shows that it helps."""
+"""Choose the window of an assignment (device bytes for tensors on their way) by simulating its executed step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ullage.solver._instance import nanoseconds
 
 
 def choose_window(steps: Steps, budget: Budget) -> Steps:
-    """The same steps with the smallest of the windows with which a later step waits for transfers the least.
+    """Return the same steps with the smallest of the windows with which a later step waits least for transfers.
 
     Args:
-        steps: any; they are returned as they are if they offload nothing.
-        budget: holds the step's peak, the window included.
+        steps: executed steps; returned as they are if they offload nothing.
+        budget: the step's peak with its window stays within it.
     """
     if steps.later.tier is None:
         return steps

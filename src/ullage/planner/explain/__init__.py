@@ -1,1 +1,1 @@
-"""What holds a peak, and what would lower it."""
+"""Say which tensors hold a peak, and which changes (levers) would lower it."""

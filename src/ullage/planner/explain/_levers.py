@@ -1,9 +1,8 @@
-"""What would lower a peak: per group of tensors that are alive then, the peak of the step without them, and how to get there.
+"""Levers: per group of tensors alive at a peak, the peak of the step without them, and a way to get there.
 
-Most levers take a group's bytes out of the timeline: at every moment of the first and the later step, the live bytes less
-those of the group; the largest is the peak that is left, and its moment is what would hold it. So it is what the lever can
-bring at most. Where the other way of running is known exactly (another loop in the optimizer, fewer activations kept), the
-two steps are run that way on fake tensors instead.
+Most levers take a group's bytes out of the timeline: at every moment of the first and the later step, the group's live bytes are
+subtracted, and the largest sum is the peak that is left. That is the most that the lever can bring. If the change can be
+run exactly (another loop in the optimizer, fewer activations kept), the two steps are run that way on fake tensors instead.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from ullage.planner.explain._names import units_of
 from ullage.planner.explain._peak_facts import Lever, PeakFacts
 from ullage.runtime import MATMUL
 
-CHUNKS = 8
-MOST_RUNS = 4  # levers for which steps are run
+CHUNKS = 8  # chunks of the batch in the advice about logits: an example, which already removes 7/8 of their bytes
+MOST_RUNS = 4  # levers that run steps of their own, two each. Not tuned
 
 
 def levers(p: PeakFacts, runs: int = MOST_RUNS) -> list[Lever]:
-    """All that hold a hundredth of the peak or more; the one that leaves the lowest peak first.
+    """Return all levers whose group holds a hundredth of the peak or more; the one that leaves the lowest peak first.
 
-    `runs`: how many of the levers that need two steps of their own may be tried: finer units, then the groups of units that
-    keep activations, the largest first. (What the optimizer could do
-    otherwise is tried anyway where it holds the peak.)
+    Args:
+        p: the peak.
+        runs: how many of the levers that need two steps of their own may be tried: finer units, then groups of units that keep
+            activations, the largest first. The optimizer's other ways are tried in any case if it holds the peak.
     """
     own = list(own_peak(p, runs))
     found = [
@@ -44,7 +44,7 @@ def levers(p: PeakFacts, runs: int = MOST_RUNS) -> list[Lever]:
 
 
 def _logits(p: PeakFacts) -> Iterator[Lever]:
-    """From the head's matmul, the last one of the forward, to its own backward: logits, what the loss makes, gradients."""
+    """Take out logits, the loss's tensors and their gradients: all made between the head's matmul and that op's backward."""
     ledger = p.ledger
     some = np.zeros(len(ledger.nbytes), np.bool_)
     for first, last in _heads(p):
@@ -56,7 +56,7 @@ def _logits(p: PeakFacts) -> Iterator[Lever]:
 
 
 def _heads(p: PeakFacts) -> Iterator[tuple[int, int]]:
-    """(the head's matmul, the first op of its backward) per micro-batch; none if blocks are the last to run one."""
+    """Yield (the head's matmul, the first op of its backward) per micro-batch; none if a block runs the forward's last matmul."""
     trace, ledger = p.session.trace, p.ledger
     of_signature = np.array([x.func in MATMUL for x in p.session.signatures])
     matmul = of_signature[np.array(trace.signature, np.int64)]
@@ -77,7 +77,7 @@ def _heads(p: PeakFacts) -> Iterator[tuple[int, int]]:
 
 
 def _optimizer_temporaries(p: PeakFacts) -> Iterator[Lever]:
-    """What is made and freed while the optimizer runs."""
+    """Take out tensors made and freed while the optimizer runs."""
     ledger, session = p.ledger, p.session
     some = (ledger.category == "") & (ledger.birth >= 0) & (ledger.phase[ledger.birth] == "optimizer")
     optimizers = optimizers_of(session.inst)
@@ -97,7 +97,7 @@ def _optimizer_temporaries(p: PeakFacts) -> Iterator[Lever]:
 
 
 def _gradients(p: PeakFacts) -> Iterator[Lever]:
-    """Gradients of this step; and those of the step before, where nothing sets them to None."""
+    """Take out gradients of this step, and those of the step before if nothing sets them to None."""
     ledger, given = p.ledger, (p.ledger.category == "gradient") & (p.ledger.birth < 0)
     yield from p.taken_out("gradients that were there before the step", given, "set them to None before training")
     mine = (ledger.category == "gradient") & ~given
@@ -119,11 +119,11 @@ def _optimizer_state(p: PeakFacts) -> Iterator[Lever]:
 
 
 def _inputs(p: PeakFacts) -> Iterator[Lever]:
-    """Inputs of units that are not kept: all that recomputing leaves to hold."""
-    rebuilt = {f for f, o in p.assignment.items() if o != KEEP}
-    calls = [c for c in p.session.calls if c.fqn in rebuilt and c.first_op >= p.captures[0].ops.start]
+    """Take out the inputs of units that are not kept: recomputing a unit needs its input."""
+    replayed = {f for f, o in p.assignment.items() if o != KEEP}
+    calls = [c for c in p.session.calls if c.fqn in replayed and c.first_op >= p.captures[0].ops.start]
     some = p.records(frozenset().union(*(c.records_in for c in calls)))
-    how = "a smaller budget: of units that are rebuilt together only the first one's input is held"
+    how = "a smaller budget: of units that are recomputed together only the first one's input is held"
     yield from p.taken_out(
-        f"inputs of {units_of(len(rebuilt))}, saved to rebuild them", some & (p.ledger.category == ""), how
+        f"inputs of {units_of(len(replayed))}, saved to recompute them", some & (p.ledger.category == ""), how
     )

@@ -1,4 +1,4 @@
-"""Levers for which steps are run: finer units, fewer activations kept, the optimizer's other ways."""
+"""Levers that run steps of their own: finer units, fewer activations kept, the optimizer's other ways."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ullage.workload import Instance
 
 
 def one_by_one(p: PeakFacts) -> Steps:
-    """The steps with `foreach=False`."""
+    """Run the steps with `foreach=False`."""
 
     def change(inst: Instance) -> None:
         for optimizer in optimizers_of(inst):
@@ -32,7 +32,7 @@ def one_by_one(p: PeakFacts) -> Steps:
 
 
 def set_to_none(p: PeakFacts) -> Steps:
-    """The steps with gradients set to None wherever they are set to zero."""
+    """Run the steps with gradients set to None wherever they are set to zero."""
 
     def change(inst: Instance) -> None:
         owners: list[Any] = [inst.model, *optimizers_of(inst)]
@@ -44,7 +44,7 @@ def set_to_none(p: PeakFacts) -> Steps:
 
 
 def _changed(p: PeakFacts, change: Callable[[Instance], None]) -> Steps:
-    """The steps on a fresh instance that is changed before."""
+    """Run the steps on a new instance, changed before they run."""
     s = p.s
     session = s.another_session()
     change(session.inst)
@@ -54,7 +54,7 @@ def _changed(p: PeakFacts, change: Callable[[Instance], None]) -> Steps:
 
 
 def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
-    """What one unit makes and frees in its own forward or backward; of a unit that is rebuilt, finer ones hold less at once."""
+    """Lower the bytes that one unit makes and frees in its own forward or backward: recomputed as finer units it holds less at once."""
     ledger, fqn = p.ledger, str(p.ledger.unit[p.at])
     if not fqn:
         return
@@ -62,7 +62,7 @@ def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
     alike = [u.fqn for u in p.s.units if u.class_name == kind]
     born, dies = ledger.birth, np.minimum(ledger.death, ledger.size - 1)
     within = (ledger.category == "") & (born >= 0) & (ledger.phase[born] == ledger.phase[dies])
-    within &= np.isin(ledger.unit[born], alike)  # the last of its ops may be the engine's own
+    within &= np.isin(ledger.unit[born], alike)  # the last op that uses it may be the autograd engine's own, in no unit
     within &= (ledger.unit[dies] == ledger.unit[born]) | (ledger.unit[dies] == "")
     what = f"what one {kind} makes and frees in its own {ledger.phase[p.at]} ({fqn})"
     parts = _parts(p, fqn)
@@ -80,7 +80,7 @@ def own_peak(p: PeakFacts, runs: int) -> Iterator[Lever]:
 
 
 def _parts(p: PeakFacts, fqn: str) -> list[str]:
-    """The modules right below a unit that are called and are more than one of torch's layers: what could be units instead."""
+    """Return the called modules right below a unit that could be units instead: those with children, or not torch's own."""
     model = p.session.inst.model
     called = dict.fromkeys(c.fqn for c in p.session.calls if c.fqn.startswith(fqn + "."))
     outer = [n for n in called if not any(n.startswith(o + ".") for o in called)]
@@ -91,7 +91,7 @@ def _parts(p: PeakFacts, fqn: str) -> list[str]:
 
 
 def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> Steps | None:
-    """The steps with the parts of these units recomputed, each for itself, instead of the units."""
+    """Run the steps with the parts of these units recomputed, each by itself, instead of the units."""
     others = [u.fqn for u in p.s.units if u.fqn not in rebuilt]
     finer = [f"{f}.{n}" for f in rebuilt for n in parts]
     s = with_units(p.s, [*others, *finer])
@@ -103,7 +103,7 @@ def _finer(p: PeakFacts, rebuilt: list[str], parts: list[str]) -> Steps | None:
 
 
 def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
-    """Activations that units keep and a plan could still drop: the step is run without them."""
+    """Run the step without activations that units keep and a plan could drop."""
     ledger = p.ledger
     groups: dict[tuple[str, str], list[str]] = {}
     options = p.choices.of(p.s)

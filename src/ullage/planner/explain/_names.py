@@ -7,12 +7,12 @@ from fnmatch import fnmatchcase
 
 
 def matching(glob: str, fqns: Sequence[str]) -> list[str]:
-    """The FQNs a glob stands for; `*` runs over dots too, as it does in `units=`."""
+    """Return the FQNs that a glob matches; `*` matches dots too, as it does in `units=`."""
     return [f for f in fqns if fnmatchcase(f, glob)]
 
 
 def glob_of(fqns: Sequence[str], among: Sequence[str]) -> str:
-    """A glob for several FQNs and no other of `among`: what differs is `*`. Without one, in words."""
+    """Return a glob that matches these FQNs and no other of `among`, with `*` for the parts that differ; else a list of names."""
     parts = [f.split(".") for f in fqns]
     if len({len(p) for p in parts}) == 1:
         glob = ".".join(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))
@@ -22,5 +22,5 @@ def glob_of(fqns: Sequence[str], among: Sequence[str]) -> str:
 
 
 def units_of(n: int, kind: str = "") -> str:
-    """`1 unit`, `3 Block units`."""
+    """Return `1 unit`, `3 Block units`, ..."""
     return f"{n} {kind + ' ' if kind else ''}unit{'' if n == 1 else 's'}"

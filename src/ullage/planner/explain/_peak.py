@@ -1,4 +1,4 @@
-"""What bounds a plan: the moment of its peak, the tensors that are alive then, and what would lower it."""
+"""`Bounds`: the moment of a peak, the tensors alive then, and the levers that would lower it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ullage.planner.study._executed import Steps
 from ullage.planner.study._liveness import LiveTensor, by_category, live_tensors, moment, peak_op
 from ullage.planner.study._study import Study
 
-MOST_TENSORS, MOST_HOLDINGS = 20, 64  # that are listed
-_ROWS = 12
+MOST_TENSORS, MOST_HOLDINGS = 20, 64  # listed in a plan's file, which a person reads
+_ROWS = 12  # of each table as text, which fits a screen
 
 
 class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,8 +22,8 @@ class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     Attributes:
         category: "parameter", "gradient", "optimizer state", "activation", "recomputed", "temporary", ...
         module: fully qualified name of the unit or module; "" for none.
-        nbytes: bytes of them all.
-        tensors: how many.
+        nbytes: bytes of all these tensors.
+        tensors: their number.
     """
 
     category: str
@@ -33,14 +33,14 @@ class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What holds the peak of a step, and what would lower it. `str(bounds)` is a table.
+    """The tensors that hold a step's peak, and the levers that would lower it. `str(bounds)` is a table.
 
     Attributes:
         peak_bytes: the peak.
         step: "first" or "later".
-        phase, module, op, source: the moment.
-        estimate: for a device that is not here.
-        by_category: bytes alive then, the largest first; "inside the op" is what the op allocates for itself.
+        phase, module, op, source: the moment of the peak.
+        estimate: the device is not in this machine.
+        by_category: bytes alive then, the largest first; "inside the op" are those that the kernel allocates for itself.
         holdings: the same by category and unit, the largest 64.
         tensors: the largest 20.
         levers: the one that leaves the lowest peak first.
@@ -81,12 +81,12 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def hint(self) -> str:
-        """The two things that would lower the peak most, if by more than a little, at the end of a sentence."""
+        """The two levers that would lower the peak most, if by 2 % or more, as the end of a sentence."""
         best = [x for x in self.levers if x.peak_bytes < 0.98 * self.peak_bytes][:2]
         return "".join(f"; without {x.what} {format_bytes(x.peak_bytes)} ({x.how})" for x in best)
 
     def summary(self) -> list[str]:
-        """The few lines of it that a plan shows."""
+        """Return the few lines that a plan shows of it."""
         shares = list(self.by_category.items())[:4]
         lines = [f"  at the peak {', '.join(f'{category} {format_bytes(n)}' for category, n in shares)}"]
         for x in self.levers[:3]:
@@ -96,7 +96,7 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return lines
 
     def advice(self) -> list[str]:
-        """Lines about what would lower the peak."""
+        """Return lines about the levers."""
         if not self.levers:
             return ["  nothing here would lower it: no group of tensors but the parameters holds a hundredth of it"]
         lines = ["  what would lower it"]
@@ -116,7 +116,7 @@ def _where(phase: str, module: str, op: str) -> str:
 
 
 def holding_rows(holdings: list[Holding]) -> list[str]:
-    """One row per run of neighbours that hold the same."""
+    """Return one row per group of neighbours with the same category and bytes."""
     rows: list[list[Holding]] = []
     for h in holdings:
         if rows and (rows[-1][0].category, rows[-1][0].nbytes) == (h.category, h.nbytes):
@@ -134,7 +134,7 @@ def holding_rows(holdings: list[Holding]) -> list[str]:
 
 
 def bounds_of(s: Study, choices: Choices, steps: Steps, runs: int = 1) -> Bounds:
-    """What bounds two executed steps; `runs`: how many groups of kept units are tried without, see `levers`."""
+    """Return the bounds of two executed steps; `runs`: how many levers may run steps of their own, see `levers`."""
     captures = s.capture_fresh(steps.assignment)
     worst = captures[not steps.first_is_worst]
     session = worst.session

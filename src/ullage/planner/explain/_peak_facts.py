@@ -1,4 +1,4 @@
-"""A step's peak, what it would be without some of the tensors, and levers: things that would lower it."""
+"""A step's peak, the peak without some of its tensors, and `Lever`: a change that would lower it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ullage.planner.study._executed import StepCapture, Steps
 from ullage.planner.study._liveness import Ledger, Mask, moment
 from ullage.planner.study._study import Study
 
-SMALL_SHARE = 0.01  # of the peak: what holds less is no lever
+SMALL_SHARE = 0.01  # of the peak: a group that holds less is no lever, as taking all of it out would hardly show
 
 
 class Lever(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Something that would lower the peak.
+    """A change that would lower the peak.
 
     Attributes:
-        what: the tensors.
-        nbytes: how much of them is alive at the peak.
-        peak_bytes: the peak of the step without them (`executed`: of the step that was run so).
-        phase, module, op: what would hold that peak.
-        seconds: what it adds to a step; 0 if it costs no time, or if that is not known.
+        what: the group of tensors.
+        nbytes: bytes of the group that are alive at the peak.
+        peak_bytes: the peak of the step without the group (`executed`: of the step that was run so).
+        phase, module, op: the moment of that peak.
+        seconds: seconds that the change adds to a step; 0 if it costs no time, or if that is not known.
         how: what to do.
-        executed: the step was run this way on fake tensors; else the tensors' bytes were taken out of the timeline.
+        executed: the step was run this way on fake tensors; otherwise the group's bytes were taken out of the timeline.
     """
 
     what: str
@@ -55,7 +55,7 @@ class PeakFacts:
 
     @property
     def assignment(self) -> Mapping[str, Option]:
-        """What is done with each unit."""
+        """The option of each unit."""
         return self.steps.assignment
 
     @property
@@ -69,18 +69,18 @@ class PeakFacts:
         return self.steps.peak_bytes
 
     def without(self, some: Mask, share: float = 1.0) -> tuple[int, int]:
-        """(peak in bytes, op) of the steps if this share of some storages were not there."""
+        """Return (peak in bytes, op) of the steps without this share of some storages."""
         left = self.ledger.timeline.peak - (self.ledger.alive_bytes(some) * share).astype(np.int64)
         ops = max((c.ops for c in self.captures), key=lambda o: int(left[o].max()))
         op = int(ops.start) + int(left[ops].argmax())
         return int(left[op]) + self.steps.later.workspace_bytes, op
 
     def held(self, some: Mask) -> int:
-        """Bytes of some storages at the peak."""
+        """Return the bytes of some storages at the peak."""
         return int(self.ledger.nbytes[some & self.ledger.alive_at(self.at)].sum())
 
     def records(self, ids: frozenset[int]) -> Mask:
-        """The storages of these record ids."""
+        """Return the mask of the storages with these record ids."""
         return np.array([id(t) in ids for t in self.ledger.trace.storages], np.bool_)
 
     def matters(self, nbytes: int) -> bool:
@@ -88,13 +88,13 @@ class PeakFacts:
         return nbytes >= max(SMALL_SHARE * self.peak_bytes, 1)
 
     def taken_out(self, what: str, some: Mask, how: str, share: float = 1.0) -> Iterator[Lever]:
-        """The lever that takes some storages out, unless they hold next to nothing."""
+        """Yield the lever that takes some storages out, unless they hold next to nothing."""
         if self.matters(nbytes := self.held(some)):
             peak, op = self.without(some, share)
             yield _lever(what, nbytes, peak, moment(self.session, op), how)
 
     def run_instead(self, what: str, nbytes: int, steps: Steps, how: str) -> Lever:
-        """The lever whose steps were run."""
+        """Return the lever whose steps were run."""
         worst = max(steps.both, key=lambda e: e.peak_bytes)
         seconds = steps.seconds - self.steps.seconds
         return _lever(what, nbytes, worst.peak_bytes, worst.moment, how, seconds, executed=True)

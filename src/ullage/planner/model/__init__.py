@@ -1,1 +1,1 @@
-"""From a study to what the solver sees of it."""
+"""The solver's model of a study's step, and the choice of a schedule where tensors may be offloaded."""

@@ -1,13 +1,20 @@
 """Compose homogeneous captures into the timeline of any mixed assignment.
 
-For every segment k (a maximal run of ops of one unit call, or of none), with base[k] the live bytes at its start when
-every unit is recomputed:
+Idea: one step is captured per option, with that option on every unit. For every segment k (a maximal range of ops of one unit
+call, or of none), with base[k] the live bytes at its start when every unit is recomputed:
 
     peak(k, a) = base[k] + sum over units w active at k, w != own:  held[w][a_w]  +  own[k][a_own]
 
-`held` is what an option keeps alive between a unit's forward and backward beyond recompute; a unit is active from the
-end of its forward to the start of its backward. Backward visits units in reverse, so active sets are prefixes of the
+`held` is the bytes that an option keeps alive, beyond recompute, between a unit's forward and backward. A unit is active from the
+end of its forward to the start of its backward. Backward visits units in reverse, so the active units are a prefix of the
 forward order, and the solver needs prefix sums only.
+
+Invariant: where the model says less than the executed step, `ullage.planner.decide._confirm` lowers the solver's target and asks
+again; so a plan's bytes are always those of an executed step, never the model's.
+
+Known non-optimalities: segments that a capture doesn't have are merged into the one before, units called several times count as one, and
+own peaks assume that each later unit holds the most it could. All of these err upward; `ullage.planner.decide._relax`
+then tries cheaper options by execution. A unit recomputed together with others has no selective option.
 """
 
 from __future__ import annotations
@@ -41,7 +48,7 @@ def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tup
         key=lambda c: c.first_sequence,
     )
     seen: dict[str, int] = {}
-    for i, c in enumerate(calls):  # numbered within the step
+    for i, c in enumerate(calls):  # calls are numbered within the step, so that captures of different steps compare
         seen[c.fqn] = seen.get(c.fqn, -1) + 1
         calls[i] = replace(c, index=seen[c.fqn])
     t = s.timeline(session)
@@ -53,26 +60,26 @@ def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tup
 
 @dataclass(frozen=True)
 class Composed:
-    """What the solver sees of a step, and when the plain step computes what."""
+    """The solver's model of a step, and the compute times of the plain step."""
 
     model: StepModel
     pace: Pace
 
 
 def model_of(s: Study, choices: Choices = ALL) -> StepModel:
-    """The model of some choices: captures one step per option first, unless that is done."""
+    """Return the model of some choices; capture one step per option first, unless that is done."""
     return composed(s, choices).model
 
 
 def composed(s: Study, choices: Choices = ALL) -> Composed:
-    """The model of some choices, and the step's pace, which is the same for all of them."""
+    """Return the model of some choices with the step's pace."""
     capture_options(s)
     key = choices.key(s), tuple(s.captures), s.explored.unlinked
     return s.derived(key, lambda: _compose(s, choices))
 
 
 def _compose(s: Study, choices: Choices) -> Composed:
-    """Compose the study's captures; see the module's docstring."""
+    """Compose the study's captures, see above."""
     options = choices.of(s)
     order = tuple(u.fqn for u in s.units)
     rank = {f: i for i, f in enumerate(order)}
@@ -80,7 +87,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
     captured = {n: _segments(s, s.captures[n], frozenset(order)) for n in names}
     keys = [k for k, _ in captured[KEEP.name]]
     table = {n: _align(keys, captured[n]) for n in names}
-    base_name = RECOMPUTE.name if RECOMPUTE.name in s.captures else KEEP.name  # where nothing can be recomputed
+    base_name = RECOMPUTE.name if RECOMPUTE.name in s.captures else KEEP.name  # keep, if no unit can be recomputed
     base = [table[base_name][k].start for k in keys]
     delta = {n: [table[n][k].start - b for k, b in zip(keys, base, strict=True)] for n in names}
     held = {n: _held(keys, delta[n], rank) for n in names}
@@ -107,7 +114,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
                 continue
             seconds = sum(table[n][k].seconds - table[KEEP.name][k].seconds for k in keys if k[1] == fqn)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) + s.replay_seconds(fqn, option)
-            # rebuilt with others, a unit is recomputed or keeps all it saves; the runtime has no third way
+            # in a run a unit is recomputed or keeps all its saved tensors: a sweep of the runtime has no selective kind
             record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
             facts[u][option.name] = OptionFacts(
                 option, held[n][u], own_peak[u, n], seconds, record, sent[n].get(fqn, 0)
@@ -120,7 +127,7 @@ def _compose(s: Study, choices: Choices) -> Composed:
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
-    """Bytes offloaded per unit, in whole blocks of the file."""
+    """Return the bytes offloaded per unit, in whole blocks of the file."""
     units, sent = frozenset(order), dict[str, int]()
     for t in transfers_of(capture):
         fqn = next((m for m in t.modules if m in units), "")
@@ -130,7 +137,7 @@ def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, i
 
 
 def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
-    """When the plain step computes what, from its segments in their order."""
+    """Return the compute times of the plain step, from its segments in their order."""
     seconds = {(phase, f): 0.0 for phase in ("forward", "backward") for f in order}
     middle = rest = 0.0
     inside = False  # after a unit's forward, and before the backward of any
@@ -148,14 +155,14 @@ def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
 
 
 def _needed(table: dict[Any, _Segment], fqn: str) -> int:
-    """Bytes that a unit's forward needs above what is alive at its start."""
+    """Return the bytes that a unit's forward needs on top of those alive at its start."""
     return max((g.peak - g.start for k, g in table.items() if k[:2] == ("forward", fqn)), default=0)
 
 
 def _run_facts(
     s: Study, options: Options, order: tuple[str, ...], base: dict[Any, _Segment], held: dict[str, list[int]]
 ) -> dict[str, Any]:
-    """What runs of units need to be known: see `StepModel`."""
+    """Return the model's facts about runs of units: see `StepModel`."""
     freed = [0] * len(order)
     for label, of_units in held.items():
         for u, fqn in enumerate(order):
@@ -185,7 +192,7 @@ def _runs(capture: StepCapture, fqn: str) -> Option:
 
 
 def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _Segment]:
-    """Segments by the plain step's keys; what has no counterpart is merged into the one before."""
+    """Return segments by the plain step's keys; a segment without a counterpart is merged into the one before."""
     wanted, found, last = set(keys), {}, None
     for key, segment in segments:
         if key in wanted:
@@ -195,16 +202,16 @@ def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _
             f = found[last]
             found[last] = _Segment(f.start, max(f.peak, segment.peak), f.seconds + segment.seconds)
     before = _Segment(segments[0][1].start, segments[0][1].start, 0.0)
-    for key in keys:  # a segment without ops in this capture: as its predecessor ended
+    for key in keys:  # a segment without ops in this capture starts and peaks where the one before starts
         before = found.setdefault(key, _Segment(before.start, before.start, 0.0))
     return found
 
 
 def _held(keys: list[Any], delta: list[int], rank: dict[str, int]) -> list[int]:
-    """Per unit: what its forward adds to the difference from the base, summed over a micro-batch's calls.
+    """Return, per unit, the bytes that its forward adds to the difference from the base, summed over a micro-batch's calls.
 
-    What the difference grows by outside units, before their backward starts, belongs to the unit before: it holds an
-    output that the base has released by then (kept logits, say).
+    Growth outside units, before their backward starts, is charged to the unit before: it holds an output that the base has
+    released by then (kept logits, for example).
     """
     held = [0] * len(rank)
     latest: int | None = None
@@ -221,7 +228,7 @@ def _held(keys: list[Any], delta: list[int], rank: dict[str, int]) -> list[int]:
 
 
 def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
-    """Per segment: units whose forward is done and whose (last) backward has not ended."""
+    """Return, per segment, the units whose forward is done and whose (last) backward has not ended."""
     last = {k[1:3]: i for i, k in enumerate(keys) if k[0] == "backward"}
     open_calls: dict[int, set[int]] = {}
     result = []
@@ -238,7 +245,7 @@ def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
 
 
 def _prune(options: list[OptionFacts]) -> list[OptionFacts]:
-    """Drop options that another one beats in time, held, own peak and sent bytes; cheapest first, ties by name."""
+    """Drop options that another one beats in time, held, own peak and sent bytes. Cheapest first, ties by name."""
     options.sort(key=lambda o: (o.seconds, o.sent_bytes, o.held_bytes, o.own_peak_bytes, o.option.name))
     kept: list[OptionFacts] = []
     for o in options:

@@ -1,16 +1,18 @@
 """Choose a plan when tensors may be offloaded.
 
-The solver (`_solve`) knows costs that add up; time on a shared channel does not. So it is asked several times, for several
-sizes of the window (tensors on their way that are in memory still or already), and in two ways:
+The solver (`_solve`) knows costs that add up; time on a shared channel does not. So it is asked several times, for several sizes
+of the window (memory for tensors on their way), and in two ways:
 
-- with a price per byte that leaves and comes back, from nothing (all of it is hidden behind compute) to what both ways take
-  (none is). Blocks that are alike are then all treated alike, since what pays for one of them pays for all;
-- with every unit, every second, third, ... one alone able to send: what these send costs nothing as far as it moves while
-  they and those up to the next of them compute.
+- with a price per offloaded byte, from zero (every transfer is hidden behind compute) to the time of both transfers (none is
+  hidden). Equal blocks then all get the same option, because a price that pays for one of them pays for all;
+- with only every unit, or every second, third, ... unit allowed to offload. Its transfers then cost nothing as far as they fit
+  into the compute time of that unit and the ones up to the next such unit.
 
-Each schedule it finds is simulated (`_channels`), and so are the neighbours of the best one, one unit changed at a time. Of all of them and
-the best one without offload the fastest is taken: a plan that offloads tensors is never slower, as predicted, than the one
-that does not. Models of few assignments are gone through whole.
+Each schedule found is simulated (`_channels`), and so are the neighbours of the best one, with one unit changed at a time. The
+fastest of them all is taken, the best one without offloading included: by prediction, a plan that may offload is never slower than
+one that may not. If a model has few assignments, all are simulated.
+
+This is a search, not a proof: the returned lower bound is that of a tier that takes no time and no memory.
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ from ullage.solver._instance import NEVER_FITS, OptionFacts, StepModel, nanoseco
 from ullage.solver._schedule import Item, Run, Schedule, Single, evaluate, flat
 from ullage.solver._solve import Solution, solve
 
-PRICES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of what a byte takes to leave and come back
-EVERY = (1, 2, 3, 4, 8)  # units of which one may send
-SCARCE = (2.0, 5.0, 20.0)  # the same, where more would leave than the tier holds
-WINDOWS = (0, 0.5, 1, 1.5, 2, 4)  # times the largest tensor that leaves
-MOST_WHOLE = 1000  # assignments that are gone through one by one
-MOST_LOOKS = 8000  # schedules after which no more neighbours are looked at
+# Shares of the time that a byte takes out and back. At 0 every transfer is hidden and at 1 none is; between lies a coarse grid,
+# because each price costs one solve per window. Not tuned.
+PRICES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+EVERY = (1, 2, 3, 4, 8)  # one unit of so many may offload. Not tuned
+# Prices above the true one, for a tier that is too small: they make the solver offload only what saves the most time per byte.
+SCARCE = (2.0, 5.0, 20.0)
+# Times the largest offloaded tensor. Below 1 the step waits whenever that tensor is sent, but the window takes less of the budget.
+WINDOWS = (0, 0.5, 1, 1.5, 2, 4)
+# Bounds on work, not on time, so that plans are the same on any machine: the most assignments that are all simulated, and the
+# simulated schedules after which no more neighbours are. Not tuned.
+MOST_WHOLE = 1000
+MOST_LOOKS = 8000
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,11 @@ class Pace:
     """Compute times of the plain step, per unit and phase.
 
     Attributes:
-        forward_seconds, backward_seconds: of each unit, in all passes.
-        middle_seconds: between the last forward and the first backward.
-        rest_seconds: of the step before and after.
-        passes: micro-batches.
-        largest_bytes: the largest tensor that some option sends.
+        forward_seconds, backward_seconds: seconds of each unit, in all passes.
+        middle_seconds: seconds between the last forward and the first backward.
+        rest_seconds: seconds of the step before and after these.
+        passes: number of micro-batches.
+        largest_bytes: bytes of the largest tensor that some option offloads.
     """
 
     forward_seconds: tuple[float, ...]
@@ -58,9 +66,10 @@ class Pace:
 
 
 def events_of(model: StepModel, pace: Pace, schedule: Schedule) -> list[Event]:
-    """A step as the channels see it: a unit sends evenly through its forward, and asks evenly through its backward, or as its replay begins.
+    """Return a step's events for the channels.
 
-    What it sends is taken to be tensors of the largest one's size, and a rest.
+    A unit is taken to offload evenly through its forward, and to ask for its tensors evenly through its backward, or all at
+    once if a replay begins that. Its bytes are taken to be tensors of the largest one's size, and a rest.
     """
     facts = dict(_facts(model, schedule))
     units, n = range(len(model.units)), pace.passes
@@ -110,7 +119,7 @@ def _extra(model: StepModel, schedule: Schedule) -> list[float]:
     for item in schedule:
         if isinstance(item, Single):
             extra[item.unit] = model.options[item.unit][item.option].seconds
-    if runs:  # which of them takes how much is not told apart, but by their length
+    if runs:  # only the sum over all runs is known; it is divided by the number of their units
         together = evaluate(model, schedule)[1] - sum(extra)
         units = sum(r.last - r.first + 1 for r in runs)
         for r in runs:
@@ -121,16 +130,16 @@ def _extra(model: StepModel, schedule: Schedule) -> list[float]:
 def solve_with_tier(
     model: StepModel, pace: Pace, budget: int, tier: OffloadTier
 ) -> tuple[Solution, OffloadTier] | None:
-    """The fastest schedule within `budget` bytes that was found, and the tier with its window; None if there is none.
+    """Return the fastest schedule found within `budget` bytes, and the tier with its window; None if there is none.
 
-    The solution's seconds are simulated ones, and its lower bound is that of a tier that takes no time and no memory.
+    The solution's seconds are simulated. Its lower bound is that of a tier that takes no time and no memory.
     """
     return _Choice(model, pace, budget, tier).best()
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A schedule that fits: nanoseconds it adds, stalls included, its window, and its peak with what the store needs."""
+    """A schedule that fits: the nanoseconds it adds, stalls included, its window, and its peak with the store's buffers."""
 
     cost: int
     window: int
@@ -139,7 +148,7 @@ class _Found:
 
     @property
     def rank(self) -> tuple[int, int, int, str]:
-        """The least is the best one; ties are broken always alike."""
+        """The least is the best; the schedule's text breaks ties, so that the same model gives the same plan."""
         return self.cost, self.window, self.peak, repr(self.schedule)
 
 
@@ -155,7 +164,8 @@ class _Choice:
         if bound is None:
             return None
         found = [f for window in self.windows for f in self._candidates(window)]
-        if found:  # what sends, for itself: the best of it may be next to one that is slower than without
+        # from the best schedule that offloads, even if one without is faster: a neighbour of it may be faster still
+        if found:
             found.append(self._neighbours(min(found, key=lambda f: f.rank)))
         if without is not None:
             found.append(_Found(nanoseconds(without.seconds), 0, without.schedule, without.peak_bytes))
@@ -178,12 +188,12 @@ class _Choice:
         yield from filter(None, (self._look(s, window) for s in schedules))
 
     def _priced(self, room: int, prices: list[float]) -> Iterator[Schedule]:
-        """What the solver finds within `room` bytes if a byte that leaves costs so many seconds."""
+        """Yield the solver's schedules within `room` bytes if an offloaded byte costs so many seconds."""
         solved = (solve(_priced(self.model, price), room) for price in prices)
         yield from (s.schedule for s in solved if s is not None)
 
     def _spread(self, room: int) -> Iterator[Schedule]:
-        """What the solver finds within `room` bytes if one of so many units may send, in the time that all of them take."""
+        """Yield the solver's schedules within `room` bytes if one unit of so many may offload, in the compute time of all of them."""
         for every in EVERY:
             if every <= len(self.model.units):
                 found = solve(self._alone(every), room)
@@ -210,11 +220,11 @@ class _Choice:
         return replace(self.model, options=tuple(changed))
 
     def _sent(self, schedule: Schedule) -> int:
-        """Bytes that leave in a pass."""
+        """Return the bytes offloaded in a pass."""
         return sum(o.sent_bytes for _, o in _facts(self.model, schedule)) // self.pace.passes
 
     def _look(self, schedule: Schedule, window: int) -> _Found | None:
-        """Simulate a schedule that sends something; None if it does not fit."""
+        """Simulate a schedule that offloads something, once; None if it does not fit."""
         key = schedule, window
         if key not in self.seen:
             self.seen[key] = self._simulate(schedule, window)
@@ -231,7 +241,7 @@ class _Choice:
         return _Found(nanoseconds(seconds), window, schedule, peak)
 
     def _neighbours(self, best: _Found) -> _Found:
-        """Change one unit at a time as long as that helps; `_window` looks at other windows once it is executed."""
+        """Change one unit at a time as long as that helps. Other windows are tried once the schedule is executed, in `_window`."""
         while len(self.seen) < MOST_LOOKS and all(isinstance(item, Single) for item in best.schedule):
             changed = [
                 (*best.schedule[:u], Single(u, c), *best.schedule[u + 1 :])
@@ -247,7 +257,7 @@ class _Choice:
 
 
 def _excess(option: OptionFacts, tier: OffloadTier, forward: float, backward: float) -> float:
-    """Seconds that what an option sends moves for beyond these of its unit and its neighbours."""
+    """Return how much longer an option's transfers take than this compute time of its unit and its neighbours."""
     out, back = option.sent_bytes / tier.write_bytes_per_second, option.sent_bytes / tier.read_bytes_per_second
     return max(out - forward, 0.0) + max(back - backward, 0.0)
 
@@ -257,7 +267,7 @@ def _never(option: OptionFacts) -> OptionFacts:
 
 
 def without_tier(model: StepModel) -> StepModel:
-    """The same options, of which those that send something never fit."""
+    """Return the model with options that offload made never to fit."""
     return replace(
         model,
         options=tuple(tuple(_never(o) if o.sent_bytes else o for o in options) for options in model.options),
@@ -265,7 +275,7 @@ def without_tier(model: StepModel) -> StepModel:
 
 
 def _priced(model: StepModel, a_byte: float) -> StepModel:
-    """What is sent costs so many seconds a byte."""
+    """Return the model with a cost of so many seconds per offloaded byte."""
     return replace(
         model,
         options=tuple(

@@ -1,1 +1,1 @@
-"""A plan and what people give to get one, as data: decisions, overrides, budgets, policies, profiles."""
+"""A plan, and the inputs to one, as data: decisions, overrides, budgets, policies, profiles."""

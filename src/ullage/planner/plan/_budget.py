@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan was asked to stay within.
+    """The bytes that a plan stays within.
 
     Attributes:
         total: the budget, in bytes, that messages and plans name.
-        reserve: of these, bytes that stay free: the headroom.
+        reserve: bytes of it that stay free: the headroom.
     """
 
     total: int
@@ -19,5 +19,5 @@ class Budget:
 
     @property
     def room(self) -> int:
-        """What a step's peak may come to."""
+        """The largest peak that a step may have."""
         return self.total - self.reserve

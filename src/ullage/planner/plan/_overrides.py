@@ -1,7 +1,7 @@
-"""What a person decides: units pinned to an action, forbidden actions, headroom, fewer distinct actions.
+"""Overrides by the user: units pinned to an action, forbidden actions, headroom, fewer distinct actions.
 
-Overrides take options away from units before anything is decided, so every policy and the solver obey them alike. What each
-pin costs is found by deciding once more without it.
+Overrides take options away from units before anything is decided, so every policy and the solver obey them alike. The cost of
+a pin is found by deciding once more without it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ullage.planner.study._options import capture_also, capture_options, view_of
 from ullage.planner.study._study import Study
 
 Options = dict[str, list[Option]]
-SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add
+SIMPLE_SHARE = 0.01  # of the step's time that `simple=True` may add. Not tuned
 
 
 class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A pin, and what the plan would gain without it.
+    """A pin, and the seconds and bytes that it costs the plan.
 
     Attributes:
-        pin, action: as written.
-        units: how many it matches.
-        seconds: what it adds to a step; negative if it saves time.
-        nbytes: what it adds to the peak; about 0 where a budget is used up with it and without it.
+        pin, action: the pin as written.
+        units: number of units that it matches.
+        seconds: seconds that it adds to a step; negative if it saves time.
+        nbytes: bytes that it adds to the peak; about 0 if the budget is used up with it and without it.
     """
 
     pin: str
@@ -43,7 +43,7 @@ class PinCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 @dataclass(frozen=True)
 class Overrides:
-    """See `ullage.plan` for the meaning.
+    """The overrides of a plan; `ullage.plan` explains each.
 
     Raises:
         ArgumentError: an action that does not exist, or a value of the wrong kind.
@@ -96,30 +96,31 @@ class Overrides:
 
     @property
     def tolerance(self) -> float:
-        """The share of the step's time that fewer actions may add; 0 if that is not wanted."""
+        """The share of the step's time that fewer actions may add; 0 without `simple=`."""
         return SIMPLE_SHARE if self.simple is True else float(self.simple)
 
     def check(self, policy: str, has_budget: bool) -> None:
-        """Raise ArgumentError for what means nothing with this policy, before anything is captured."""
+        """Raise ArgumentError for an override that has no meaning with this policy, before anything is captured."""
         if self._headroom() is not None and not has_budget:
             raise ArgumentError(f"headroom={self.headroom!r}: it is taken off the budget, and there is none")
         if self.tolerance and policy != "optimal":
             raise ArgumentError(f"simple: policy {policy!r} chooses nothing; it is for policy 'optimal'")
 
     def headroom_bytes(self, plain_bytes: int, device_bytes: int | None) -> int:
-        """The headroom in bytes."""
+        """Return the headroom in bytes."""
         headroom = self._headroom()
         return headroom.resolve(plain_bytes, device_bytes) if headroom is not None else 0
 
     def restrict(self, s: Study, solver: bool) -> Restriction:
-        """What is not allowed on a study; `Restriction.choices` is what is left.
+        """Return the overrides as they apply to a study; `Restriction.choices` gives the options that are left.
 
         Args:
             s: a study whose options are found.
-            solver: it may be asked to choose, so all options are captured before any is taken away.
+            solver: the solver may be asked to choose, so all options are captured before any is taken away.
 
         Raises:
-            ArgumentError: a pin matches no unit, contradicts another or can't be had; or nothing is left for a unit.
+            ArgumentError: a pin matches no unit, contradicts another, or names an option that a unit can't have; or no option is
+                left for a unit.
         """
         pinned = self._pinned(s)
         if solver and (self.pin or self.forbid):
@@ -132,7 +133,7 @@ class Overrides:
         return Restriction(self, everything, extra, pinned)
 
     def _pinned(self, s: Study) -> dict[str, list[str]]:
-        """Per glob, its units."""
+        """Return the units of each glob."""
         fqns, found = [u.fqn for u in s.units], {}
         for glob in self.pin:
             found[glob] = matching(glob, fqns)
@@ -144,14 +145,21 @@ class Overrides:
 
     @property
     def words(self) -> list[str]:
-        """What they take away, for messages."""
+        """The overrides in words, for messages."""
         pins = [f"{glob} pinned to {action}" for glob, action in self.pin.items()]
         return [*pins, *(f"{action} forbidden" for action in self.forbid)]
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """Overrides as they apply to one study: all options there were, those that only pins ask for, and the units of each pin."""
+    """Overrides as they apply to one study.
+
+    Attributes:
+        overrides: the overrides.
+        everything: all options that each unit had before them.
+        extra: options that only pins ask for.
+        pinned: the units of each pin.
+    """
 
     overrides: Overrides
     everything: Options
@@ -159,7 +167,7 @@ class Restriction:
     pinned: Mapping[str, list[str]]
 
     def choices(self, s: Study, without: str | None = None) -> Choices:
-        """What is left to choose from; `without`: a pin that is left out."""
+        """Return the options that are left to choose from; `without`: a pin to ignore."""
         if not self.overrides.pin and not self.overrides.forbid:
             return ALL
         left = {u.fqn: self._left(s, u.fqn, without) for u in s.units}
@@ -181,7 +189,7 @@ class Restriction:
             before = glob
         if not globs:  # a pin is an exception to what is forbidden
             left = [o for o in options if not any(is_of(o, action) for action in self.overrides.forbid)]
-            if not left and without is not None:  # without its pin, there would be no plan
+            if not left and without is not None:  # otherwise ignoring the pin would leave no plan to compare with
                 left = [o for o in options if is_of(o, pins[without])]
         if not left:
             words = ", ".join(self.overrides.forbid)
@@ -199,11 +207,11 @@ class Restriction:
         return f"{reason}; possible: {_names(self.everything[fqn])}"
 
     def why(self) -> dict[str, str]:
-        """Of pinned units, the reason that their decisions give."""
+        """Return the reason that the decision of each pinned unit gives."""
         return {f: f"pinned by {g!r}" for g, fqns in reversed(list(self.pinned.items())) for f in fqns}
 
     def pin_costs(self, s: Study, now: Steps, again: Callable[[Choices], Steps]) -> list[PinCost]:
-        """What each pin costs: `again` decides and executes under other choices."""
+        """Return the cost of each pin; `again` decides and executes under other choices."""
         rows = []
         for glob, action in self.overrides.pin.items():
             s.progress(f"finding what pin {glob} costs")
@@ -221,7 +229,7 @@ class Restriction:
 
 
 def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tuple[str, Option]]:
-    """A named level exists where a unit can be run again, whether or not the planner would think of it."""
+    """Return (unit, option) pairs that a pin adds: a named level exists on any unit that can be run again, found by the planner or not."""
     option, options = named(action).option, ALL.of(s)
     if option is None:
         return []
@@ -235,7 +243,7 @@ def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tu
 
 
 def is_of(option: Option, action: str) -> bool:
-    """Is this what an action names? A mechanism's name alone names all options that it covers."""
+    """Does an action name this option? A mechanism's name alone names all options that it covers."""
     return named(action).covers(option)
 
 
@@ -255,6 +263,6 @@ def _some(fqns: Sequence[str]) -> str:
 
 
 def describe(cost: PinCost) -> str:
-    """A row of the plan's table."""
+    """Return a pin's row of the plan's table."""
     nbytes = f"{'-' if cost.nbytes < 0 else '+'}{format_bytes(abs(cost.nbytes))}"
     return f"{cost.pin}={cost.action} ({units_of(cost.units)}): step {round(cost.seconds * 1e3, 2) + 0.0:+.2f} ms, peak {nbytes}"

@@ -66,9 +66,9 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         recomputed_ops: ops that one replay runs.
         reason: why this option, in words.
         buffers: buffers that the unit's forward changes; a replay puts them back.
-        keeps_routing: whether the unit makes indices (topk, sort, ...); these are always kept, so that a replay takes the same way.
-        input_elements: elements of the tensors that go in, by which a larger batch is noticed.
-        place: where the unit is among units that are recomputed as a group; None if it is alone.
+        keeps_routing: whether the unit makes indices (topk, sort, ...); these are always kept, so that a replay routes the same way.
+        input_elements: elements of the unit's input tensors, by which a larger batch is noticed.
+        place: the unit's place among units that are recomputed together; None if it is alone.
     """
 
     unit: str
@@ -84,17 +84,17 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     @property
     def label(self) -> str:
-        """What is done with the unit, in a word or two."""
+        """The unit's option in a word or two."""
         return replace(option_from_name(self.action), place=self.place).label
 
     def settings(self) -> UnitSettings:
-        """What the runtime needs to know."""
+        """Return the runtime's settings for the unit."""
         option = replace(option_from_name(self.action), place=self.place)
         return UnitSettings(option, tuple(self.buffers), self.keeps_routing)
 
 
 class TensorFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A parameter or buffer as the fingerprint sees it."""
+    """A parameter or buffer in a fingerprint."""
 
     name: str
     shape: list[int]
@@ -110,14 +110,14 @@ class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of a model; values do not matter."""
+    """Return the fingerprint of a model, which does not depend on values."""
     named = [*model.named_parameters(), *model.named_buffers()]
     facts = [TensorFact(n, list(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for n, t in named]
     return Fingerprint(f"{type(model).__module__}.{type(model).__qualname__}", facts)
 
 
 def environment() -> dict[str, str]:
-    """Versions that explain a plan; not part of its digest."""
+    """Return versions that help to explain a plan; they are not part of its digest."""
     return {"ullage": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -140,12 +140,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         decisions: one per unit, in the order of the forward.
         shapes: shape of each unit's first input, by the unit's name.
         model: the model's class, and name, shape, dtype and requires_grad of its parameters and buffers.
-        notes: what a person should know, in sentences.
+        notes: sentences for the reader of the plan.
         environment: versions of ullage, torch and Python; not part of the digest.
         headroom_bytes: bytes of the budget that the plan leaves free.
-        forbidden: actions that no unit may have, but by a pin.
-        pins: what each pin costs.
-        bounds: what holds the predicted peak, and what would lower it.
+        forbidden: actions that no unit may have, except by a pin.
+        pins: the cost of each pin.
+        bounds: the tensors that hold the predicted peak, and levers that would lower it.
         disk: the file for offloaded tensors; None if the plan uses none.
         host: the pinned memory for offloaded tensors; None if the plan uses none.
         evaluation: modules in evaluation mode in the planned step, of those whose code reads the mode.
@@ -172,7 +172,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     bounds: Bounds | None = None
     disk: Disk | None = None
     host: Host | None = None
-    # modules that were in evaluation mode in the planned step, of those whose code reads the mode
     evaluation: list[str] = []
 
     @property
@@ -182,7 +181,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def endurance(self) -> str:
-        """What the plan writes to its disk, in a sentence; "" without one."""
+        """The bytes that the plan writes to its disk, and how long the disk lasts, in a sentence; "" without a disk."""
         t, seconds = self.predicted.traffic, self.predicted.step_seconds
         if self.disk is None or t is None or not seconds:
             return ""
@@ -229,7 +228,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return plan
 
     def counts(self) -> dict[str, int]:
-        """How many units there are per action."""
+        """Return the number of units per action."""
         return dict(Counter(d.action for d in self.decisions).most_common())
 
     def check_model(self, model: nn.Module) -> None:
@@ -293,7 +292,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def _moves(t: Traffic, tier: OffloadTier) -> str:
-    """Bytes offloaded and brought back in a step, and the seconds waited for them."""
+    """Return the row about bytes offloaded and brought back in a step, and the seconds waited for them."""
     times = f"{format_seconds(t.hidden_seconds)} hidden, {format_seconds(t.stalled_seconds)} stalled"
     sizes = f"{format_bytes(t.sent_bytes)} out, {format_bytes(t.fetched_bytes)} in"
     return f"  {tier.name:<10} {sizes}: {times}; {tier}"
@@ -311,7 +310,7 @@ def check_actions(plan: Plan, where: str) -> None:
 
 
 def _grouped(decisions: list[Decision]) -> list[str]:
-    """One row per run of neighbours with the same action and effect."""
+    """Return one row per group of neighbours with the same action and effect."""
     rows: list[list[Any]] = []
     for d in decisions:
         if d.place is not None and d.place.depth:  # one row per run

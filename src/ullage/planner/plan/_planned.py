@@ -1,4 +1,4 @@
-"""The study of a plan that exists already: what is asked of a plan, or of the plain step, starts here."""
+"""The study of an existing plan or of the plain step, for questions about it (bounds, timeline, report, restate)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def study_plan(
     profile: Profile | None,
     progress: Callable[[str], None] | None,
 ) -> Study:
-    """Capture the plain step for what is asked of a plan (None: of the plain step itself).
+    """Capture the plain step, for a question about a plan (None: about the plain step itself).
 
     Raises:
         ArgumentError: `plan` is not a plan, or `device` is given beside one.
@@ -38,7 +38,7 @@ def study_plan(
     plan.check_model(s.session.inst.model)
     plan.check_modes(s.evaluation)
     names = [d.unit for d in plan.decisions]
-    return s if names == [u.fqn for u in s.units] else with_units(s, names)  # it was made with units= of its own
+    return s if names == [u.fqn for u in s.units] else with_units(s, names)  # the plan was made with `units=`
 
 
 def execute_plan(s: Study, plan: Plan | None) -> Steps:

@@ -1,4 +1,4 @@
-"""Policies by name, so that people can compare: each is an assignment of options to units, without a budget."""
+"""Named policies, to compare plans with: each assigns options to units without a budget."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ullage.mechanisms import KEEP, RECOMPUTE, Mechanism, Option, mechanisms
 
 
 def named_policies(offloads: bool) -> list[str]:
-    """Policies to show beside a frontier; those that offload where tensors have a place to go to."""
+    """Return the policies to show beside a frontier; those that offload only if there is a tier."""
     of_mechanisms = [m.policy for m in mechanisms() if m.policy and (offloads or not m.sends)]
     return list(dict.fromkeys(["none", "every_block", "every_n:2", "sqrt", *of_mechanisms]))
 
 
 def mechanism_of(policy: str) -> Mechanism | None:
-    """The mechanism that a policy puts on every block; None for policies that choose among blocks."""
+    """Return the mechanism that a policy puts on every block; None for policies that choose among blocks."""
     return next((m for m in mechanisms() if m.policy == policy), None)
 
 
@@ -31,7 +31,7 @@ def check_policy(policy: str) -> None:
 def policy_assignment(
     policy: str, units: Sequence[UnitFacts], options: Mapping[str, list[Option]]
 ) -> dict[str, Option]:
-    """The assignment of a named policy.
+    """Return the assignment of a named policy.
 
     - none: keep everything.
     - every_block: recompute every repeated block.
@@ -40,7 +40,7 @@ def policy_assignment(
       "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174: these recompute runs of blocks as a group.)
     - selective: in every block keep matmuls, convolutions and attention, recompute the rest. (Korthikanti et al., "Reducing
       Activation Recomputation in Large Transformer Models", arXiv 2205.05198, choose by op too, but recompute attention.)
-    - offload: all that blocks save is offloaded; needs a tier.
+    - offload: offload all saved tensors of blocks; needs a tier.
 
     Raises:
         ArgumentError: no such policy.
@@ -64,5 +64,5 @@ def policy_assignment(
 
 
 def nearest(option: Option, options: Sequence[Option]) -> Option:
-    """An option, or what a unit that can't have it does instead: keep, or else the first it has."""
+    """Return an option, or its substitute on a unit that can't have it: keep, or else the unit's first option."""
     return next(o for o in (option, KEEP, *options) if o in options)

@@ -1,4 +1,4 @@
-"""`Profile`: facts about one workload's plain step; `profile()` makes it."""
+"""`Profile`: facts about a workload's plain step, made by `profile()`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class UnitProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The plain step: its peak, what holds it, live bytes over time, and units. `str(profile)` is a table.
+    """The plain step: its peak, the tensors that hold it, live bytes over time, and units. `str(profile)` is a table.
 
     Attributes:
         device: name of the device.
@@ -62,11 +62,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         op: the op that runs there.
         source: `file.py:line` of the code that calls it, or "".
         by_category: bytes alive at the peak, by category.
-        by_module: bytes alive at the peak, by the module that made them; "(root)" or "(no module)" outside of all.
+        by_module: bytes alive at the peak, by the module that made them; "(root)" or "(no module)" outside of every module.
         largest: the largest tensors alive at the peak.
         units: modules that a plan can decide about, with their options.
         timeline: (phase, module, op, live bytes at the op's own peak) of every op of the later step.
-        notes: what a person should know, in sentences.
+        notes: sentences for the reader of the profile.
         op_cost_table: per op signature: seconds, bytes allocated inside the kernel, bytes of the outputs; see `op_costs`.
         bounded: ops of that table whose bytes depend on values, so that theirs is an upper bound.
     """
@@ -90,11 +90,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     timeline: list[tuple[str, str, str, int]]
     notes: list[str]
     op_cost_table: dict[str, tuple[float, int, list[int]]]
-    bounded: list[str] = []  # of that table: ops whose bytes hang on values, so that theirs is an upper bound
+    bounded: list[str] = []
 
     @property
     def op_costs(self) -> dict[str, OpCost]:
-        """Cost of every distinct op signature."""
+        """The cost of every distinct op signature."""
         bounded = set(self.bounded)
         return {k: OpCost(s, i, tuple(o), k in bounded) for k, (s, i, o) in self.op_cost_table.items()}
 
@@ -143,10 +143,10 @@ def profile(
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:
-    """Run a first and a later step on fake tensors and say what is alive when, and why.
+    """Run a first and a later step on fake tensors and report which tensors are alive when.
 
     Args:
-        work: what is trained; left as found, the model itself never runs.
+        work: the workload; left as found, the model itself never runs.
         device: None (where the model is) or a name of the device table.
         costs: "auto" (single ops are timed) or "roofline" (times of the device table; bytes are the same).
         units: FQN globs, instead of the blocks the architecture shows.
@@ -231,7 +231,7 @@ def _options(model: StepModel, fqn: str) -> list[OptionProfile]:
 
 
 def _cost_table(s: Study) -> dict[str, tuple[float, int, list[int]]]:
-    """Costs of the plain step's ops and of every option's, so that planning from the profile measures nothing."""
+    """Return the costs of the ops of the plain step and of every option, so that planning from the profile measures nothing."""
     s.timeline(s.plain_session)
     s.costs(s.plain_session)
     return {k: (c.seconds, c.internal_bytes, list(c.output_bytes)) for k, c in s.known_costs.items()}

@@ -1,1 +1,1 @@
-"""What is known of one workload: the plain step, its units, their options, and what executed steps showed."""
+"""The study of one workload: the plain step, its units, their options, and the findings of executed steps."""

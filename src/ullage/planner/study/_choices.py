@@ -17,12 +17,12 @@ Options = Mapping[str, Sequence[Option]]
 
 @dataclass(frozen=True)
 class Choices:
-    """What may be chosen for each unit.
+    """The options that a decision may choose from.
 
     Attributes:
-        allowed: the options of each unit; None: all that the study knows of at the time of asking.
+        allowed: the options of each unit; None: all options that the study knows when it is asked.
         together: units may be recomputed together.
-        restrictions: what a person's overrides take away, for messages.
+        restrictions: the user's overrides in words, for messages.
     """
 
     allowed: Options | None = None
@@ -30,12 +30,12 @@ class Choices:
     restrictions: tuple[str, ...] = ()
 
     def of(self, s: Study) -> dict[str, list[Option]]:
-        """The options of each unit that have not failed on it."""
+        """Return the options of each unit that have not failed on it."""
         allowed = s.options if self.allowed is None else self.allowed
         return {f: [o for o in options if not s.explored.failed(f, o.name)] for f, options in allowed.items()}
 
     def key(self, s: Study) -> Hashable:
-        """Equal for choices that are the same now."""
+        """Return a key that is equal for choices that are the same now."""
         return tuple((f, tuple(options)) for f, options in self.of(s).items()), self.together
 
 

@@ -1,4 +1,4 @@
-"""Where the step runs: a device that is here, or an estimate for one of the table that is not."""
+"""The device that the step runs on: one of this machine, or one of the table, for which bytes and times are estimated."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class DeviceChoice:
     """The device of a study.
 
     Attributes:
-        name: of the table, or what a CUDA device that is here calls itself.
-        facts: its row; where a CUDA device that is here has none, the row with the nearest memory.
-        estimate: it is not here, so nothing was timed or measured on it.
-        memory_bytes: what tensors can have of its memory: all but its context; None if that is not known.
-        tensors: device type of the tensors the step runs on.
+        name: its name in the table, or the name that a CUDA device of this machine gives itself.
+        facts: its row; for a CUDA device of this machine the row with the nearest memory.
+        estimate: the device is not in this machine, so nothing was timed or measured on it.
+        memory_bytes: its memory without its context; None if that is not known.
+        tensors: device type of the tensors that the step runs on.
     """
 
     name: str

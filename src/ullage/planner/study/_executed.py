@@ -1,4 +1,4 @@
-"""What executed steps showed, as values: nothing is found out later about a step that has been executed."""
+"""The findings of executed steps, as immutable values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Key = frozenset[tuple[str, Option]]
 
 @dataclass(frozen=True)
 class StepCapture:
-    """One captured step, op by op: which trace, which ops, what was assigned."""
+    """One captured step, op by op: its session's trace, its ops there, and the option of each unit."""
 
     session: Session
     ops: slice
@@ -27,25 +27,25 @@ class StepCapture:
 
 @dataclass(frozen=True)
 class Executed:
-    """What one captured step showed, with a window for tensors on their way.
+    """The peak, times and transfers of one captured step, with a window for tensors on their way.
 
-    It holds no trace, so that any number of them may be kept.
+    It holds no trace (some 100 MB for the largest models), so any number of them may be kept.
 
     Attributes:
-        assignment: what was done with each unit.
-        tensor_bytes: the most that tensors and the insides of ops hold at a moment.
+        assignment: the option of each unit.
+        tensor_bytes: the most bytes that tensors and kernels hold at any moment.
         moment: (phase, module FQN, op) of that moment.
-        compute_seconds: of all ops, without waits for transfers.
-        ops: how many ran.
+        compute_seconds: seconds of all ops, without waits for transfers.
+        ops: number of ops that ran.
         recomputed: (ops that ran again, their seconds) by module.
-        offloaded_bytes: the most that its tier holds at a moment, in whole blocks.
+        offloaded_bytes: the most bytes that the tier holds at any moment, in whole blocks.
         largest_sent: bytes of the largest tensor that is offloaded.
-        library_bytes: what a library of the device holds all the time.
+        library_bytes: bytes that a library of the device (cuBLAS) holds all the time.
         update_bytes: the peak while the optimizer runs, which no assignment changes.
         tier: where tensors are offloaded to, with its window; None if none are.
         events: computing and transfers in their order; two for each transfer and one for the rest.
         senders: by ticket, the unit that offloaded it.
-        transfer_ops: of each transfer the op that comes next.
+        transfer_ops: per transfer, the op that comes next.
     """
 
     assignment: Mapping[str, Option]
@@ -65,7 +65,7 @@ class Executed:
 
     @property
     def workspace_bytes(self) -> int:
-        """What is held all the time beside tensors: the library's workspace, and what a store's transfers may hold."""
+        """Bytes held all the time beside tensors: the library's workspace, and the buffers of a store's transfers."""
         return self.library_bytes + (self.tier.reserved_bytes if self.tier is not None else 0)
 
     @property
@@ -80,7 +80,7 @@ class Executed:
 
     @cached_property
     def overlap(self) -> Overlap | None:
-        """How the transfers fit into the computing; None if there are none."""
+        """The simulation of the transfers beside the computing; None if there are none."""
         if self.tier is None or not self.transfer_ops:
             return None
         return overlap(self.events, self.tier.channels, self.senders)
@@ -97,20 +97,20 @@ class Executed:
 
     @property
     def waits(self) -> list[tuple[int, float]]:
-        """(op, seconds) of each op that runs only after the step has waited for a transfer."""
+        """(op, seconds) of each op that waits for a transfer first."""
         if self.overlap is None:
             return []
-        # of two events each transfer is the second; a wait at the step's end comes after its last op
+        # events come in pairs (computing, transfer), so transfer k is event 2k + 1; a wait at the end comes after the last op
         return [(self.transfer_ops[k // 2], seconds) for k, seconds in self.overlap.waits]
 
     @property
     def window_bytes(self) -> int:
-        """Of tensors on their way."""
+        """Bytes that tensors on their way may hold."""
         return self.tier.window_bytes if self.tier is not None else 0
 
     @property
     def fits_tier(self) -> bool:
-        """Does the tier hold what is offloaded?"""
+        """Does the tier have room for the offloaded tensors?"""
         return self.tier is None or self.offloaded_bytes <= self.tier.capacity_bytes
 
     def with_window(self, window_bytes: int) -> Executed:
@@ -129,7 +129,7 @@ class Steps:
 
     @property
     def assignment(self) -> Mapping[str, Option]:
-        """What was done with each unit."""
+        """The option of each unit."""
         return self.later.assignment
 
     @property
@@ -144,7 +144,7 @@ class Steps:
 
     @property
     def worst(self) -> Executed:
-        """The step with the higher peak; the later one if both are alike."""
+        """The step with the higher peak; the later one if they are equal."""
         return self.first if self.first_is_worst else self.later
 
     @property
@@ -159,7 +159,7 @@ class Steps:
 
     @property
     def fits_tier(self) -> bool:
-        """Does the tier hold what either step offloads?"""
+        """Does the tier have room for the offloaded tensors of either step?"""
         return self.first.fits_tier and self.later.fits_tier
 
     def with_window(self, window_bytes: int) -> Steps:
@@ -168,5 +168,5 @@ class Steps:
 
 
 def key_of(assignment: Mapping[str, Option]) -> Key:
-    """What an assignment changes: unnamed units are kept."""
+    """Return an assignment's key: the units that are not kept, with their options."""
     return frozenset((f, o) for f, o in assignment.items() if o != KEEP)

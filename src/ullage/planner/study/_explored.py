@@ -1,4 +1,4 @@
-"""What running steps with options has shown so far: the part of a study that grows."""
+"""The part of a study that grows: options found, captured steps, and failures, as steps run with more options."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ullage.planner.study._executed import StepCapture
 
 
 class Explored:
-    """A unit's options and captured steps, each found once; what has failed is never tried again.
+    """The options of units and the captured steps, each found once. An option that failed on a unit is not tried there again.
 
-    Nothing outside assigns to it: each method adds one finding.
+    Nobody assigns to it from outside: each method adds one finding.
 
     Attributes:
-        session: the one that steps are run on; another one once an option has failed on it.
-        options: of each unit, all that have been thought of.
+        session: the session that runs steps; a new one after an option has failed.
+        options: all options found so far, by unit.
         reasons: why a unit does not have an option, by (unit, option).
         captures: one step per option or level, by label; `keep` is the plain step.
-        unlinked: units that can't be recomputed together with the one before.
-        complete: all options have been captured, or are being.
+        unlinked: units that can't be recomputed together with the unit before.
+        complete: all options are captured, or are being captured.
     """
 
     def __init__(
@@ -35,39 +35,39 @@ class Explored:
         self._failed: dict[tuple[str, str], bool] = {}  # by unit and option: whether it was tried there itself
 
     def add(self, fqn: str, options: Iterable[Option]) -> None:
-        """Options that a unit may have beside those known."""
+        """Add options that a unit may have."""
         self.options[fqn] += tuple(o for o in options if o not in self.options[fqn])
 
     def explain(self, fqn: str, option: str, why: str) -> None:
-        """Why a unit does not have an option."""
+        """Note why a unit does not have an option."""
         self.reasons[fqn, option] = why
 
     def begin(self) -> bool:
-        """Whether options have yet to be captured; the caller does so now."""
+        """Return whether options are not captured yet; if so, the caller captures them now."""
         first, self.complete = not self.complete, True
         return first
 
     def keep_capture(self, label: str, capture: StepCapture) -> None:
-        """A captured step."""
+        """Add a captured step."""
         self.captures[label] = capture
 
     def failed(self, fqn: str, option: str) -> bool:
-        """Has an option failed on a unit, or on so many alike that it is not tried there?"""
+        """Has an option failed on a unit, or on so many units of its class that it is not tried there?"""
         return (fqn, option) in self._failed
 
     def tried(self, fqns: Iterable[str], option: str) -> int:
-        """On how many of these units an option has failed itself."""
+        """Return on how many of these units an option was tried and failed."""
         return sum(self._failed.get((f, option), False) for f in fqns)
 
     def fail(self, fqn: str, option: str, why: str, itself: bool) -> None:
-        """An option does not run on a unit; `itself`: it was tried there."""
+        """Note that an option does not run on a unit; `itself`: it was tried there."""
         self._failed[fqn, option] = itself or self._failed.get((fqn, option), False)
         self.reasons[fqn, option] = why
 
     def unlink(self, fqns: Iterable[str]) -> None:
-        """Units that can't be recomputed together with the one before."""
+        """Note units that can't be recomputed together with the unit before."""
         self.unlinked |= frozenset(fqns)
 
     def restart(self, session: Session) -> None:
-        """Run further steps on a session that nothing has failed on."""
+        """Run further steps on a session in which no option has failed."""
         self.session = session

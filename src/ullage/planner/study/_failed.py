@@ -1,4 +1,4 @@
-"""What becomes of a unit's option that can't be run: it is taken from that unit, with the reason noted, and nothing else is."""
+"""Take an option that can't be run from its unit, note the reason, and leave every other option as it is."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from ullage.mechanisms import Option
 from ullage.planner.study._choices import ALL, Choices
 from ullage.planner.study._study import Study
 
-TRIED_ALONE = 2  # units of one class on which an option may fail before the others of the class lose it untried
+# Units of one class on which an option may fail before the others of the class lose it untried. Each failure costs a new session
+# and a capture, so 80 equal blocks must not fail one by one. One unit may be a special case (a first block with another input);
+# two of a class are taken to speak for it.
+TRIED_ALONE = 2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def take_away(s: Study, failed: OptionFailed, choices: Choices = ALL) -> None:
-    """Take an option from the unit it failed on; then go on with a session of which nothing has failed.
+    """Take an option from the unit it failed on; then go on with a new session, in which nothing has failed.
 
-    A step is captured anew for each failure. So once an option has failed on `TRIED_ALONE` units of a class, it is taken from all
-    units of that class.
+    Once an option has failed on `TRIED_ALONE` units of a class, all units of that class lose it.
 
     Args:
         s: the study.
-        failed: what was raised.
-        choices: what the unit may have.
+        failed: the error of the step.
+        choices: the options that the unit may have.
 
     Raises:
         CaptureError: the unit has no other option.
     """
-    if failed.linked:  # it can be run again, as an earlier capture showed, but not together with its neighbours
+    # an earlier capture has recomputed the unit alone, so only recomputing it with its neighbours fails
+    if failed.linked:
         s.explored.unlink(_with_next(s, failed.fqn))
     else:
         _take_option(s, failed, choices.of(s))
     session = s.another_session(explores=True)
-    session.run(steps=2)  # as the one before: what it noted of the first step is asked for
+    session.run(steps=2)  # as the session before did: `linkable` reads the calls of the first step
     s.explored.restart(session)
 
 
@@ -66,9 +69,9 @@ def _others(options: Sequence[Option], name: str) -> bool:
 
 
 def without_failures(decide: Callable[P, T]) -> Callable[P, T]:
-    """Do it again whenever an option turns out not to run, without that option.
+    """Call a function again, without the option, whenever an option turns out not to run.
 
-    The first argument is the study; `choices`, if there are any, is given by name.
+    The function's first argument is the study; `choices`, if it takes any, is given by name.
     """
 
     @functools.wraps(decide)
@@ -79,6 +82,6 @@ def without_failures(decide: Callable[P, T]) -> Callable[P, T]:
             except OptionFailed as failed:
                 s, choices = args[0], kwargs.get("choices") or ALL
                 assert isinstance(s, Study) and isinstance(choices, Choices)
-                take_away(s, failed, choices)  # an option fewer each time, or an error
+                take_away(s, failed, choices)  # ends: each time one option fewer, or an error
 
     return decided

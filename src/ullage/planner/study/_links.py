@@ -1,8 +1,8 @@
-"""Which units can be rebuilt together, and what that frees; from schedules to what the runtime is told, and back.
+"""Find the units that can be recomputed together and the bytes that this frees; turn the solver's schedules into assignments.
 
-A unit is linked if its input is the output of the unit before. Two steps are captured in which pairs of neighbours are
-rebuilt together, every unit being the second of a pair in one of them: what is alive less than in the recomputed step
-between the second one's forward and its backward is its input, if nothing else holds that.
+A unit is linked if its input is the output of the unit before. Two steps are captured in which pairs of neighbours are recomputed
+together, so that each unit is the second of a pair in one of them. Between the second unit's forward and its backward these steps
+hold less than the recomputed step does: the second unit's input, unless something else holds it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SECOND = replace(RECOMPUTE, place=Place(1, 1))
 
 
 def linkable(s: Study) -> list[int]:
-    """Units (by their place in the order) whose input may be made by the unit before.
+    """Return the indices of units whose input the unit before may recompute.
 
-    Not among them: units called several times, units that keep routing outputs, and those after one that can't be run again.
+    Units called several times, units that keep routing outputs, and units after one that can't be run again are left out.
     """
     first_micro = [c for c in s.session.calls if c.first_op < s.session.trace.marks[1]]
     calls = {c.fqn: c for c in reversed(first_micro)}
@@ -43,7 +43,7 @@ def linkable(s: Study) -> list[int]:
 
 
 def pairs(s: Study, parity: int) -> dict[str, Option]:
-    """An assignment in which units of one parity are rebuilt together with the one before."""
+    """Return an assignment in which each linkable unit of one parity is recomputed together with the unit before."""
     seconds, options = {k for k in linkable(s) if k % 2 == parity}, ALL.of(s)
     assignment = {}
     for k, u in enumerate(s.units):
@@ -53,10 +53,10 @@ def pairs(s: Study, parity: int) -> dict[str, Option]:
 
 
 def assignment_of(model: StepModel, schedule: Schedule) -> dict[str, Option]:
-    """What the runtime is told of each unit.
+    """Return each unit's option, with its place in a run, from a schedule.
 
     Args:
-        model: its options are what the schedule's numbers stand for.
+        model: the model that the solver was given; the schedule's numbers are indices of its options.
         schedule: from the solver.
     """
     options = [[o.option for o in facts] for facts in model.options]
@@ -70,7 +70,7 @@ def assignment_of(model: StepModel, schedule: Schedule) -> dict[str, Option]:
 
 
 def _places(run: Run, depth: int, options: Sequence[Sequence[Option]]) -> dict[int, Place]:
-    """A run starts where its first unit does; what is in it lies one deeper."""
+    """Return the places of a run's units: its first unit is at the run's own depth, all others one deeper or more."""
     found: dict[int, Place] = {}
     for item in run.items:
         if isinstance(item, Single):

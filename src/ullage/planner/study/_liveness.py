@@ -1,4 +1,4 @@
-"""What is alive when, and what it is: the storages of a captured trace as arrays, and the tensors at its peak."""
+"""The lifetimes of a trace's storages as arrays, their categories, and the tensors alive at its peak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ledger:
 
     Attributes:
         nbytes, birth, death: per storage; it is alive during op i if `birth <= i <= death`.
-        category: per storage: what the capture knows for certain, or "" for what lives within a step.
+        category: per storage, the category that the capture knows for certain; "" for one that lives within a step.
         phase: per op.
         unit: per op, the FQN of the unit it belongs to, or "".
     """
@@ -51,11 +51,11 @@ class Ledger:
         self.recomputed = np.array(trace.recomputed, np.bool_)
 
     def alive_at(self, op: int) -> Mask:
-        """Per storage: is it alive during this op?"""
+        """Return per storage whether it is alive during this op."""
         return (self.birth <= op) & (op <= self.death)
 
     def alive_bytes(self, some: Mask) -> Array:
-        """Per op: bytes of some storages that are alive during it."""
+        """Return per op the bytes of these storages that are alive during it."""
         born, dead = np.zeros(self.size + 2, np.int64), np.zeros(self.size + 2, np.int64)
         np.add.at(born, self.birth[some] + 1, self.nbytes[some])
         np.add.at(dead, self.death[some] + 1, self.nbytes[some])
@@ -63,10 +63,10 @@ class Ledger:
 
 
 def lasting_category(storage: Storage, trace: Trace) -> str:
-    """Parameter, gradient, optimizer state, ...; "" for activations and temporaries.
+    """Return parameter, gradient, optimizer state, ...; "" for activations and temporaries.
 
-    What a step of one's own makes is not named by the capture: what backward leaves behind is a gradient, what an
-    optimizer's step leaves behind is its state.
+    In a step of the user's own the capture can't name all of them. There, a tensor made in backward that outlives it counts as a
+    gradient, and one made in the optimizer's step that outlives it as optimizer state.
     """
     n = len(trace.phase)
     if storage.category or not 0 <= storage.birth < n or trace.recomputed[storage.birth]:
@@ -80,9 +80,10 @@ def lasting_category(storage: Storage, trace: Trace) -> str:
 
 
 def categories(trace: Trace) -> list[str]:
-    """What each storage of a trace is there for. It is the same for all its life."""
+    """Return the category of each storage of a trace, which it has for all its life."""
     n = len(trace.phase)
-    backward = np.cumsum([0, *(phase == "backward" for phase in trace.phase)])  # how many ops of backward come before
+    # number of backward's ops before each op
+    backward = np.cumsum([0, *(phase == "backward" for phase in trace.phase)])
 
     def category(t: Storage) -> str:
         if lasting := lasting_category(t, trace):
@@ -100,7 +101,7 @@ def categories(trace: Trace) -> list[str]:
 
 
 def live_tensors(session: Session, costs: Sequence[OpCost], at: int) -> list[LiveTensor]:
-    """The storages alive during op `at`, in order of their birth."""
+    """Return the storages alive during op `at`, in order of their birth."""
     trace, found = session.trace, []
     for t, category in zip(trace.storages, categories(trace), strict=True):
         if not (t.birth <= at <= t.death):
@@ -115,12 +116,12 @@ def live_tensors(session: Session, costs: Sequence[OpCost], at: int) -> list[Liv
 
 
 def innermost(session: Session, op: int) -> str:
-    """FQN of the innermost module an op runs in."""
+    """Return the FQN of the innermost module that an op runs in."""
     return (session.tracker.stacks[session.trace.stack[op]] or ("",))[-1]
 
 
 def totals(rows: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """Bytes per name, the largest first."""
+    """Sum bytes per name, the largest first."""
     found: Counter[str] = Counter()
     for name, nbytes in rows:
         found[name] += nbytes
@@ -128,12 +129,12 @@ def totals(rows: Sequence[tuple[str, int]]) -> dict[str, int]:
 
 
 def by_category(live: Sequence[LiveTensor], peak: int, workspace: int) -> dict[str, int]:
-    """Bytes per category at a peak, the largest first; what no tensor accounts for was allocated inside the op.
+    """Return bytes per category at a peak, the largest first. Bytes of no tensor were allocated inside the op.
 
     Args:
-        live: the tensors.
-        peak: live bytes then.
-        workspace: of these, what a library holds all the time.
+        live: the tensors alive at the peak.
+        peak: all bytes alive at the peak.
+        workspace: bytes among these that a library holds all the time.
     """
     rows = [(t.category, t.nbytes) for t in live]
     rest = peak - workspace - sum(nbytes for _, nbytes in rows)
@@ -141,10 +142,10 @@ def by_category(live: Sequence[LiveTensor], peak: int, workspace: int) -> dict[s
 
 
 def peak_op(timeline: Timeline, ops: slice) -> int:
-    """Index of the op at which some ops of a session peak."""
+    """Return the index of the op at which a range of ops peaks."""
     return int(ops.start) + int(timeline.peak[ops].argmax())
 
 
 def moment(session: Session, op: int) -> tuple[str, str, str]:
-    """(phase, module FQN, op) of an op."""
+    """Return (phase, module FQN, name) of an op."""
     return session.trace.phase[op], innermost(session, op), str(session.signatures[session.trace.signature[op]].func)

@@ -1,7 +1,7 @@
-"""Autograd nodes whose formula takes another way on real tensors than in a capture: what those allocate is measured and booked.
+"""Measure autograd nodes whose formula runs other ops on real tensors than in a capture, and book their bytes in the trace.
 
-Whether a formula does so is found out once per kind of node, by running one of the kind alone on real tensors: where it
-allocates what the captured ops do, nothing is changed. Where it doesn't, every distinct node of the kind is measured.
+One node of each kind is run alone on real tensors. If it allocates what the captured ops allocate, the trace stays as it is.
+Otherwise every distinct node of the kind is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from ullage.capture._timeline import OpCost, effective_bytes
 from ullage.capture._trace import NodeRun, Signature, Storage
 from ullage.cost import is_free, measure_node
 
-TRIED = 3  # nodes of a kind, until one can be run alone
+TRIED = 3  # nodes of a kind that are tried until one can be run alone (some need inputs that can't be made up)
+# Nodes with larger outputs are tried last, because they take memory and time. Not tuned.
 TRIED_BYTES = 16 * 2**20
 _SAME, _OTHER = OpCost(0.0, 0), OpCost(0.0, 1)
 
@@ -28,11 +29,11 @@ def book_nodes(
     """Put the measured bytes of these runs into the session's trace.
 
     Args:
-        session: the one whose trace has these runs.
-        runs: of nodes.
-        costs: of the session's op signatures.
-        known: costs by name, in which those of nodes are looked up and noted.
-        key_of: the name of an op signature.
+        session: the session whose trace has these runs.
+        runs: runs of nodes.
+        costs: costs of the session's op signatures.
+        known: costs by name; those of nodes are looked up and added here.
+        key_of: returns the name of an op signature.
     """
     book = _Book(session, runs, costs, known, key_of)
     kinds: dict[str, list[NodeRun]] = {}
@@ -48,8 +49,8 @@ def book_nodes(
 
 
 def upper_bound(where: str) -> str:
-    """What is said of bytes that are not known exactly."""
-    return f"bytes inside {where} hang on values: the most of several that were tried is counted, as an upper bound"
+    """Return the note about bytes that are not known exactly."""
+    return f"bytes inside {where} depend on values: the most of several that were tried is counted, as an upper bound"
 
 
 class _Book:
@@ -71,16 +72,16 @@ class _Book:
         self.free = [is_free(s) for s in session.signatures]
 
     def may_differ(self, run: NodeRun) -> bool:
-        """Has it several ops that do something, one after the other?"""
+        """Does the run have several ops that allocate or compute, without other ops between them?"""
         whole = run.ops[-1] - run.ops[0] + 1 == len(run.ops)
         return whole and sum(not self.free[self.trace.signature[i]] for i in run.ops) > 1
 
     def kind(self, run: NodeRun) -> str:
-        """The name of its formula, and the ops that the captured way took."""
+        """Return the name of its formula, with the ops that it ran in the capture."""
         return f"node {run.name}: {' '.join(self.names[self.trace.signature[i]] for i in run.ops)}"
 
     def differs(self, alike: Sequence[NodeRun]) -> bool:
-        """Do nodes of a kind allocate something else when they run for real? The largest that is not too large is asked."""
+        """Do nodes of a kind allocate other bytes on real tensors? Tries the nodes nearest to `TRIED_BYTES`, smaller ones first."""
         size = {id(r): self.session.signatures[r.made_by].output_bytes for r in alike}
         order = sorted(alike, key=lambda r: (size[id(r)] > TRIED_BYTES, abs(TRIED_BYTES - size[id(r)])))
         distinct = {self._key(r): r for r in reversed(order)}
@@ -91,7 +92,7 @@ class _Book:
         return False
 
     def book(self, run: NodeRun) -> None:
-        """What is alive within the run is one sum at its first op; what it leaves behind has its real sizes."""
+        """Book the run's measured peak at its first op, and the real sizes of the storages that outlive it."""
         real = self._measured(run)
         if real is None:
             return
@@ -116,7 +117,7 @@ class _Book:
         self.session.values.assumptions[upper_bound(f"the backward of {func}")] = None
 
     def _captured(self, run: NodeRun) -> tuple[int, list[int]]:
-        """(the most that its ops have allocated at a moment, sizes of what they leave behind), by the log."""
+        """Return, by the trace: the most bytes its ops hold at a moment, and the sizes of the storages that outlive them."""
         live = peak = 0
         alive: list[tuple[Storage, int]] = []
         for i in run.ops:

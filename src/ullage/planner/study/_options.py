@@ -1,4 +1,4 @@
-"""Which options each unit could have, and one captured step per option."""
+"""Find the options of each unit, and capture one step per option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ullage.runtime import ROUTING, Learnt
 
 @dataclass(frozen=True)
 class Found:
-    """Units, the options of each, and why it does not have others, by (unit, option)."""
+    """Units with their options; and why a unit lacks an option, by (unit, option)."""
 
     units: tuple[UnitFacts, ...]
     options: dict[str, list[Option]]
@@ -25,7 +25,7 @@ class Found:
 
 
 def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier | None) -> Found:
-    """Which units have routing outputs or must be kept, and what mechanisms offer each, as the plain step shows them."""
+    """Find, by the plain step, the units with routing outputs, those that must be kept, and the offers of mechanisms to each."""
     found = Found(tuple(_with_routing(session, u) for u in units), {}, {})
     for unit in found.units:
         _offer(found, unit, view_of(session, unit), tier)
@@ -33,7 +33,7 @@ def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier
 
 
 def _offer(found: Found, unit: UnitFacts, view: UnitView, tier: OffloadTier | None) -> None:
-    """Note a unit's offers; what runs forwards again makes none to a unit that can only be kept."""
+    """Note a unit's offers. A mechanism that runs forwards again makes none to a unit that can only be kept."""
     if unit.keep_reason:
         found.reasons[unit.fqn, KEEP.name] = unit.keep_reason
     options = found.options[unit.fqn] = []
@@ -45,7 +45,7 @@ def _offer(found: Found, unit: UnitFacts, view: UnitView, tier: OffloadTier | No
 
 
 def view_of(session: Session, unit: UnitFacts) -> UnitView:
-    """A unit as mechanisms see it."""
+    """Return a unit in the form that mechanisms get it."""
     return UnitView(unit.fqn, _ops_of(session, unit.fqn), unit.routing)
 
 
@@ -67,9 +67,9 @@ def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
 
 
 def capture_options(s: Study) -> None:
-    """Have every mechanism capture its options, with each on every unit that has it; then pairs of units recomputed together.
+    """Have every mechanism capture its options, each in one step on all units that have it; then pairs of units recomputed together.
 
-    An option that fails on a unit is taken from it, with the reason noted. Done once: options taken away since then stay so.
+    An option that fails on a unit is taken from it, with the reason noted. This happens once per study.
     """
     if not s.explored.begin():
         return
@@ -83,7 +83,7 @@ def capture_options(s: Study) -> None:
 
 @dataclass(frozen=True)
 class StudyExploration:
-    """A study as mechanisms see it: `ullage.mechanisms.Exploration`."""
+    """A study in the form that mechanisms get it: `ullage.mechanisms.Exploration`."""
 
     s: Study
 
@@ -116,7 +116,8 @@ class StudyExploration:
         logs = list(session.family.logs_of(session.inst.model.get_submodule(fqn)).values())
         if not logs:
             return None
-        learnt = max(logs, key=lambda entry: len(entry.log.ops))  # of several input signatures; a rule holds for all
+        # one log per input signature: the rules are found on the longest and hold for all
+        learnt = max(logs, key=lambda entry: len(entry.log.ops))
         return learnt, _log_seconds(self.s, session, learnt)
 
     def forward_seconds(self, fqn: str) -> float:
@@ -124,9 +125,9 @@ class StudyExploration:
 
 
 def _log_seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
-    """Per op of the log, the time of the same op in the trace: of the last call of that unit in a forward.
+    """Return per op of the log the time of the same op in the trace, in the last call of that unit in a forward.
 
-    The trace also has what the runtime does on its own (`detach`), which the log leaves out.
+    The trace also has ops of the runtime's own (`detach`), which the log leaves out.
     """
     seconds, trace = s.timeline(session).seconds, session.trace
     call = next(c for c in reversed(session.calls) if c.fqn == learnt.name)
@@ -138,13 +139,13 @@ def _log_seconds(s: Study, session: Session, learnt: Learnt) -> list[float]:
         if k < call.last_op:
             found.append(float(seconds[k]))
             at = k + 1
-        else:  # what the tracker sees as another op
+        else:  # the tracker recorded it as another op
             found.append(0.0)
     return found
 
 
 def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
-    """Run one step with one more option on these units; those on which it fails lose it, with the reason noted."""
+    """Run one step with one more option on these units; a unit on which it fails loses it, with the reason noted."""
     on = frozenset(fqns)
     StudyExploration(s).capture(
         option.name, lambda fqn: option if fqn in on and not s.explored.failed(fqn, option.name) else None

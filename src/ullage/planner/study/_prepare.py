@@ -1,4 +1,4 @@
-"""What all decisions about one workload share: the plain step, the units it has, and the options of each."""
+"""Make the study that all decisions about one workload share: the plain step, its units, and their options."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ullage.workload import Workload, in_evaluation
 
 
 class KnownCosts(Protocol):
-    """What a study takes from a `ullage.Profile`."""
+    """The costs that a study takes from a `ullage.Profile`."""
 
     @property
     def costs(self) -> str:
-        """What they are: "measured" or "roofline"."""
+        """How the costs were found: "measured" or "roofline"."""
 
     @property
     def op_costs(self) -> Mapping[str, OpCost]:
-        """Of every op signature."""
+        """The cost of every op signature."""
 
 
 def prepare(
@@ -42,7 +42,7 @@ def prepare(
     progress: Callable[[str], None] | None = None,
     tier: OffloadTier | None = None,
 ) -> Study:
-    """A study with the options of its units: plans for any number of budgets are made from one."""
+    """Make a study, from which plans for any number of budgets can be made."""
     known = profile.op_costs if profile is not None else None
     mode = profile.costs if profile is not None and profile.costs == "roofline" else costs
     return study(work, device, mode, units, known, progress, tier)
@@ -57,7 +57,7 @@ def study(
     progress: Progress | None = None,
     tier: OffloadTier | None = None,
 ) -> Study:
-    """Capture the plain step (first and later); find the units and their options."""
+    """Capture the plain step (a first and a later one), and find the units and their options."""
     if not isinstance(work, Workload):
         raise ArgumentError(f"work: expected a ullage.Workload, got {type(work).__name__}")
     choice = choose_device(work, device)
@@ -92,7 +92,7 @@ def study(
 
 
 def with_units(s: Study, fqns: Sequence[str]) -> Study:
-    """The same plain step, of which exactly these modules are units; nothing is known of their options yet."""
+    """Return a study of the same plain step with exactly these modules as units; their options are not captured yet."""
     return _with_units(s, unit_facts(s.plain_session, saved_bytes(s), fqns))
 
 
@@ -105,7 +105,7 @@ def _with_units(s: Study, units: Sequence[UnitFacts]) -> Study:
 
 
 def saved_bytes(s: Study) -> dict[str, int]:
-    """Bytes each module's calls save for backward, in the first micro-batch of the first step."""
+    """Return the bytes that each module's calls save for backward, in the first micro-batch of the first step."""
     trace, costs = s.session.trace, s.costs(s.session)
     first = next((i for i, p in enumerate(trace.phase) if p == "backward"), len(trace.phase))
     kept = [

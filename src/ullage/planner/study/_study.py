@@ -1,8 +1,8 @@
 """Everything the planner knows about one workload: captured steps, costs, units and their options.
 
-All options are measured the same way: one step is run on fake tensors with that option on every unit that has it. From
-those few homogeneous steps follow, per unit, what an option leaves alive between its forward and its backward, the peak
-inside either, and the time it adds; `ullage.planner.model._model` composes them for any mixed assignment.
+All options are measured the same way: one step runs on fake tensors with that option on every unit that has it. These few
+homogeneous steps show, per unit and option, the bytes alive between the unit's forward and its backward, the peak inside either, and
+the added time. `ullage.planner.model._model` composes them for any mixed assignment.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from ullage.planner.study._tiers import OffloadTier
 from ullage.planner.study._transfers import events_of, largest_sent, offloaded_bytes, senders_of, transfers_of
 from ullage.workload import Workload
 
+# Models kept per study. One question (a plan, its pins, a frontier) asks for a few sets of choices in turn; a composed model is
+# small beside a trace.
 DERIVED_KEPT = 8
-FRESH_KEPT = 2  # sessions hold traces of some 100 MB for the largest models
+# Sessions of executed first-and-later steps: each holds a trace, of some 100 MB for the largest models. Two, because a decision
+# compares two candidates (with and without offloading) and then reads the trace of the one it takes.
+FRESH_KEPT = 2
 Progress = Callable[[str], None]
 
 T = TypeVar("T")
@@ -42,19 +46,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Study:
-    """See the module's docstring. Built by `study`; nobody assigns to it.
+    """The study of one workload, see above. `study` makes it, and nobody assigns to it.
 
     Attributes:
-        work: what is trained.
-        device: where.
+        work: the workload.
+        device: the device that is planned for.
         costs_mode: "measured" or "roofline".
         plain: the plain step: the first and a later one.
         units: modules with options, in forward order.
-        explored: their options, and what running steps with them has shown so far.
+        explored: their options, and the findings of steps that ran with them.
         tier: where tensors may be offloaded to.
         evaluation: modules in evaluation mode whose code reads the mode.
-        known_costs: of ops by their signature; it grows as steps with new ones are executed.
-        times_given: known costs came with times, so that no others are measured.
+        known_costs: costs of ops by signature; it grows as steps with new ops are executed.
+        times_given: the known costs came with times, so no others are measured.
         progress: called with a line at each stage.
     """
 
@@ -80,12 +84,12 @@ class Study:
 
     @property
     def session(self) -> Session:
-        """The session that steps are executed on in passing."""
+        """The session on which later steps are executed one after the other; `capture_fresh` takes a new one."""
         return self.explored.session
 
     @property
     def options(self) -> Mapping[str, Sequence[Option]]:
-        """All options of each unit, also those that have failed: `Choices.of` leaves these out."""
+        """All options of each unit, also those that have failed; `Choices.of` leaves these out."""
         return self.explored.options
 
     @property
@@ -99,7 +103,7 @@ class Study:
         return self.explored.captures
 
     def costs(self, session: Session) -> list[OpCost]:
-        """Costs of all of a session's signatures; each distinct signature is measured once per study."""
+        """Return the costs of a session's signatures; each distinct signature is measured once per study."""
         have = self._costs.setdefault(session, [])
         todo = session.signatures[len(have) :]
         unknown = {k: s for k, s in enumerate(todo, len(have)) if signature_key(s) not in self.known_costs}
@@ -125,7 +129,7 @@ class Study:
         return have
 
     def timeline(self, session: Session) -> Timeline:
-        """Bytes over a session's whole trace."""
+        """Return bytes and seconds over a session's whole trace."""
         n = len(session.trace.signature)
         known = self._timelines.get(session)
         if known is None or known[0] != n:
@@ -134,13 +138,13 @@ class Study:
         return known[1]
 
     def settings(self, assignment: Mapping[str, Option]) -> dict[str, UnitSettings]:
-        """What the runtime needs for an assignment."""
+        """Return the runtime's settings for an assignment."""
         facts = {u.fqn: u for u in self.units}
         return {f: UnitSettings(o, facts[f].buffers, facts[f].routing) for f, o in assignment.items() if o != KEEP}
 
     @cached_property
     def update_peak_bytes(self) -> int:
-        """The peak while the optimizer runs; the first step's, in which its state is made, included."""
+        """The peak while the optimizer runs, over both steps: the first one makes its state."""
         t, trace = self.timeline(self.plain_session), self.plain_session.trace
         ops = [i for c in self.plain for i in range(c.ops.start, c.ops.stop) if trace.phase[i] == "optimizer"]
         return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
@@ -152,11 +156,11 @@ class Study:
 
     @property
     def plain_steps(self) -> Steps:
-        """What the plain step showed."""
+        """The findings of the plain step."""
         return self.execute_fresh({u.fqn: KEEP for u in self.units})
 
     def op_seconds(self, capture: StepCapture) -> npt.NDArray[np.float64]:
-        """Seconds of each op of a captured step; host time of a unit's replays is spread evenly over what they run again."""
+        """Return the seconds of each op of a captured step; the host time of a unit's replays is spread evenly over their ops."""
         trace, stacks = capture.session.trace, capture.session.tracker.stacks
         found = self.timeline(capture.session).seconds[capture.ops].copy()
         again = recomputed_in(self, capture) if key_of(capture.assignment) else {}
@@ -173,7 +177,7 @@ class Study:
 
     @cached_property
     def host_cost(self) -> HostCost:
-        """Host time beside the ops: measured where op times are, on a CPU; nothing for an estimate and on CUDA."""
+        """Host time beside the ops: measured if op times are, on a CPU; zero for an estimate and on CUDA."""
         found = host_cost_in(self.known_costs)
         if found is None:
             timed = self.costs_mode == "measured" and not self.times_given and self.device.facts.kind == "cpu"
@@ -190,7 +194,7 @@ class Study:
 
     @cached_property
     def forward_ops(self) -> dict[str, int]:
-        """Per module, the ops of its forwards in the plain step."""
+        """Per module, the number of ops of its forwards in the plain step."""
         trace, stacks, counts = self.plain_session.trace, self.plain_session.tracker.stacks, dict[str, int]()
         for i in range(self.plain[1].ops.start, self.plain[1].ops.stop):
             if trace.phase[i] == "forward":
@@ -217,22 +221,22 @@ class Study:
         return Counter(c.fqn for c in self.plain_session.calls if ops.start <= c.first_op < ops.stop)
 
     def replay_seconds(self, fqn: str, option: Option, ops: int | None = None) -> float:
-        """Host time of a unit's replays in one step.
+        """Return the host time of a unit's replays in one step.
 
         Args:
             fqn: the unit.
-            option: what is done with it.
-            ops: how many ops run again, if that is known; else those of one forward per call.
+            option: its option.
+            ops: how many ops run again, if known; otherwise those of one forward per call are taken.
         """
         calls, forward = self.forward_calls.get(fqn, 1), max(self.forward_ops.get(fqn, 0), 1)
         return option.mechanism.seconds(option, self.host_cost, calls, forward, ops)
 
     def another_session(self, explores: bool = False) -> Session:
-        """A session from the workload's own state."""
+        """Return a new session from the workload's own state."""
         return Session(self.work, self.device.round_bytes, self.device.as_cuda, explores, like=self.session)
 
     def capture(self, assignment: Mapping[str, Option]) -> StepCapture:
-        """Run forward and backward of one later step under an assignment, once; nothing is run for the plain step."""
+        """Run forward and backward of one later step under an assignment, once; the plain step is there already."""
         wanted = key_of(assignment)
         found = self._in_passing.get(wanted)
         if not wanted or wanted in self._fresh:
@@ -258,7 +262,7 @@ class Study:
         return self._fresh[wanted]
 
     def execute(self, assignment: Mapping[str, Option], window_bytes: int = 0) -> Executed:
-        """What a later step under an assignment shows, as `peak_with_update` tells without its optimizer."""
+        """Execute a later step under an assignment, without its optimizer: see `Executed.peak_with_update`."""
         wanted = key_of(assignment)
         if wanted in self._steps or wanted in self._fresh or not wanted:
             return self.execute_fresh(assignment, window_bytes).later
@@ -267,7 +271,7 @@ class Study:
         return replace(self._executed[wanted], assignment=dict(assignment)).with_window(window_bytes)
 
     def execute_fresh(self, assignment: Mapping[str, Option], window_bytes: int = 0) -> Steps:
-        """What a first and a later step under an assignment show, from the workload's own state."""
+        """Execute a first and a later step under an assignment, from the workload's own state."""
         wanted = key_of(assignment)
         if wanted not in self._steps:
             first, later = self.capture_fresh(assignment)
@@ -277,11 +281,11 @@ class Study:
         return steps.with_window(window_bytes)
 
     def ledger(self, session: Session) -> Ledger:
-        """The storages and ops of a session as arrays."""
+        """Return the storages and ops of a session as arrays."""
         return Ledger(session, self.timeline(session), self.costs(session), {u.fqn for u in self.units})
 
     def derived(self, key: Hashable, derive: Callable[[], T]) -> T:
-        """What follows from a study and a key, derived once; the last few are kept."""
+        """Return what `derive` makes for a key, made once; the last few are kept."""
         if key not in self._derived:
             self._derived[key] = derive()
             while len(self._derived) > DERIVED_KEPT:
@@ -290,7 +294,7 @@ class Study:
         return found
 
     def show(self, capture: StepCapture) -> Executed:
-        """What a captured step showed, without a window: a function of the capture and of this study's costs."""
+        """Return the findings of a captured step, without a window; they follow from the capture and this study's costs alone."""
         session, sends = capture.session, any(o.offloads for o in capture.assignment.values())
         seconds, at = self.op_seconds(capture), peak_op(self.timeline(session), capture.ops)
         moved = transfers_of(capture) if sends and self.tier is not None else []
@@ -313,20 +317,20 @@ class Study:
 
 
 def both_steps(session: Session, assignment: Mapping[str, Option]) -> tuple[StepCapture, StepCapture]:
-    """The first two steps that a session has run, under one assignment."""
+    """Return the first two steps that a session has run, under one assignment."""
     a, b = session.trace.marks[:2]
     end = session.trace.marks[2] if len(session.trace.marks) > 2 else session.tracker.clock
     return StepCapture(session, slice(a, b), dict(assignment)), StepCapture(session, slice(b, end), dict(assignment))
 
 
 def _forward_signatures(trace: Trace) -> set[int]:
-    """What some forward or replay calls."""
+    """Return the indices of signatures that some forward or replay calls."""
     flags = zip(trace.signature, trace.phase, trace.recomputed, strict=True)
     return {k for k, phase, again in flags if phase == "forward" or again}
 
 
 def recomputed_in(s: Study, capture: StepCapture) -> dict[str, tuple[int, float]]:
-    """Recomputed ops per module FQN in a captured step, and their seconds."""
+    """Return, per module FQN, the recomputed ops of a captured step and their seconds."""
     trace, tracker, costs = capture.session.trace, capture.session.tracker, s.costs(capture.session)
     found: dict[str, tuple[int, float]] = {}
     for i in range(capture.ops.start, capture.ops.stop):

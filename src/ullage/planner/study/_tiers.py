@@ -1,6 +1,6 @@
-"""What a plan knows of the tier that saved tensors may leave to, and how it was asked for.
+"""The tier of a plan, to which saved tensors may be offloaded, and the arguments that ask for one.
 
-A plan has one tier at most: pinned host memory beside a CUDA device, or a disk beside a device that is here.
+A plan has one tier at most: pinned host memory beside a CUDA device, or a disk beside a device of this machine.
 """
 
 from __future__ import annotations
@@ -21,24 +21,27 @@ from ullage.offload import BLOCK, measure_bandwidth, measure_link
 from ullage.planner.study._device import DeviceChoice, choose_device
 from ullage.solver._channels import Channels, Overlap
 
-MEASURED_BYTES = 2**27  # moved to measure a directory or a link
-DISK_THREADS, DISK_BUFFER_BYTES = 2, 2**19  # of a plan's store
+# Bytes moved to measure a directory or a link: 128 MiB take half a second at 250 MB/s, and are many times a drive's or a link's
+# cost of one transfer.
+MEASURED_BYTES = 2**27
+# A plan's store. Each thread has one staging buffer, which counts against the budget on a CPU: so few and small ones.
+DISK_THREADS, DISK_BUFFER_BYTES = 2, 2**19
 
 
 class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Where saved tensors may go, and how fast: a `Disk` or a `Host`.
+    """Where saved tensors may be offloaded to, and how fast: a `Disk` or a `Host`.
 
     Attributes:
-        capacity_bytes: of the file, or of the pinned memory.
-        write_bytes_per_second, read_bytes_per_second: out and back.
-        window_bytes: tensors on their way out may hold so many bytes of the device's memory, and those that come ahead of
-            their use too.
-        transfer_seconds, wait_seconds: what each transfer takes beside its bytes, and each wait beyond what is waited for; left out
-            of a plan's file where they were not measured, so that its digest is that of older versions.
+        capacity_bytes: size of the file, or of the pinned memory.
+        write_bytes_per_second, read_bytes_per_second: speed out and back.
+        window_bytes: device bytes that tensors on their way out may hold; tensors that come back before their use may hold as many
+            again.
+        transfer_seconds, wait_seconds: seconds per transfer on top of its bytes, and per wait on top of the transfer (a thread
+            must wake up). If they were not measured, a plan's file leaves them out, so that its digest is that of older versions.
     """
 
     name: ClassVar[str] = ""
-    argument: ClassVar[str] = ""  # of `plan`, that gives its bytes
+    argument: ClassVar[str] = ""  # the argument of `plan` that gives its bytes
 
     capacity_bytes: int
     write_bytes_per_second: float
@@ -54,7 +57,7 @@ class OffloadTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     @property
     def channels(self) -> Channels:
-        """What moves tensors."""
+        """The channels of the simulation."""
         return Channels(
             self.write_bytes_per_second,
             self.read_bytes_per_second,
@@ -68,10 +71,10 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A file in a directory; speeds were measured there.
 
     Attributes:
-        directory: an existing one; a plan's handle makes a file there that has no name.
-        threads, buffer_bytes: of the store; each thread has a staging buffer, which is in the host's memory all the time.
-        device: type of the device whose tensors are offloaded; "cpu" is left out of a plan's file, so that its digest is that of older versions.
-        checksums: whether what comes back is compared with what went out; left out of a plan's file where it is not.
+        directory: an existing directory; a plan's handle makes a nameless file there.
+        threads, buffer_bytes: the store's threads, and the size of the staging buffer that each has in host memory all the time.
+        device: type of the device whose tensors are offloaded; a plan's file leaves "cpu" out, so that its digest is that of older versions.
+        checksums: compare the bytes that come back with those sent; a plan's file leaves it out if it is off.
     """
 
     name: ClassVar[str] = "disk"
@@ -85,12 +88,12 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def device_type(self) -> str:
-        """`device`, also where it is left out."""
+        """`device`, also if it is left out."""
         return "cpu" if self.device is msgspec.UNSET else self.device
 
     @property
     def reserved_bytes(self) -> int:
-        """See `OffloadTier`; on a CPU the staging buffers too."""
+        """Extra bytes of the store, see `OffloadTier`; on a CPU with the staging buffers."""
         staging = self.threads * self.buffer_bytes if self.device_type == "cpu" else 0
         return 2 * self.window_bytes + staging
 
@@ -99,9 +102,9 @@ class Disk(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Host(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Pinned memory of the host, beside a CUDA device; speeds were measured there, or are the device table's.
+    """Pinned memory of the host, beside a CUDA device; its speeds were measured there, or are the device table's.
 
-    A plan's `capacity_bytes` is what its steps need; a handle pins them once.
+    `capacity_bytes` of a plan is what its steps need; its handle pins them once.
     """
 
     name: ClassVar[str] = "host"
@@ -112,13 +115,13 @@ class Host(OffloadTier, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a plan moves in a later step, as simulated.
+    """The transfers of a later step, as simulated.
 
     Attributes:
-        sent_bytes, fetched_bytes: sent and brought back; what is asked for on its way out is not brought back.
-        hidden_seconds: of transfers, behind compute.
-        stalled_seconds: the step waits for transfers; part of its `step_seconds`.
-        late_prefetches: how often it waits for what was asked for ahead.
+        sent_bytes, fetched_bytes: bytes sent and brought back; a tensor that is asked for on its way out is not brought back.
+        hidden_seconds: seconds of transfers behind compute.
+        stalled_seconds: seconds that the step waits for transfers, part of its `step_seconds`.
+        late_prefetches: how often the step waits for a tensor that was prefetched.
     """
 
     sent_bytes: int
@@ -129,7 +132,7 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @classmethod
     def of(cls, seen: Overlap) -> Traffic:
-        """From a simulation."""
+        """Make it from a simulation."""
         return cls(
             sent_bytes=seen.sent_bytes,
             fetched_bytes=seen.fetched_bytes,
@@ -141,7 +144,7 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 @dataclass(frozen=True)
 class TierRequest:
-    """What `plan`'s arguments say of places beside the device's memory: see there."""
+    """The arguments of `plan` that ask for a tier: see there."""
 
     disk_directory: str | Path | None = None
     disk_budget: int | str | None = None
@@ -151,21 +154,20 @@ class TierRequest:
 
     @property
     def given(self) -> bool:
-        """Do they name any?"""
+        """Do they ask for a tier?"""
         return not (self.disk_directory is None and self.disk_budget is None and self.host_budget is None)
 
 
 def choose_tier(
     request: TierRequest, work: Any, device: str | None, progress: Callable[[str], None] | None = None
 ) -> OffloadTier | None:
-    """The tier that a request names, its speed measured; None if it names none.
+    """Return the tier that a request names, its speed measured; None if it names none.
 
     Raises:
-        ArgumentError: one of a disk's arguments without the other, both tiers, or feedback of another one.
-        BudgetError: not a size.
-        DeviceError: not for this device.
-        OffloadError: the directory is no place for a file of that size, or the memory
-            can't be pinned.
+        ArgumentError: one of a disk's arguments without the other, both tiers, or feedback of a plan with another tier.
+        BudgetError: a budget is no size.
+        DeviceError: the device can't use this tier.
+        OffloadError: the directory has no room for a file of that size, or the memory can't be pinned.
     """
     if request.feedback is not None and not isinstance(request.feedback, HandleReport):
         kind_of = type(request.feedback).__name__

@@ -1,4 +1,4 @@
-"""Tensors that a captured step offloads and brings back: their bytes, and when."""
+"""The transfers of a captured step: bytes and moments of the tensors that it offloads and brings back."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ullage.solver._channels import COMPUTE, IN, OUT, Event
 
 
 def transfers_of(capture: StepCapture) -> list[Transfer]:
-    """Transfers of offloaded tensors in a captured step."""
+    """Return the transfers of offloaded tensors in a captured step."""
     return [t for t in capture.session.store.transfers if capture.ops.start <= t.op < capture.ops.stop]
 
 
 def largest_sent(round_bytes: int, *captures: StepCapture) -> int:
-    """Bytes of the largest tensor that leaves in some of these, as the device's allocator rounds them."""
+    """Return the bytes of the largest tensor offloaded in any of these, as the device's allocator rounds them."""
     most = max((t.nbytes for c in captures for t in transfers_of(c)), default=0)
     return -(-most // round_bytes) * round_bytes
 
 
 def offloaded_bytes(capture: StepCapture) -> int:
-    """The most bytes of its tier that a captured step takes at any moment, in whole blocks."""
+    """Return the most bytes of its tier that a captured step takes at any moment, in whole blocks."""
     dropped = capture.session.store.dropped
     held: list[tuple[int, int]] = []  # (op at which its place is free again, bytes)
     most = now = 0
@@ -43,7 +43,7 @@ def offloaded_bytes(capture: StepCapture) -> int:
 
 
 def events_of(capture: StepCapture, op_seconds: npt.NDArray[np.float64]) -> tuple[Event, ...]:
-    """The computing and the transfers of a captured step, as the channels see them."""
+    """Return the computing and the transfers of a captured step, as events for the channels."""
     done = np.concatenate([[0.0], np.cumsum(op_seconds)])
     events: list[Event] = []
     at = 0
@@ -57,5 +57,5 @@ def events_of(capture: StepCapture, op_seconds: npt.NDArray[np.float64]) -> tupl
 
 
 def senders_of(capture: StepCapture, units: Collection[str]) -> dict[float, str]:
-    """By ticket, the unit that sent it; "" for what none of these did."""
+    """Return by ticket the unit that sent it; "" if none of these did."""
     return {t.ticket: next((m for m in t.modules if m in units), "") for t in transfers_of(capture) if t.out}
