@@ -1,1 +1,1 @@
-"""The exact solver: chains of units, options, runs and transfers as numbers; no tensor, no module, no mechanism of a name."""
+"""The exact solver: units, options, runs and transfers as numbers. It knows no tensors, modules or names of mechanisms."""

@@ -1,13 +1,13 @@
-"""What the rest of a step costs at least, given the bytes that the units before it hold.
+"""Lower bounds on the cost of the rest of a step, given the bytes that the units before it hold.
 
-`V(D)`: least added cost of the units from v on, if those before hold D bytes beyond the base. For each price p (cost per
-byte) of a grid there is an offset with `V(D) >= offset + p D` for all D that fit. An item that costs c, fits if D <= room,
-and after which D + delta are held, gives, for every price q <= p of the grid,
+`V(D)` is the least added cost of the units from v on, if those before hold D bytes beyond the base. For each price p (cost per
+byte) of a grid there is an offset with `V(D) >= offset + p D` for all D that fit. An item with cost c that fits if D <= room, and
+that leaves D + delta bytes held, gives, for every price q <= p of the grid,
 
     c + V'(D + delta) - p D  >=  c + offset'[q] + q (delta + room) - p room
 
-and an offset is the least of this over the items, each at its best q: linear duality, so that the bounds are those of the
-convex hull of V, as well as the grid allows. Runs enter with a few steps of their frontier.
+An offset is the least of this over the items, each at its best q. This is linear (Lagrangian) duality, so the bounds are those of
+the convex hull of V, as far as the grid is fine enough. Runs enter with a few steps of their frontier.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ullage.solver._chain import FREE, NEVER, Chain, Ints
 from ullage.solver._runs import Frontiers
 
 Floats = npt.NDArray[np.float64]
-PIECES = 8  # steps of a run's frontier that the bound sees
-REACH = 1e4  # the grid's highest price over the order of magnitude that is expected
+PIECES = 8  # steps of a run's frontier in the bound. More make it tighter and its recursion slower. Not tuned
+REACH = 1e4  # the grid spans the expected price (all cost over all bytes) times and divided by this: eight orders of magnitude
 
 
 class TopLevel:
-    """The conditions of items at the top level, under a budget; runs of v are numbered 0 for v..v + 1 and so on.
+    """The conditions of items at the top level, under a budget. Runs that start at v are numbered: 0 is v..v + 1, and so on.
 
     Attributes:
-        room: [v][option]: the most bytes held before v with which it fits.
-        run_room: [v][run]: the same.
-        freed: [v][run]: bytes of inputs that it does not hold.
-        kinds: [v][run].
+        room: [v][option]: the most bytes that may be held before v for the option to fit.
+        run_room: [v][run]: the same for runs.
+        freed: [v][run]: bytes of inputs that the run does not hold.
+        kinds: [v][run]: the run's kind.
         need: [v]: the least peak of the units from v on, if those before hold nothing beyond the base.
     """
 
@@ -66,8 +66,8 @@ class Bounds:
     """Lower bounds of the cost of the units from v on, with the runs' frontiers as far as they are known.
 
     Attributes:
-        root: of all units.
-        error: by how much rounding may have raised a bound.
+        root: the bound on the cost of all units.
+        error: how much rounding may have raised a bound.
     """
 
     def __init__(self, top: TopLevel, frontiers: Frontiers) -> None:
@@ -92,17 +92,17 @@ class Bounds:
         self.root = self.at_least(float(self.offsets[0][best_at]))
 
     def rest(self, v: int, held: Ints) -> Floats:
-        """Lower bounds of the cost of the units from v on, for each of these bytes held."""
+        """Return lower bounds of the cost of the units from v on, for each of these bytes held."""
         bounds: Floats = np.max(self.offsets[v] + held[:, None] * self.prices, axis=1)
         return bounds
 
     def at_least(self, bound: float) -> int:
-        """An integer cost that is no more than what `bound` bounds."""
+        """Round a bound up to an integer cost, less the error that rounding may have put into it."""
         return int(np.ceil(bound - self.error)) if np.isfinite(bound) else NEVER
 
 
 class _Items:
-    """All items of the top level as the recursion of the bounds wants them: per unit, an element per item."""
+    """All items of the top level in the form of the bounds' recursion: per unit arrays with an element per item."""
 
     def __init__(self, top: TopLevel, frontiers: Frontiers) -> None:
         slack, cost = _pieces(frontiers)
@@ -123,7 +123,7 @@ class _Items:
             self.after.append(np.concatenate((np.full(len(unit.held), v + 1), after))[fits])
 
     def offsets(self, prices: Floats) -> Floats:
-        """[v][price], with v = the number of units for the end."""
+        """Return offsets [v][price]; the last v stands for the end of the step."""
         n = len(self.rooms)
         found = np.full((n + 1, len(prices)), np.inf)
         found[n] = -prices * float(self.top.budget - self.top.chain.outside[n])
@@ -137,7 +137,7 @@ class _Items:
 
 
 def _pieces(frontiers: Frontiers) -> tuple[Ints, Ints]:
-    """Per kind of run at most PIECES (slack, cost): with less than the next one's slack, it costs at least this."""
+    """Return per kind of run at most PIECES (slack, cost): with less slack than the next one, a run costs at least this."""
     kinds = len(frontiers.steps)
     slacks, costs = np.full((kinds, PIECES), -FREE, np.int64), np.zeros((kinds, PIECES), np.int64)
     for kind in range(kinds):

@@ -1,8 +1,8 @@
 """A model's facts as integers and arrays, and which runs of units are alike.
 
-Slack: the budget less what units before hold beyond the base, less the base at the backward of the unit in question.
-Needs are slacks. Relative to the base, twins have the same needs wherever they stand, so that all that is known of a run
-is kept per *kind* of run: the kinds of its units, and what lies between them.
+Slack: the budget, less the bytes that the units before hold beyond the base, less the base at the backward of the unit in question.
+Needs are slacks. Relative to the base, equal units have the same needs wherever they stand. So everything about a run is
+kept per *kind* of run: the kinds of its units, and the differences between neighbours.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class UnitArrays:
     own: Ints
     record: Ints
     seconds: Ints
-    passed: Ints  # cost in a run that is rebuilt, unless it is the last unit there
-    last: Ints  # cost as the last unit there
+    passed: Ints  # cost in a run that is recomputed, unless it is the last unit there
+    last: Ints  # cost as the last unit of such a run
     last_need: Ints
 
 
@@ -43,7 +43,7 @@ class Chain:
         above: [u]: need outside units before u, above u's base; FREE if u itself never needs less.
         reach: [s]: the last unit of the longest run that starts at s.
         kind: [s, t]: the number of the kind of s..t; a longer run has a higher one.
-        need: per kind, the least slack with which a run can be rebuilt (a single unit: be the last of one).
+        need: per kind, the least slack with which a run can be recomputed (a single unit: be the last of a run).
         least: per kind, its least cost with any slack.
     """
 
@@ -106,7 +106,7 @@ class Chain:
         return kind, len(seen)
 
     def by_length(self) -> Iterator[tuple[int, int, int]]:
-        """(s, t, kind) of every run, and of every single unit, the shortest first."""
+        """Yield (s, t, kind) of every run, and of every single unit, the shortest first."""
         for length in range(self.size):
             kinds = self.kind.diagonal(length).tolist()
             for s in range(self.size - length):
@@ -114,8 +114,9 @@ class Chain:
                     yield s, s + length, kinds[s]
 
     def item_needs(self, s: int, t: int) -> tuple[Ints, Ints]:
-        """Needs of the first item of the run s..t when it is rebuilt: per option of s; per run s..w, w = s + 1..t - 1."""
-        rise = self.base[t] - self.base[s] - (self.links[t] - self.links[s])  # what is there but for the inputs after s
+        """Return the needs of the first item of the run s..t when it is recomputed: per option of s; per run s..w, w = s + 1..t - 1."""
+        # growth of the base, the inputs after s left out
+        rise = self.base[t] - self.base[s] - (self.links[t] - self.links[s])
         unit = self.units[s]
         outside = np.maximum(self.above[s + 1 : t + 1] + self.base[s + 1 : t + 1] - self.base[s], FREE)
         single = np.maximum(np.maximum(unit.own, rise + unit.record), outside[0] + unit.held)
@@ -124,7 +125,7 @@ class Chain:
         return single, np.maximum(rise + passing, outside[1:] - (self.links[s + 1 : t] - self.links[s]))
 
     def shifts(self, s: int, t: int) -> tuple[Ints, Ints]:
-        """What the needs of the units after that first item are less than its own: per option; per run."""
+        """Return how much lower than its own slack the slack after that first item is: per option; per run."""
         freed = self.links[s + 1 : t] - self.links[s]
         return self.units[s].held + (self.base[s + 1] - self.base[s]), self.base[s + 2 : t + 1] - self.base[s] - freed
 
@@ -151,7 +152,7 @@ class Chain:
 
 @lru_cache(maxsize=4)
 def chain_of(model: StepModel) -> Chain:
-    """The chain of a model; the last few are kept, since a plan asks for several budgets."""
+    """Return the chain of a model; the last few are kept, because a plan solves one model for several budgets."""
     return Chain(model)
 
 

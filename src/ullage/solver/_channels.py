@@ -1,8 +1,8 @@
 """Simulate a step's time while tensors are offloaded and brought back beside its ops.
 
-Two channels, one out and one in, each with its own bandwidth and first come, first served, as the stores of `ullage.offload` have
-them, and with its bounds: `put` waits while the backlog is full, and tensors come ahead of their use only as far as the
-read-ahead reaches. What is asked for while it is still on its way out is handed back at once.
+Two channels, one out and one in, each with its own bandwidth and first come, first served, as in the stores of `ullage.offload`. They
+have the stores' bounds, too: `put` waits while the backlog is full, and tensors are prefetched only while the read-ahead has
+room. A tensor that is asked for while it is still on its way out is handed back at once.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 from ullage.runtime.unit._ahead import Ahead
 
-# What a step does, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
+# A step's events, in order: (COMPUTE, seconds, 0), (OUT, ticket, bytes) or (IN, ticket, bytes).
 COMPUTE, OUT, IN = 0, 1, 2
 Event = tuple[int, float, int]
 
 
 @dataclass(frozen=True)
 class Channels:
-    """What moves tensors.
+    """The two channels.
 
     Attributes:
         write_bytes_per_second: measured, with `ullage.measure_bandwidth`.
         read_bytes_per_second: the same.
-        window_bytes: of the backlog, and of the read-ahead.
-        transfer_seconds: what each transfer takes beside its bytes.
-        wait_seconds: what each wait takes beyond what is waited for.
+        window_bytes: size of the backlog, and of the read-ahead.
+        transfer_seconds: seconds per transfer on top of its bytes.
+        wait_seconds: seconds per wait on top of the transfer: a thread must wake up.
     """
 
     write_bytes_per_second: float
@@ -39,7 +39,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class Span:
-    """One transfer: when it is under way, in seconds from the step's begin."""
+    """One transfer, with its begin and end in seconds from the step's begin."""
 
     out: bool
     begin: float
@@ -49,18 +49,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a simulation showed.
+    """The result of a simulation.
 
     Attributes:
-        seconds: the whole, stalls included.
-        sent_bytes: what left.
-        fetched_bytes: what was read back; what was asked for on its way out is not.
-        hidden_seconds: time the channels worked while the step did not wait for them.
-        stalled_seconds: time the step waited for either.
-        late: how often it waited for what had been asked for ahead.
-        resident_bytes: the most that was in the backlog and read ahead at any moment.
+        seconds: of the whole step, stalls included.
+        sent_bytes: bytes offloaded.
+        fetched_bytes: bytes brought back, without tensors that were asked for on their way out.
+        hidden_seconds: seconds that the channels worked while the step did not wait for them.
+        stalled_seconds: seconds that the step waited for either channel.
+        late: how often it waited for a tensor that had been prefetched.
+        resident_bytes: the most bytes in the backlog and the read-ahead at any moment.
         spans: the transfers, those of each channel in order.
-        waits: (index of the event, seconds) of each event that the step waits at.
+        waits: (index of the event, seconds) of each event at which the step waits.
     """
 
     seconds: float
@@ -79,13 +79,13 @@ class _Step:
         self.c, self.senders = channels, senders
         self.uses = uses  # how often each ticket will still be asked for
         self.now = self.stalled = self.busy = 0.0
-        self.out_free = self.in_free = 0.0  # when each channel has done what it was given
+        self.out_free = self.in_free = 0.0  # when each channel will have finished its transfers so far
         self.sent = self.fetched = self.late = self.most = 0
         self.backlog: deque[tuple[float, int, float]] = deque()  # (written at, bytes, ticket)
         self.in_backlog = self.ahead = 0
         self.size: dict[float, int] = {}
         self.written: dict[float, float] = {}
-        self.ready: dict[float, float] = {}  # what was asked for ahead, and when it is there
+        self.ready: dict[float, float] = {}  # by prefetched ticket, when it is back
         self.wanted: deque[float] = deque()
         self.spans: list[Span] = []
         self.order: list[float] = []
@@ -132,7 +132,7 @@ class _Step:
             self.wait(there)
             self.ahead -= self.size[ticket]
             self._foresee(ticket)
-        elif self.written[ticket] > self.now:  # it has not left yet
+        elif self.written[ticket] > self.now:  # still on its way out, so its bytes are still in memory
             self._foresee(ticket)
         else:
             self._read(ticket)
@@ -150,7 +150,7 @@ class _Step:
         self.fetched += self.size[ticket]
 
     def _foresee(self, ticket: float) -> None:
-        """Ask ahead for what will be asked for next."""
+        """Prefetch the tensors that the step will ask for next."""
         for k in self.sequence.asked(self.number[ticket]):
             other = self.order[k]
             if other not in self.ready and self.uses[other]:
@@ -165,7 +165,7 @@ class _Step:
                 if self.ahead + size > self.c.window_bytes:
                     break
                 self.ahead += size
-                if self.written[ticket] > self.now:  # stays in memory
+                if self.written[ticket] > self.now:  # still on its way out: it stays in memory
                     self.ready[ticket] = self.now
                 else:
                     self._read(ticket)
@@ -179,12 +179,12 @@ class _Step:
 
 
 def overlap(events: Iterable[Event], channels: Channels, senders: Mapping[float, Hashable] | None = None) -> Overlap:
-    """Go through a step's events; a ticket may be asked for several times, but not before it left.
+    """Simulate a step's events. A ticket may be asked for several times, but not before it was sent.
 
     Args:
-        events: in their order.
-        channels: what moves tensors.
-        senders: by ticket, the unit that sent it: those of one unit may be asked for in another order than they left in.
+        events: the events, in order.
+        channels: the channels.
+        senders: by ticket, the unit that sent it: tensors of one unit may be asked for in another order than they were sent in.
     """
     events = list(events)
     step = _Step(channels, Counter(what for kind, what, _ in events if kind == IN), senders or {})

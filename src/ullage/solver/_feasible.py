@@ -1,4 +1,4 @@
-"""Any schedule that fits, by the least needs alone: there is always one to return, and a first limit of the search."""
+"""Find some schedule that fits, by the least needs alone: it is the solver's first best one, and bounds the search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ullage.solver._schedule import Item, Run, Schedule, Single
 
 
 def any_schedule(chain: Chain, top: TopLevel) -> Schedule:
-    """A schedule within the budget, of which there must be one: keeps what it can, and halves what it rebuilds."""
+    """Return a schedule within the budget, if one exists: it keeps units while they fit, and halves runs that must be recomputed."""
 
     def last_option(unit: int, slack: int) -> int:
         return _cheapest(chain.units[unit].last, chain.units[unit].last_need <= slack)
@@ -40,7 +40,7 @@ def any_schedule(chain: Chain, top: TopLevel) -> Schedule:
 
 
 def _first_item(chain: Chain, s: int, t: int, slack: int) -> tuple[int, int, int]:
-    """The run in the middle of those with which s..t can be rebuilt, or else the cheapest option of s."""
+    """Return the middle one of the runs that s..t can start with, or else the cheapest option of s."""
     (needs, run_needs), (shifts, run_shifts) = chain.item_needs(s, t), chain.shifts(s, t)
     left, right = chain.need[chain.kind[s, s + 1 : t]], chain.need[chain.kind[s + 2 : t + 1, t]]
     runs = np.flatnonzero((run_needs <= slack) & (left <= slack) & (right + run_shifts <= slack))

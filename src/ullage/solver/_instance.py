@@ -1,11 +1,11 @@
-"""What the solver sees of a training step: units in forward order, their options, and what may be rebuilt together.
+"""The solver's model of a training step: units in forward order, their options, and the units that may be recomputed together.
 
 The *base* is the step with every unit recomputed: it holds one saved input per unit. All facts are differences from it, or
 absolute live bytes in it. Nothing here knows tensors or modules.
 
-A unit is *linked* if its input is exactly what the unit before returned and nothing else holds it: then the input need
-not be held, since running the unit before again gives it back. Neither a unit that can't be run again nor the one after
-it is linked. Without links no run of units can be rebuilt together.
+A unit is *linked* if its input is exactly the output of the unit before and nothing else holds it. Then the input need not be
+held: running the unit before again gives it back. Neither a unit that can't be run again nor the one after it is linked. Without
+links no run of units can be recomputed together.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from ullage.mechanisms import Option, Replays
 
-NEVER_FITS = 2**50
+NEVER_FITS = 2**50  # bytes; more than any budget, and sums of thousands of them stay within int64
 
 
 def nanoseconds(seconds: float) -> int:
-    """The solver's unit of cost: an integer, so that sums are exact and twins, timed alike, stay twins."""
+    """Convert to the solver's unit of cost: an integer, so that sums are exact and equal units stay equal."""
     return round(seconds * 10**9)
 
 
@@ -27,12 +27,12 @@ class OptionFacts:
     """One option of one unit.
 
     Attributes:
-        option: what is done.
-        held_bytes: kept between the unit's forward and backward, beyond recompute.
+        option: the option.
+        held_bytes: bytes held between the unit's forward and backward, beyond recompute.
         own_peak_bytes: the most bytes alive while the unit's own forward or backward runs, if no unit before it holds
             anything beyond the base.
-        seconds: added by a replay in the unit's backward; 0 for keep.
-        record_bytes: bytes above those alive at its start that a forward which records for this option needs, its output
+        seconds: seconds that a replay adds to the unit's backward; 0 for keep.
+        record_bytes: bytes, on top of those alive at its start, that a forward needs which records for this option, its output
             included; None for the most that any option's backward needs.
         sent_bytes: bytes offloaded in the unit's forward and brought back for its backward, in all passes of a step; in whole blocks of the file.
     """
@@ -46,7 +46,7 @@ class OptionFacts:
 
     @property
     def is_recompute(self) -> bool:
-        """Whether the replay is the whole forward, so that passing over the unit records nothing."""
+        """Does a replay run the whole forward, so that a sweep over the unit records nothing?"""
         return self.option.replays is Replays.WHOLE
 
 
@@ -58,11 +58,11 @@ class StepModel:
         units: names, in forward order.
         options: of each unit.
         outside_bytes: [k]: the most bytes alive outside units, in forward and backward, while the first k units are held.
-        base_seconds: of the plain step.
-        linked: [u]: whether u's input can be rebuilt by running u - 1 again. Empty: no unit's can.
+        base_seconds: seconds of the plain step.
+        linked: [u]: whether running u - 1 again gives u's input. Empty: no unit is linked.
         link_bytes: [u]: bytes of u's input that are free from u's forward to its backward if it is not held.
-        forward_seconds: [u]: of a forward that records nothing.
-        forward_peak_bytes: [u]: bytes above those alive at its start that such a forward needs, its output included.
+        forward_seconds: [u]: seconds of a forward that records nothing.
+        forward_peak_bytes: [u]: bytes, on top of those alive at its start, that such a forward needs, its output included.
         backward_base_bytes: [u]: bytes alive in the base when u's backward begins, before its replay.
         forward_base_bytes: [u]: bytes alive in the base when u's forward begins. Empty: as in its backward.
     """
@@ -84,7 +84,7 @@ class StepModel:
             raise ValueError("links need the bytes, the forward's seconds and peak, and the base of every unit")
 
     def peak(self, choice: list[int]) -> int:
-        """The peak of an assignment (an option index per unit) without runs."""
+        """Return the peak of an assignment (an option index per unit) without runs."""
         held, worst = 0, self.outside_bytes[0]
         for u, c in enumerate(choice):
             option = self.options[u][c]
@@ -94,7 +94,7 @@ class StepModel:
         return worst
 
     def record_bytes(self, unit: int, option: int) -> int:
-        """What a forward of `unit` needs above what is alive at its start if it is run again under `option`."""
+        """Return the bytes that a forward of `unit`, run again under `option`, needs on top of those alive at its start."""
         facts = self.options[unit][option]
         if facts.is_recompute:
             return self.forward_peak_bytes[unit]

@@ -1,16 +1,16 @@
-"""Least added cost of rebuilding a run, as a function of slack; one for all runs of a kind.
+"""The least added cost of recomputing a run, as a function of slack; one function for all runs of a kind.
 
-For units s..t rebuilt together, `F(s, t)` maps slack to the least cost: a falling step function, kept as the list of its
+For units s..t recomputed together, `F(s, t)` maps slack to the least cost: a falling step function, kept as the list of its
 steps (slack needed, cost). It follows Rotor's recurrence with options (Beaumont et al., arXiv 1911.13214; Rockmate,
 ICML 2023): the first item of the run's own schedule is
 
-- the single unit s, and the rest is F(s + 1, t) with what its option holds less slack; or
-- a run s..w, which costs its forwards and F(s, w), and the rest is F(w + 1, t) with the freed inputs' bytes more slack.
+- the single unit s; the rest is F(s + 1, t), with less slack by the bytes that s's option holds; or
+- a run s..w, which costs its forwards and F(s, w); the rest is F(w + 1, t), with more slack by the bytes of the freed inputs.
 
-All conditions are "what is held before <= a number", so lists of steps are exact, and no memory is cut into slots. Only what
-a solution may use is computed: steps up to the largest slack there can be, and up to `excess` above the run's least cost.
-The same holds of what these steps are made of, since every part of a schedule costs its least or more. Where that is still too
-much, an `Effort` keeps fewer steps: a selection, for schedules, or lower bounds of all, for a bound.
+All conditions have the form "bytes held before <= a number", so lists of steps are exact, and memory is not cut into slots. Only
+steps that a solution may use are computed: up to the largest possible slack, and up to `excess` above the run's least cost. The
+same limits hold for the parts of a step, because each part costs its least or more. If that is still too much, an
+`Effort` keeps fewer steps: a selection of them for schedules, or lower bounds of all for a bound.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from ullage.solver._schedule import Item, Run, Single
 
 Steps = tuple[Ints, Ints]  # slack needed, rising; cost, falling
 _NONE: Steps = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-CANDIDATE = 100  # what a candidate costs beyond its points, in points
+# the fixed work of one candidate, in points: numpy calls take about as long as so many points. Not tuned
+CANDIDATE = 100
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is computed: by default, all that there is.
+    """Limits on what is computed; none by default.
 
     Attributes:
-        keep: steps per kind of run.
-        optimistic: steps are lower bounds.
-        longest: units in a run.
+        keep: the most steps per kind of run.
+        optimistic: the kept steps are lower bounds of all, not a selection.
+        longest: the most units in a run.
     """
 
     keep: int = NEVER
@@ -44,7 +45,7 @@ class Effort:
 
     @property
     def bounds(self) -> bool:
-        """Whether no run costs less than its steps say."""
+        """Are the steps valid lower bounds, so that no run costs less than they say?"""
         return self.optimistic or (self.keep == NEVER and self.longest == NEVER)
 
 
@@ -56,11 +57,11 @@ class TooManyPoints(Exception):
 
 
 class Frontiers:
-    """`F` of every kind of run, as far as a budget and `excess` can ask for it.
+    """`F` of every kind of run, as far as a budget and `excess` allow.
 
     Attributes:
-        steps: per kind; with less slack than the first one needs, a run costs more than its least + excess.
-        points: how many steps were looked at, more than `allowed` of which raise `TooManyPoints`.
+        steps: per kind; with less slack than the first step needs, a run costs more than its least + excess.
+        points: number of steps looked at; more than `allowed` raise `TooManyPoints`.
     """
 
     def __init__(self, chain: Chain, budget: int, excess: int, allowed: int, effort: Effort) -> None:
@@ -79,7 +80,7 @@ class Frontiers:
                 raise TooManyPoints
 
     def lower(self, kind: int) -> Steps:
-        """Steps of a lower bound of `F`: what is not known costs more than what is."""
+        """Return the steps of a lower bound of `F`: below the known steps a run costs at least its least + excess + 1."""
         slack, cost = self.steps[kind]
         need, unknown = self.chain.need[kind], self.chain.least[kind] + self.excess + 1
         if len(slack) and slack[0] <= need:
@@ -112,7 +113,7 @@ class Frontiers:
             yield both(self.steps[left[i]], (r + run_shifts[i], c + passes[i]), int(run_needs[i]))
 
     def rebuilt(self, s: int, t: int, slack: int) -> tuple[Item, ...]:
-        """The items of a cheapest way to rebuild s..t with this slack, which the frontiers must cover."""
+        """Return the items of a cheapest way to recompute s..t with this slack, which the frontiers must cover."""
         return rebuild(s, t, slack, self._first_item, self._last_option)
 
     def _last_option(self, unit: int, slack: int) -> int:
@@ -120,7 +121,7 @@ class Frontiers:
         return int(np.where(arrays.last_need <= slack, arrays.last, NEVER).argmin())
 
     def _first_item(self, s: int, t: int, slack: int) -> tuple[int, int, int]:
-        """The cheapest first item of s..t: its last unit, its option if it is a single one, the slack after it."""
+        """Return the cheapest first item of s..t: its last unit, its option if it is a single unit, the slack after it."""
         chain, unit = self.chain, self.chain.units[s]
         (needs, run_needs), (shifts, run_shifts) = chain.item_needs(s, t), chain.shifts(s, t)
         cost = np.where(needs <= slack, at(self.steps[chain.kind[s + 1, t]], slack - shifts) + unit.passed, NEVER)
@@ -136,7 +137,7 @@ class Frontiers:
         return found
 
     def value(self, s: int, t: int, slack: int) -> int:
-        """`F(s, t)` at one slack; NEVER or more where it is not known."""
+        """Return `F(s, t)` at one slack; NEVER or more if it is not known there."""
         r, c = self.steps[self.chain.kind[s, t]]
         i = int(np.searchsorted(r, slack, side="right")) - 1
         return int(c[i]) if i >= 0 else NEVER
@@ -149,7 +150,7 @@ def rebuild(
     first_item: Callable[[int, int, int], tuple[int, int, int]],
     last_option: Callable[[int, int], int],
 ) -> tuple[Item, ...]:
-    """The items of the run s..t, from choices.
+    """Build the items of the run s..t from choices, without recursion: runs may be nested as deep as there are units.
 
     Args:
         s: first unit.
@@ -158,7 +159,7 @@ def rebuild(
         first_item: of s, t and a slack: the first item's last unit, its option if that is s, and the slack after it.
         last_option: of t and a slack.
     """
-    # runs not done: items, last unit, slack after the inner one, its first
+    # outer runs that are not finished: their items, last unit, slack after the inner run, first unit of the inner run
     around: list[tuple[list[Item], int, int, int]] = []
     items: list[Item] = []
     while True:
@@ -180,7 +181,7 @@ def rebuild(
 
 
 def thinned(steps: Steps, effort: Effort) -> Steps:
-    """At most about as many of the steps as asked for; or steps that nowhere cost more than these do."""
+    """Return about as many steps as the effort keeps: a selection of them, or steps that nowhere cost more than these."""
     slack, cost = steps
     if len(slack) <= effort.keep:
         return steps
@@ -192,19 +193,19 @@ def thinned(steps: Steps, effort: Effort) -> Steps:
 
 
 def falling(slack: Ints, cost: Ints) -> Steps:
-    """Of these points, in order, those which cost less than all that need no more slack."""
+    """Return, in order, the points that cost less than every point that needs no more slack."""
     order = np.argsort(slack)
     slack, cost = slack[order], cost[order]
     keep = np.ones(len(cost), bool)
     keep[1:] = cost[1:] < np.minimum.accumulate(cost)[:-1]
     slack, cost = slack[keep], cost[keep]
-    last = np.ones(len(cost), bool)  # of those that need the same
+    last = np.ones(len(cost), bool)  # the cheapest among points that need the same slack
     last[:-1] = slack[1:] != slack[:-1]
     return slack[last], cost[last]
 
 
 def at(steps: Steps, slack: Ints) -> Ints:
-    """The step function's values; NEVER left of its first step."""
+    """Return the step function's values; NEVER left of its first step."""
     if not len(steps[0]):
         return np.full(slack.shape, NEVER, np.int64)
     index = np.searchsorted(steps[0], slack, side="right") - 1
@@ -212,7 +213,7 @@ def at(steps: Steps, slack: Ints) -> Ints:
 
 
 def both(a: Steps, b: Steps, need: int) -> Steps:
-    """Points of the sum of two step functions, from `need` on."""
+    """Return points of the sum of two step functions, from `need` on."""
     if not len(a[0]) or not len(b[0]):
         return _NONE
     low = max(int(a[0][0]), int(b[0][0]), need)

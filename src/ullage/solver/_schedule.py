@@ -1,13 +1,13 @@
-"""What is held, dropped and rebuilt, and when: schedules, and the timeline of one.
+"""Schedules (which tensors a step holds, drops and recomputes, and when), and the timeline of one.
 
 A schedule is a sequence of items that covers the units in forward order. An item is a unit with an option (`Single`) or a
-run of two or more linked units (`Run`), of which only the first one's input is held. When backward reaches a run's last
-unit, the run is *rebuilt*: its units are run again, in order, up to the last one, as the run's own items say. Of these
+run of two or more linked units (`Run`), which holds only its first unit's input. When backward reaches a run's last unit, the
+run is *recomputed*: its units run again, in order, up to the last one, as the run's own items say:
 
 - a `Single` holds its input. With an option that records (any but recompute) this forward is its recording: it holds
   `held_bytes` from here to its backward;
-- a `Run` again holds only its first input, and is rebuilt when backward reaches its last unit;
-- the last is a `Single`, whose backward is next: with recompute, its forward is run by its own replay only.
+- a `Run` again holds only its first input, and is recomputed when backward reaches its last unit;
+- the last is a `Single`, whose backward is next: with recompute, only its own replay runs its forward.
 
 Five units, of which 1 to 4 are a run that holds only its first input, and 1 to 2 a run inside it (`x2` is the input of
 unit 2, `F`/`R`/`B`: forward, forward that records, backward; `keep` and `rec` are options)::
@@ -24,8 +24,8 @@ unit 2, `F`/`R`/`B`: forward, forward that records, backward; `keep` and `rec` a
 A runtime needs, per call of a unit, either its input or the note "input = output of the call before; run that again".
 
 Seconds added: `forward_seconds` for each plain or recording forward beyond the first of each unit, and an option's
-`seconds` at each unit's backward. Bytes alive: those of the base at the same moment, plus what is held beyond it, less the
-inputs that are not there (`link_bytes`).
+`seconds` at each unit's backward. Bytes alive: those of the base at the same moment, plus the bytes held beyond it, less the
+inputs that are not held (`link_bytes`).
 
 Source: runs inside runs are those of Griewank & Walther, "Revolve" (ACM TOMS 26, 2000), for equal units, and of Beaumont et
 al., "Rotor" (arXiv 1911.13214), for unequal ones, where a forward may also record all that its backward needs.
@@ -49,7 +49,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Run:
-    """Units `first` to `last`, of which only the first one's input is held, and how they are rebuilt."""
+    """Units `first` to `last`, of which only the first one's input is held, and the items by which they are recomputed."""
 
     first: int
     last: int
@@ -61,7 +61,7 @@ Schedule = tuple[Item, ...]
 
 
 def flat(choice: list[int] | tuple[int, ...]) -> Schedule:
-    """The schedule of an assignment (an option index per unit) without runs."""
+    """Return the schedule of an assignment (an option index per unit) without runs."""
     return tuple(Single(u, c) for u, c in enumerate(choice))
 
 
@@ -78,7 +78,9 @@ def check(model: StepModel, schedule: Schedule) -> None:
                 if end == begin or not all(model.linked[begin + 1 : end + 1]):
                     raise ValueError(f"units {begin} to {end} can't be a run")
                 if not item.items or not isinstance(item.items[-1], Single):
-                    raise ValueError(f"the last of units {begin} to {end} must be a single one when they are rebuilt")
+                    raise ValueError(
+                        f"the last of units {begin} to {end} must be a single one when they are recomputed"
+                    )
                 waiting.append((item.items, begin, end))
             elif not 0 <= item.option < len(model.options[item.unit]):
                 raise ValueError(f"unit {item.unit} has no option {item.option}")
@@ -88,7 +90,7 @@ def check(model: StepModel, schedule: Schedule) -> None:
 
 
 def evaluate(model: StepModel, schedule: Schedule) -> tuple[int, float]:
-    """Peak bytes and added seconds of a schedule, by going through its timeline moment by moment."""
+    """Return peak bytes and added seconds of a schedule, by going through its timeline moment by moment."""
     check(model, schedule)
     timeline = _Timeline(model)
     timeline.forward(schedule)
@@ -97,7 +99,7 @@ def evaluate(model: StepModel, schedule: Schedule) -> tuple[int, float]:
 
 
 class _Timeline:
-    """Goes through the step; `beyond[u]`: bytes more (or less) than in the base alive for unit u, forward to backward."""
+    """Goes through the step; `beyond[u]`: bytes alive for unit u from forward to backward beyond the base (negative: fewer)."""
 
     def __init__(self, model: StepModel) -> None:
         self.model = model
@@ -106,7 +108,7 @@ class _Timeline:
         self.worst = model.outside_bytes[0]
 
     def _see(self, base: int, units: int, extra: int = 0) -> None:
-        """A moment at which the base has `base` bytes alive, and the first `units` units are between their passes."""
+        """Note a moment at which the base has `base` bytes alive, and the first `units` units are between forward and backward."""
         self.worst = max(self.worst, base + sum(self.beyond[:units]) + extra)
 
     def _own(self, item: Single) -> None:
@@ -141,13 +143,13 @@ class _Timeline:
             self._see(self.model.outside_bytes[item.unit], item.unit)
 
     def _rebuild(self, run: Run) -> None:
-        """Run the units of `run` again, in forward order; its last one's backward begins then."""
+        """Run the units of `run` again, in forward order; then the backward of its last one begins."""
         m, base = self.model, self.model.backward_base_bytes[run.last]
         for u, single, stays in _steps(run):
             recorded = single is not None and not m.options[u][single.option].is_recompute
             if u == run.last and not recorded:
-                break  # its own replay, in its backward
-            missing = m.link_bytes[u] if u > run.first else 0  # its input is there while it runs
+                break  # its own replay runs it, in its backward
+            missing = m.link_bytes[u] if u > run.first else 0  # its input is alive while it runs
             needs = m.forward_peak_bytes[u] if single is None else m.record_bytes(u, single.option)
             self._see(base, run.last + 1, missing + needs)
             self.cost += nanoseconds(m.forward_seconds[u])
@@ -158,7 +160,7 @@ class _Timeline:
 
 
 def _steps(run: Run) -> Iterator[tuple[int, Single | None, bool]]:
-    """The units of a run in order, each with its item if that is a single one, and whether its input stays."""
+    """Yield the units of a run in order, each with its item if that is a single one, and whether its input stays."""
     for item in run.items:
         if isinstance(item, Single):
             yield item.unit, item, True

@@ -1,8 +1,8 @@
-"""Label-setting over the units in forward order: which prefixes can still become the best schedule.
+"""Label setting over the units in forward order: it keeps the prefixes that can still become the best schedule.
 
-A label is (bytes held beyond the base, cost) of a prefix. Of two at the same unit, the one that holds no less and costs no
-less can't win; nor can one whose cost and bound of the rest reach the best schedule known. Of more than `width` labels
-the most promising go on, and the best of the others bounds what is missed.
+A label is (bytes held beyond the base, cost) of a prefix. Of two labels at the same unit, one that holds no less and costs no
+less can't win; nor can one whose cost, with the bound of the rest, reaches the best known schedule. If there are more than `width`
+labels, the most promising ones go on, and the best bound among the dropped ones bounds the result.
 
 Source: a shortest path with one resource, memory, by label setting (Irnich & Desaulniers, "Shortest Path Problems with
 Resource Constraints", 2005).
@@ -19,16 +19,17 @@ from ullage.solver._bounds import Bounds, Floats, TopLevel
 from ullage.solver._chain import NEVER, Ints
 from ullage.solver._runs import Frontiers
 
-BLOCK = 2_000_000  # pairs of a label and a run that are looked at at once
+BLOCK = 2_000_000  # pairs of a label and a run in one array operation: some 16 MB per array of them
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best path found, and a lower bound on the cost of any that uses known steps only.
+    """The best path found, and a lower bound on the cost of any path of known steps.
 
     Attributes:
-        cost: NEVER if there is none below `max_cost`.
-        whole: no label was dropped for the width's sake.
+        cost: its cost; NEVER if there is none below `max_cost`.
+        bound: the lower bound.
+        whole: no label was dropped because of the width.
         path: items as (unit, option) or (first unit, -last unit).
     """
 
@@ -40,7 +41,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Labels:
-    """Prefixes that end before one unit; how each came about: its item, and the label (at which unit) before that."""
+    """Prefixes that end before one unit, each with its last item, and the label that this item extends (and that one's unit)."""
 
     held: Ints
     cost: Ints
@@ -57,7 +58,7 @@ class Search:
 
     Attributes:
         work: pairs of a label and an item looked at so far.
-        items: how many items a label per unit could have.
+        items: number of items over all units, for one label at each.
     """
 
     def __init__(self, top: TopLevel, frontiers: Frontiers, bounds: Bounds) -> None:
@@ -65,7 +66,7 @@ class Search:
         sizes = np.array([len(s[0]) for s in frontiers.steps])
         slack = np.concatenate([s[0] for s in frontiers.steps])
         self.cost = np.concatenate([*(s[1] for s in frontiers.steps), [NEVER]])
-        self.begin = np.cumsum(sizes) - sizes  # of a kind's steps
+        self.begin = np.cumsum(sizes) - sizes  # index of each kind's first step
         self.low, high = int(slack.min(initial=0)), int(slack.max(initial=0))
         self.span = high - self.low + 2
         self.keys = np.repeat(np.arange(len(sizes)), sizes) * self.span + (slack - self.low)  # sorted over all kinds
@@ -75,7 +76,7 @@ class Search:
         self.items = runs + sum(len(u.held) for u in self.chain.units)
 
     def _run_room(self, v: int, first: Ints) -> Ints:
-        """Per run the most bytes held before v with which it fits, its cost is known, and there is a way on."""
+        """Return per run the most bytes held before v with which it fits, its cost is known, and the rest fits."""
         top, runs = self.top, len(self.top.kinds[v])
         onward = top.budget - top.need[v + 2 : v + 2 + runs] + top.freed[v]
         known = top.budget - self.chain.base[v] - first[top.kinds[v]]
@@ -83,7 +84,7 @@ class Search:
         return room
 
     def run(self, max_cost: int, width: int) -> Found:
-        """The cheapest schedule that costs less than `max_cost`, among `width` labels per unit."""
+        """Return the cheapest schedule that costs less than `max_cost`, with at most `width` labels per unit."""
         n, zero = self.chain.size, np.zeros(1, np.int64)
         arriving: list[list[_Labels]] = [[] for _ in range(n + 1)]
         arriving[0].append(_Labels(zero, zero, zero, zero, zero))
@@ -127,7 +128,7 @@ class Search:
                 arriving[v + 1].append(_Labels(held, cost, np.full(k, v), index, np.full(k, c)))
 
     def _runs(self, v: int, labels: _Labels, max_cost: int, arriving: list[list[_Labels]]) -> None:
-        """Every label with every run that starts at v, unless the bounds rule the pair out."""
+        """Extend every label by every run that starts at v, unless the bounds rule the pair out."""
         top, bounds = self.top, self.bounds
         runs = np.flatnonzero(self.room[v] >= labels.held[0])
         if not len(runs):
@@ -161,7 +162,7 @@ class Search:
         max_cost: int,
         arriving: list[list[_Labels]],
     ) -> None:
-        """Add each pair's label after its run; `total` bounds its cost but for the run's own, runs in order."""
+        """Add each pair's label after its run; `total` bounds its cost without the run's own; pairs are sorted by run."""
         added = self._rebuild_cost(v, self.top.kinds[v][run], labels.held[label])
         index = np.flatnonzero(self._below(total + added, max_cost))
         run, label, added = run[index], label[index], added[index]
@@ -172,7 +173,7 @@ class Search:
             arriving[w + 1].append(_Labels(held[a:b], cost[a:b], np.full(k, v), label[a:b], np.full(k, -w)))
 
     def _rebuild_cost(self, v: int, kinds: Ints, held: Ints) -> Ints:
-        """`F` of runs that start at v, per pair of a kind and bytes held, which must leave the slack of its first step."""
+        """Return `F` of runs that start at v, per pair of a kind and bytes held; the slack must reach the kind's first step."""
         slack = self.top.budget - self.chain.base[v] - held
         keys = kinds * self.span + np.minimum(slack - self.low, self.span - 1)
         cost: Ints = self.cost[np.searchsorted(self.keys, keys, side="right") - 1]
@@ -180,7 +181,7 @@ class Search:
 
 
 def _best(parts: list[_Labels]) -> _Labels:
-    """Those that hold less or cost less than any other one, by bytes held; ties go to what came first."""
+    """Return, by bytes held, the labels that no other one beats in both bytes and cost; of equal ones the first."""
     if not parts:
         none = np.zeros(0, np.int64)
         return _Labels(none, none, none, none, none)

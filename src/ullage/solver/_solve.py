@@ -1,9 +1,17 @@
-"""The schedule of least added time with live bytes <= budget at every moment, and a bound that proves it.
+"""Find the schedule of least added time with live bytes <= budget at every moment, and a bound that proves it.
 
-The search of the top level (`_search`) is exact, given the cost of rebuilding runs as a function of memory (`_runs`). That
-in turn is computed up to an *excess* over a run's least cost, and how much is needed is known from bounds: if the step
-costs at least `floor` when every run costs its least (`_bounds`), a schedule cheaper than `best` has no run with an excess of
-`best - floor` or more. So: a first round without excess, then growing ones until a schedule is known, then the last one.
+Idea: the search of the top level (`_search`) is exact, given the cost of recomputing runs as a function of memory (`_runs`). That
+cost is computed only up to an *excess* over a run's least cost, and bounds tell how much is needed: if the step costs at
+least `floor` when every run costs its least (`_bounds`), no run of a schedule cheaper than `best` has an excess of `best - floor` or
+more. So a first round has no excess, the next ones have growing excesses until a good schedule is known, and the last one has
+the excess that is needed.
+
+Invariant: `bound` never exceeds the cost of any schedule within the budget, whichever limits were hit, and `schedule` always fits:
+its peak is checked by `evaluate`, which shares no code with the search. Limits count work, not time, so that a model and a
+budget give the same schedule on any machine.
+
+Known non-optimalities: beyond WORK_LIMIT or WIDEST labels the schedule is the best one found, with a gap. Units of a run are
+recomputed or kept, nothing between. Runs do not cross units without links. An offloaded byte has no cost here (`_with_tier`).
 """
 
 from __future__ import annotations
@@ -20,16 +28,18 @@ from ullage.solver._runs import ALL, CANDIDATE, Effort, Frontiers, TooManyPoints
 from ullage.solver._schedule import Item, Run, Schedule, Single, evaluate
 from ullage.solver._search import Found, Search
 
-WORK_LIMIT = 600_000_000  # steps of frontiers and pairs of labels and items: a minute or so
-QUICK = 3_000_000  # steps that are computed just to see whether that is all it takes
-NARROW, WIDEST = 64, 2**15  # labels per unit
-GROWTH = 16  # of the excess, and of the labels per unit, from round to round
-FEWEST = 8  # steps per kind of run with which it is worth trying
+WORK_LIMIT = 600_000_000  # steps of frontiers, and pairs of labels and items: a minute or so
+# Steps that are tried for the needed excess before it is known to be near: a 200th of the limit, so that a failure costs little.
+QUICK = 3_000_000
+NARROW, WIDEST = 64, 2**15  # labels per unit: of a first, quick search, and the most
+GROWTH = 16  # factor on the excess, and on the labels per unit, from round to round: all earlier rounds cost little beside the last
+# with fewer steps per kind of run the frontier is too coarse to be worth a round; runs are shortened instead
+FEWEST = 8
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A schedule, the seconds it adds, a lower bound on those of any, and its peak under the model."""
+    """A schedule, the seconds that it adds, a lower bound on the seconds of any schedule, and its peak under the model."""
 
     schedule: Schedule
     seconds: float
@@ -38,27 +48,27 @@ class Solution:
 
     @property
     def proved(self) -> bool:
-        """Whether no schedule within the budget adds less."""
+        """Is it proved that no schedule within the budget adds less?"""
         return self.lower_bound >= self.seconds
 
     @property
     def gap(self) -> float:
-        """Seconds that a better schedule could save at most, as a fraction of this one's."""
+        """The most seconds that a better schedule could save, as a fraction of this one's."""
         return (self.seconds - self.lower_bound) / self.seconds if self.seconds else 0.0
 
     @property
     def choice(self) -> tuple[int, ...]:
-        """The option index per unit; ValueError if units are rebuilt together."""
+        """The option index per unit; ValueError if units are recomputed together."""
         if any(isinstance(item, Run) for item in self.schedule):
             raise ValueError("a schedule with runs is no choice of an option per unit")
         return tuple(item.option for item in self.schedule if isinstance(item, Single))
 
 
 def solve(model: StepModel, budget: int, *, work_limit: int = WORK_LIMIT) -> Solution | None:
-    """The cheapest schedule within `budget` bytes, or None if there is none.
+    """Return the cheapest schedule within `budget` bytes, or None if there is none.
 
-    With less work than it takes, the best one found, and a valid lower bound. The same model, budget and limit give the
-    same schedule.
+    If `work_limit` is too low, it is the best schedule found, with a valid lower bound. The same model, budget and limit give
+    the same schedule.
     """
     chain = chain_of(model)
     top = TopLevel(chain, budget)
@@ -74,7 +84,7 @@ def solve(model: StepModel, budget: int, *, work_limit: int = WORK_LIMIT) -> Sol
 
 
 def smallest(model: StepModel, *, work_limit: int = WORK_LIMIT) -> Solution:
-    """The smallest peak of any schedule, and the cheapest schedule that has it."""
+    """Return the cheapest schedule with the smallest peak of any."""
     chain = chain_of(model)
     found = solve(model, max(int(TopLevel(chain, 0).need[0]), int(chain.outside[0])), work_limit=work_limit)
     assert found is not None
@@ -93,7 +103,7 @@ class _Solver:
         self.unit = max(1, dearest, int(chain.forward_cost.max()))
 
     def solve(self) -> None:
-        """Rounds of growing excess until the best schedule is known to be the best."""
+        """Run rounds of growing excess until the best schedule is proved."""
         final = all(end == s for s, end in enumerate(self.chain.reach))
         if not self._round(0, self.left, final) or final:
             return
@@ -112,7 +122,7 @@ class _Solver:
             self._thinned(self.best - floor)
 
     def _thinned(self, excess: int) -> None:
-        """Fewer steps per run: a selection of them for a better schedule, then lower bounds of all for a bound."""
+        """Run rounds with fewer steps per run: with a selection, for a better schedule, then with lower bounds of all, for a bound."""
         kinds = {
             k: (t - s + 1, t - s + len(self.chain.units[s].held) // 2 + 1) for s, t, k in self.chain.by_length()
         }.values()
@@ -126,7 +136,7 @@ class _Solver:
             self._round(excess, self.left, True, Effort(FEWEST, longest=lengths[fit - 1]))
 
     def _round(self, excess: int, allowed: int, final: bool, effort: Effort = ALL) -> bool:
-        """Look for a better schedule with this excess, which is all it takes if `final`; whether it was allowed."""
+        """Look for a better schedule with this excess (`final`: with all that is needed); return False if it was too much work."""
         try:
             frontiers = Frontiers(self.chain, self.top.budget, excess, allowed, effort)
         except TooManyPoints:
@@ -137,7 +147,7 @@ class _Solver:
         if effort.bounds:
             self.bound = max(self.bound, min(bounds.root, self.best))
         search = Search(self.top, frontiers, bounds)
-        for step in (self.unit, GROWTH * self.unit, NEVER):  # first with guesses of what is enough
+        for step in (self.unit, GROWTH * self.unit, NEVER):  # low guesses of the cost first: they prune the most labels
             max_cost = min(self.best, bounds.root + step)
             found = self._search(search, frontiers, max_cost, NARROW, final)
             if found.cost < max_cost or max_cost == self.best:
@@ -152,7 +162,7 @@ class _Solver:
         return True
 
     def _search(self, search: Search, frontiers: Frontiers, max_cost: int, width: int, final: bool) -> Found:
-        """Search below a cost; what is found is the best schedule if it can be one."""
+        """Search below a cost, and keep the schedule found if it is better; steps that are lower bounds give no schedule."""
         done = search.work
         found = search.run(max_cost, width)
         self.left -= search.work - done
