@@ -1,4 +1,4 @@
-"""One training step on fake tensors: live bytes over time, units, op log."""
+"""Run training steps on fake tensors: live bytes over time, units, op log."""
 
 from ullage.capture._session import OptionFailed, Session
 from ullage.capture._timeline import OpCost, Timeline, timeline

@@ -1,7 +1,7 @@
 """Values that depend on activations and that a step reads all the same: `loss.item()` for a log, a norm, an accuracy.
 
-They are taken to be something, and noted. The step is then captured again with other values: where it does the same ops, what
-was read does not steer it. Where it does not, the step can't be planned.
+The capture makes up a value and notes it. The step is then captured again with other values. If it runs the same ops, the value
+does not steer it; if not, the step can't be planned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ullage._errors import CaptureError
 from ullage.capture._checks import value_that_passes
 from ullage.capture._trace import tensors_of
 
-MOST_BYTES = 1 << 26  # an array is made up to this size
+MOST_BYTES = 1 << 26  # a larger array is refused rather than made up. Not tuned
 REMEDY = (
     "keep that value a tensor (torch.where instead of `if`, a tensor as a factor), give it with the batch, or move what "
     "depends on it out of the step"
@@ -26,17 +26,17 @@ REMEDY = (
 
 
 class Assumed:
-    """Makes up values that a step reads. A plan uses those of `trial` 0; 1 and 2 are compared with it."""
+    """Makes up values that a step reads. A plan uses those of `trial` 0, and the captures of trials 1 and 2 are compared with it."""
 
     TRIALS = (1, 2)
 
     def __init__(self, trial: int, notes: dict[str, None]) -> None:
         self.trial, self._notes = trial, notes
-        self.read: dict[str, None] = {}  # where
+        self.read: dict[str, None] = {}  # lines that read a value
         self._count = 0
 
     def scalar(self, dtype: torch.dtype, where: str) -> bool | int | float | complex:
-        """A value of a tensor of one element."""
+        """Return a value for a tensor of one element."""
         if dtype is torch.bool:
             passes = value_that_passes()
             if passes is not None:
@@ -52,10 +52,10 @@ class Assumed:
         return complex(value, 0.0) if dtype.is_complex else value
 
     def array(self, tensor: Tensor, where: str) -> npt.NDArray[Any]:
-        """Values of a whole tensor.
+        """Return values for a whole tensor.
 
         Raises:
-            CaptureError: it is too large.
+            CaptureError: the tensor is too large.
         """
         if tensor.numel() * tensor.element_size() > MOST_BYTES:
             raise CaptureError(
@@ -82,15 +82,15 @@ class Assumed:
 
 
 def check_assumed(session: Any, another: Callable[[int], Any], steps: int) -> None:
-    """Capture the steps that this capture has run with other values in place of those that were read.
+    """Capture the steps of a session again, with other values in place of those that it made up.
 
     Args:
-        session: has run `steps` plain steps.
+        session: a session that has run `steps` plain steps.
         another: makes a session of the same workload for a trial.
-        steps: how many.
+        steps: number of steps.
 
     Raises:
-        CaptureError: what the step does depends on one of the values.
+        CaptureError: the step's ops depend on one of the values.
     """
     read = session.values.assumed.read
     if not read:
@@ -121,7 +121,7 @@ def _steers(read: dict[str, None]) -> str:
 
 
 def _ops(session: Any) -> list[Any]:
-    """The ops that ran, but for reads, and without the numbers among their arguments, which may be made-up values."""
+    """Return the ops that ran, without reads, and without the numbers among their arguments, which may be made-up values."""
     kinds = [(s.func, tensors_of((s.args, s.kwargs)), s.outputs) for s in session.signatures]
     ran = [(kinds[i], phase) for i, phase in zip(session.trace.signature, session.trace.phase, strict=True)]
     return [op for op in ran if op[0][0] is not torch.ops.aten._local_scalar_dense.default]

@@ -1,7 +1,7 @@
 """Choose a condition's value so that the step goes on, where one of its two branches only raises.
 
-`if not valid.all(): raise ValueError(...)`, `assert (x > 0).all()`: a check of values, which a step on fake tensors does not
-have. A step that trains passes its checks.
+`if not valid.all(): raise ValueError(...)` and `assert (x > 0).all()` check values, which a step on fake tensors does not have.
+A step that trains passes its checks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ullage._source import OURS
 
 _TORCH = Path(torch.__file__).parent
 _DISPATCH = (OURS, str(_TORCH / "_subclasses"), str(_TORCH / "utils" / "_python_dispatch.py"))
-_MOST = 300  # instructions: a message is made in fewer
+_MOST = 300  # instructions followed from a branch to its `raise`: an f-string message takes fewer
 
 
 def value_that_passes(frame: FrameType | None = None) -> bool | None:
-    """The value that takes the way that does not raise; None if the value asked for now decides nothing of the kind.
+    """Return the value whose branch does not raise; None unless exactly one branch of the current condition only raises.
 
-    `frame`: which asks; default: the innermost that is not there to dispatch an op.
+    `frame`: the frame that asks for the value; default: the innermost one that does not dispatch an op.
     """
     frame = frame or sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_DISPATCH):
@@ -33,7 +33,7 @@ def value_that_passes(frame: FrameType | None = None) -> bool | None:
 
 
 def raised_on_purpose(error: BaseException) -> bool:
-    """Was it a `raise` or an `assert` that raised this, and not a call of something?"""
+    """Did a `raise` or an `assert` in Python raise this error, rather than a call into C?"""
     at = error.__traceback__
     if at is None:
         return False
@@ -68,7 +68,7 @@ def _passes(code: CodeType, offset: int) -> bool | None:
 
 
 def _only_raises(found: list[dis.Instruction], at: int) -> bool:
-    """Does this way lead to a `raise` without another choice?"""
+    """Does this branch lead to a `raise` without another branch?"""
     for instruction in found[at : at + _MOST]:
         name = instruction.opname
         if name in ("RAISE_VARARGS", "RERAISE"):

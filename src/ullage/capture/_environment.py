@@ -1,6 +1,6 @@
-"""Patches around a step on fake tensors, without which the step would notice that they are fake.
+"""Patches around a step on fake tensors, without which code of torch or of libraries would notice that they are fake.
 
-Each entry names the code that would take another branch. Everything is put back on exit.
+Each patch names the code that would take another branch. All are undone on exit.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ullage.runtime import rng_states_from
 
 
 def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
-    """The ops of `at::one_hot` on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
+    """Run the ops of `at::one_hot` on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
     low, high = torch.aminmax(index)
-    if classes < 0 or values.get(high) is not None:  # the check needs values; where they aren't known it is passed over
+    if classes < 0 or values.get(high) is not None:  # the check needs values: without them it is skipped
         low.item()
         largest = int(high.item())
         classes = classes if classes >= 0 else largest + 1
@@ -55,9 +55,9 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unnoticed(tracker: Any) -> Iterator[None]:
-    """Patch what would notice the fake tensors, for the time of a capture; generators are put back as well.
+    """Patch code that would notice fake tensors, for the time of a capture, and put generators back after it.
 
-    Patches are seen by the whole process, so there is one capture at a time, and each passes through in other threads.
+    The whole process sees the patches. So only one capture runs at a time, and each patch calls the original in other threads.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_at_a_time())
@@ -74,9 +74,9 @@ def unnoticed(tracker: Any) -> Iterator[None]:
 
 
 class _Default:
-    """Stands in for torch's default generator: in the thread that captures it is the tracker's.
+    """Stands in for torch's default generator: the tracker's in the thread that captures, torch's own in all others.
 
-    Elsewhere it is torch's own, which a capture never moves.
+    A capture never moves torch's own.
     """
 
     def __init__(self, tracker: Any) -> None:
@@ -89,18 +89,18 @@ class _Default:
         if not self._mine():
             return self._real.get_state()
         state: Tensor = self._tracker.generator.get_state()
-        self._tracker.adopt_between_ops(state)  # real bytes that checkpointing keeps per unit
+        self._tracker.adopt_between_ops(state)  # checkpointing keeps this state per unit in a real step, too: it counts
         return state
 
     def manual_seed(self, seed: int) -> torch.Generator:
         (self._tracker.generator if self._mine() else self._real).manual_seed(seed)
-        return self._real  # `generator=torch.manual_seed(0)` is the default one
+        return self._real  # as torch does: `generator=torch.manual_seed(0)` passes the default generator
 
 
 def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """Draws that steer a step are the same every time, and the user's generators stay where they are.
+    """Make draws that steer a step the same every time, and leave the user's generators where they are.
 
-    Fake kernels draw nothing; what this thread sees of torch's, Python's and numpy's generators are its own.
+    Fake kernels draw nothing. Python code of this thread draws from generators of its own instead of torch's, Python's and numpy's.
     """
 
     def put_back() -> None:
@@ -118,10 +118,10 @@ def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
 
 
 def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """Ops of an optimizer's step are told apart, and one that would step real parameters is refused."""
+    """Mark ops of an optimizer's step as such, and refuse an optimizer that would step real parameters."""
 
     def in_forward(closure: Any) -> Any:
-        """`step(closure)` runs forward and backward inside the optimizer's step."""
+        """Mark a closure as forward: `step(closure)` runs forward and backward inside the optimizer's step."""
         if not isinstance(closure, types.FunctionType | types.MethodType | functools.partial):
             return closure
 
@@ -139,7 +139,7 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> Any:
         if not mine():
             return None
-        foreach_types()  # without them the step would be another
+        foreach_types()  # raises if this torch has no such list: the optimizer would take its other implementation
         tracker.phase = "optimizer"
         for group in optimizer.param_groups:
             if any(not isinstance(p, FakeTensor) for p in group["params"]):
@@ -153,7 +153,7 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
         if mine():
             tracker.phase = "forward"
 
-    # "type(p) in ..." decides between the foreach and the loop implementation
+    # torch.optim asks `type(p) in _foreach_supported_types` to choose between its foreach and its loop implementation
     if not isinstance(foreach_types, Missing):
         stack.enter_context(_patched(optim, "_foreach_supported_types", [*foreach_types(), FakeTensor]))
     stack.callback(optim.register_optimizer_step_pre_hook(before_step).remove)
@@ -161,7 +161,7 @@ def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:
 
 
 def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """Take the path of real tensors where C++ asks for the backend, which is Meta for a fake tensor."""
+    """Run the ops of real tensors where C++ chooses by the backend, which is Meta for a fake tensor."""
     one_hot, mine = torch.nn.functional.one_hot, _here()
 
     def choose_one_hot(tensor: Tensor, num_classes: int = -1) -> Any:
@@ -169,13 +169,14 @@ def _choose_kernels(stack: contextlib.ExitStack, tracker: Any) -> None:
         return _one_hot(tracker.kernels.values, tensor, num_classes) if fits else one_hot(tensor, num_classes)
 
     def choose_lstm(*args: Any) -> Any:
-        """The other path would unroll over time."""
+        """Run oneDNN's ops if real tensors would: the other implementation unrolls over time."""
         ours = mine() and len(args) == 9 and isinstance(args[0], FakeTensor)
         return dense_lstm(*args) if ours and takes_onednn(*args[:4]) else recurrent["lstm"](*args)
 
     stack.enter_context(_patched(torch.nn.functional, "one_hot", choose_one_hot))
     gone = next((f for f in recurrent.values() if isinstance(f, Missing)), None)
-    if gone is not None:  # what such a layer calls instead would not be what it runs on real tensors
+    # without these functions a recurrent layer would be captured with other ops than it really runs
+    if gone is not None:
 
         def refuse(module: Any, _: Any) -> None:
             if isinstance(module, torch.nn.RNNBase) and mine():
@@ -195,7 +196,8 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 def _for_packed(plain: Callable[..., Any], run: Callable[..., Any], mine: Callable[[], bool]) -> Callable[..., Any]:
     def chosen(*args: Any) -> Any:
-        lengths = args[1] if len(args) > 1 else None  # a dense layer has its hidden state there
+        # the lengths of packed sequences; a dense layer passes its hidden state here
+        lengths = args[1] if len(args) > 1 else None
         is_packed = isinstance(lengths, FakeTensor) and lengths.dim() == 1 and not lengths.is_floating_point()
         return run(*args) if is_packed and mine() else plain(*args)
 
@@ -203,7 +205,7 @@ def _for_packed(plain: Callable[..., Any], run: Callable[..., Any], mine: Callab
 
 
 def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
-    """`f"{loss:.3f}"` and `.numpy()` ask in Python and C++ whether a tensor is a plain one, and then for its values."""
+    """Serve `f"{loss:.3f}"` and `.numpy()`, which ask in Python and C++ whether a tensor is a plain one, and then for its values."""
     mine, values = _here(), tracker.kernels.values
 
     def written(tensor: FakeTensor, spec: str) -> str:
@@ -229,7 +231,7 @@ def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
 
 @contextlib.contextmanager
 def _added(owner: type, name: str, value: Any) -> Iterator[None]:
-    """An attribute that a class inherits otherwise."""
+    """Give a class an attribute of its own that it otherwise inherits."""
     assert name not in vars(owner)
     setattr(owner, name, value)
     try:
@@ -241,7 +243,7 @@ def _added(owner: type, name: str, value: Any) -> Iterator[None]:
 def _let_tensors_be_swapped(stack: contextlib.ExitStack, tracker: Any) -> None:
     """Let `Module.to` swap a parameter, which torch refuses while a weak reference points to it.
 
-    Fake tensors that a kernel has made are in a dictionary of the fake mode's, by such references; nothing looks there again.
+    The fake mode has such references, in a dictionary of the tensors that its kernels have made. Nothing looks these up again.
     """
     swap, mine = torch.utils.swap_tensors, _here()
     memo = getattr(tracker.kernels.fake_mode.fake_tensor_converter, "tensor_memo", {})

@@ -1,4 +1,4 @@
-"""One place that says what an error of Python's or torch's means, where it comes up while a step is captured."""
+"""Explain errors that Python or torch raises while a step is captured: line, module, cause and remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ullage._source import files_of, line_of
 from ullage.capture._kernels import NeedsValues
 from ullage.capture._layouts import NO_NESTED
 
-# What torch says where it is the fake tensors that a step can't have; else it would say the same of real ones.
+# Words of torch's errors that are about fake tensors. With none of them, real tensors would raise the same error.
 _OF_FAKES = ("fake", "meta", "subclass", "data pointer", "data_ptr", "access storage", "shape_env", "not allocated")
 _FAKE_CODE = ("/torch/_subclasses/", "/torch/nested/", "/torch/_functorch/", "/torch/fx/experimental/")
 _AS_AN_OP = "make it an op with a fake kernel (torch.library.custom_op, register_fake), or leave it out of the step"
@@ -19,7 +19,7 @@ _AS_AN_OP = "make it an op with a fake kernel (torch.library.custom_op, register
 
 @dataclass(frozen=True)
 class FailedOp:
-    """An op that could not be run on fake tensors: the error, and where the step was."""
+    """An op that failed on fake tensors, with its error, line and module."""
 
     error: BaseException
     func: Any
@@ -28,13 +28,13 @@ class FailedOp:
 
 
 def explained(error: Exception, op: FailedOp | None, module: str, read: dict[str, None]) -> CaptureError:
-    """The error as one of ours: the user's line, the module, the cause and what to do.
+    """Return the error as a CaptureError with the user's line, the module, the cause and the remedy.
 
     Args:
-        error: what was raised; an error of ours is only put in context.
-        op: the last op that failed; it may be another error's.
-        module: the fully qualified name of the module that runs, "" outside of any.
-        read: where values were read that depend on activations, and so were made up.
+        error: the error; one of ullage's own only gets its line and module.
+        op: the last op that failed; it may belong to another error.
+        module: the fully qualified name of the module that runs, "" outside of every module.
+        read: lines that read values which depend on activations, and so were made up.
     """
     if op is not None and not any(e is op.error for e in _chain(error)):
         op = None

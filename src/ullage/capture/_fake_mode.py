@@ -1,7 +1,7 @@
 """The fake mode of a captured step. It notes ops that other threads run on the step's tensors, and lets them pass.
 
-What is alive when threads run at once hangs on how they take turns, so such a step is refused. Its threads go on meanwhile:
-one that waits for another's result would wait for ever for a thread that died of our refusal.
+If threads run at once, the tensors alive at a moment depend on how they take turns, so such a step is refused. Only the thread of
+the step raises the refusal: if it killed another thread, one that waits for that thread's result would wait for ever.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StepMode(FakeTensorMode):
 
     Attributes:
         owner: the thread that runs the step.
-        beside: what to say of the first op that another thread ran, "" if none did.
+        beside: the error text for the first op that another thread ran; "" if none did.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class StepMode(FakeTensorMode):
 
     @property
     def allow_non_fake_inputs(self) -> bool:
-        """Another thread makes real tensors, as the mode is not on there."""
+        """True in other threads: they make real tensors, because the mode is not active there."""
         return not self.is_owner
 
     @allow_non_fake_inputs.setter
@@ -72,7 +72,7 @@ class StepMode(FakeTensorMode):
         self._of_thread.modules.append(fqn)
 
     def leave_module(self) -> None:
-        """It ends."""
+        """Note that such a forward ends."""
         if self._of_thread.modules:
             self._of_thread.modules.pop()
 
@@ -82,8 +82,8 @@ class StepMode(FakeTensorMode):
             place, within = source_line(), self._of_thread.modules[-1:]
             where = f"{place + ': ' if place else ''}{f'in module {within[0]}: ' if within and within[0] else ''}"
             self.beside = (
-                f"{where}{func} runs in another thread than the step ({threading.current_thread().name}); what is alive when threads run at "
-                "once hangs on how they take turns, so no peak can be planned: call the modules one after the other in the planned step, "
+                f"{where}{func} runs in another thread than the step ({threading.current_thread().name}); the peak of threads that run at "
+                "once depends on how they take turns, so it can't be planned: call the modules one after the other in the planned step, "
                 "or use ullage.checkpoint in the threads, without a plan"
             )
         return super().__torch_dispatch__(func, types, args, kwargs or {})

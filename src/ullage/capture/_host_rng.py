@@ -1,7 +1,7 @@
-"""Python's and numpy's global generators, for the time of a step that other threads have nothing to do with.
+"""Give one thread its own stand-ins for Python's and numpy's global generators, for the time of a step.
 
-What this thread draws through `random` and `numpy.random` comes from generators of its own; the global ones, which other threads
-draw from, stay where they are. A method that was bound before (`from random import random`) still draws from a global one.
+Draws of this thread through `random` and `numpy.random` come from generators of its own. The global ones, which other threads
+use, stay where they are. A method bound earlier (`from random import random`) still draws from a global one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NAMES = {
 
 @contextlib.contextmanager
 def own_host_rng(seed: int) -> Iterator[None]:
-    """Draw from own generators, which are seeded.
+    """Draw from this thread's own, seeded generators.
 
-    In a process of one thread the global ones are seeded too, and put back. Where there are others these draw from them.
+    In a process with one thread the global ones are seeded, too, and put back. With several threads they are left to the others.
     """
     alone = threading.active_count() == 1
     mine, its = random.Random(seed), np.random.RandomState(seed)
@@ -47,7 +47,7 @@ def own_host_rng(seed: int) -> Iterator[None]:
 
 
 def _redirect(stack: contextlib.ExitStack, module: Any, shared: Any, own: Any) -> None:
-    """Have a module's functions that draw from `shared` draw from `own`, in this thread."""
+    """Make a module's functions that draw from `shared` draw from `own`, in this thread."""
     owner = threading.get_ident()
 
     def chosen(plain: Callable[..., Any], mine: Callable[..., Any]) -> Callable[..., Any]:

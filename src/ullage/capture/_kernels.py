@@ -26,7 +26,7 @@ class NeedsValues(Exception):
 
 
 class FakeKernels:
-    """Runs ops; values of small tensors are carried along. `place` says where the step is now."""
+    """Runs ops, and carries the values of small tensors along. `place` returns the line that the step is at."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FakeKernels:
         self.known: KnownOutputs = KnownOutputs(fake_mode, None if like is None else like.known)
 
     def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """The op's outputs, and whether they may have storages that were not seen before."""
+        """Return the op's outputs, and whether they may have storages that were not seen before."""
         known = self.known.key(func, key, args)
         if known is None:
             return self._run(func, args, kwargs), True
@@ -54,7 +54,7 @@ class FakeKernels:
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.index.Tensor and not any(i is not None and i.dtype in _MASKS for i in args[1]):
-            out = func(*args, **kwargs)  # of integers: the shape needs no values, though the op's tag says so
+            out = func(*args, **kwargs)  # indexed by integers: the shape needs no values, though the op's tag says so
             self.values.follow(func, args, kwargs, out)
             return out
         if func in _READS or torch.Tag.dynamic_output_shape in func.tags:
@@ -69,7 +69,7 @@ class FakeKernels:
         return out
 
     def _with_values(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An op whose result depends on values: compute it from the real twins."""
+        """Run an op whose result depends on values on the real twins of its arguments."""
         given = self.values.reals(args, kwargs)
         if given is None:
             return self._without_values(func, args)
@@ -83,10 +83,10 @@ class FakeKernels:
         return self._to_fake(real)
 
     def _without_values(self, func: Any, args: Any) -> Any:
-        """Run an op of which some values are unknown: its shape may follow from those that are known; a number is assumed.
+        """Run an op with some unknown values: its shape may follow from the known ones; a number is made up.
 
         Raises:
-            NeedsValues: neither.
+            NeedsValues: the shape depends on unknown values.
         """
         if func in _READS:
             dtype = args[0].dtype if func is aten._local_scalar_dense.default else torch.bool
@@ -109,7 +109,7 @@ class FakeKernels:
 
 
 def _indexed_shape(tensor: Tensor, index: Sequence[Tensor | None]) -> torch.Size:
-    """The shape of `tensor[index]`, None standing for a whole dimension."""
+    """Return the shape of `tensor[index]`, with None for a whole dimension."""
 
     def on_meta(i: Tensor | None) -> list[Any]:
         if i is None:
@@ -126,7 +126,7 @@ _GROUPED_MM = getattr(getattr(aten, "_grouped_mm", None), "default", None)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Tensor:
-    """The fake kernel refuses what the real one takes (fp32); its shapes are these."""
+    """Return outputs of the real kernel's shapes: the fake one refuses float32, which the real one accepts."""
     if a.dim() == 2 and b.dim() == 3:
         return a.new_empty(a.shape[0], b.shape[2])
     if a.dim() == 3 and b.dim() == 2:

@@ -1,4 +1,4 @@
-"""Refuse, before a step runs, tensors of a workload that can't be planned with."""
+"""Refuse, before a step runs, tensors of a workload that a plan can't follow."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Tensors that autograd makes of Python numbers and saves: bytes that no dispatch mode and no saved-tensor hook sees.
+"""Follow the tensors that autograd makes of Python numbers and saves: no dispatch mode and no saved-tensor hook sees these bytes.
 
-`x * 0.5` makes a tensor of 0.5 in C++, and the node of the product saves it for the gradient of x. That tensor is real
-where x is fake, so its storage is followed like any other, until the node has run (without `retain_graph`) or is gone. The
-graph of a replay goes with the last of its tensors that backward still waits for, and so do its numbers.
-Saved-tensor hooks leave such tensors out (`saved_variable.cpp`), so checkpointing keeps them too.
+`x * 0.5` makes a tensor of 0.5 in C++, and the node of the product saves it for the gradient of x. That tensor is real even if
+x is fake, so its storage is followed like any other until the node has run (without `retain_graph`) or is freed. The graph of
+a replay is freed with the last of its tensors that backward waits for, and its numbers with it.
+Saved-tensor hooks skip such tensors (`saved_variable.cpp`), so checkpointing keeps them, too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from torch import Tensor
 from ullage._torch import keeps_graph
 
 _TENSOR = ("Tensor", "Optional[Tensor]")
-# Backward of a product with a number takes the tensor that its node has saved; others make one of each number anew.
+# The backward of these nodes uses the tensor that the node has saved; other formulas make a new one of each number.
 _HAVE_THEIR_NUMBER = ("MulBackward", "DivBackward")
-_WRITES = (torch.ops.aten.mul_, torch.ops.aten.div_)  # which make such nodes, inside another where a view is written to
+_WRITES = (
+    torch.ops.aten.mul_,
+    torch.ops.aten.div_,
+)  # ops that make such nodes; on a view, inside the node of the view's base
 _SIZES = {bool: 1, int: 8, float: 8, complex: 16}
 
 
@@ -28,19 +31,21 @@ class _Hidden:
 
 
 class SavedNumbers:
-    """Finds what the op before has saved of the numbers it was given."""
+    """Finds the tensors that the op before has saved of its number arguments."""
 
     def __init__(self) -> None:
         self._names: dict[Any, tuple[tuple[int, str], ...]] = {}  # per op, its arguments that are tensors
         self._last: tuple[weakref.ref[Tensor], list[tuple[str, int]], bool] | None = None
-        self._with_number: set[int] = set()  # numbers of the nodes that such a node is inside
+        self._with_number: set[int] = set()  # sequence numbers of nodes that contain one of `_HAVE_THEIR_NUMBER`
 
     def note(self, func: Any, args: Any, out: Any, node: Any) -> int:
-        """An op has run; bytes of the numbers that were made tensors for it. The output gets its own node only afterwards.
+        """Note that an op has run, and return the bytes of tensors made of its numbers.
+
+        Its output gets a node only afterwards, so `look` finds the saved ones later.
 
         Args:
             func, args, out: the op.
-            node: whose backward it is part of, or None.
+            node: the node whose backward it is part of, or None.
         """
         names = self._names.get(func)
         if names is None:
@@ -58,7 +63,7 @@ class SavedNumbers:
         return sum(_SIZES[type(number)] for _, number in given)
 
     def look(self) -> list[tuple[Any, int, int]]:
-        """Return what the last noted op has saved: per number the object that holds it alive, a key and its bytes."""
+        """Return the numbers that the last noted op has saved: for each the object that keeps it alive, a key and its bytes."""
         if self._last is None:
             return []
         out, given, writes = self._last[0](), *self._last[1:]
@@ -79,7 +84,7 @@ class SavedNumbers:
 
 
 def _hidden_in(node: Any, nbytes: int) -> tuple[Any, int, int]:
-    """Stand in for the number of an op that wrote to a view: its node lies inside that of the view's base, and goes when that has run or is gone."""
+    """Stand in for the number of an op that wrote to a view: its node is inside that of the view's base, and freed with it."""
     held = [_Hidden()]
     # after a backward with `retain_graph` nodes hold what they have saved
     node.register_hook(lambda *_: None if keeps_graph() else held.clear())

@@ -1,7 +1,7 @@
-"""Arguments and outputs of ops: tensors, numbers, and lists or tuples of these, which is less than torch's pytrees take.
+"""Flatten arguments and outputs of ops: tensors, numbers, and lists or tuples of these.
 
-torch's own `tree_flatten` asks of every leaf whether it is a named tuple, a dict or one of a dozen registered types. Done
-for each op of a step it was a fifth of the time of a capture.
+torch's own `tree_flatten` asks every leaf whether it is a named tuple, a dict or one of a dozen registered types. For each op
+of a step this took a fifth of a capture's time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-MANY = (list, tuple)  # a pair, since `list | tuple` would be made anew for each of a million questions
+MANY = (list, tuple)  # not `list | tuple`: `isinstance` would build that union again at each of a million calls
 
 
 def leaves(values: Iterable[Any]) -> list[Any]:
@@ -26,14 +26,14 @@ def leaves(values: Iterable[Any]) -> list[Any]:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors of an argument or of an op's output, in order."""
+    """Return the tensors of an argument or of an op's output, in order."""
     if isinstance(value, Tensor):
         return [value]
     return [v for v in leaves(value) if isinstance(v, Tensor)] if isinstance(value, MANY) else []
 
 
 def with_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same, with `change` of each tensor in its place."""
+    """Return the value with each tensor replaced by `change` of it."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (list, tuple):

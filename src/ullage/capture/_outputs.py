@@ -1,11 +1,11 @@
-"""Makes the outputs of an op on fake tensors from a call with the same signature, without asking the fake kernel.
+"""Make the outputs of an op on fake tensors from an earlier call with the same signature, without the fake kernel.
 
-A fake kernel is a function of its arguments' metadata, so its answer for a signature that was seen is known: fresh
-tensors of these shapes, a view of its first argument, or its first argument itself. Two thirds of a capture's time goes
-there otherwise (torch's own cache of fake kernels spends its time on making keys).
+A fake kernel is a function of its arguments' metadata, so its outputs for a known signature are known: fresh tensors of these
+shapes, a view of its first argument, or its first argument itself. Without this, two thirds of a capture's time go to fake kernels
+(torch's own cache of them spends its time on making keys).
 
-Only plain strided tensors and ops whose answer can depend on nothing else are remembered; everything else takes the
-fake kernel's way every time.
+Only calls with plain strided tensors, of ops whose outputs can depend on nothing else, are remembered. All others run the fake
+kernel every time.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _NEVER_TAGS = (
     torch.Tag.data_dependent_output,
     torch.Tag.inplace_view,
 )
-# They make or change what a fake tensor knows beyond its metadata (constants, storages).
+# Ops that make or change more of a fake tensor than its metadata (constants, storages).
 _NEVER = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.set_.source_Storage, aten.resize_.default}
-# A view that its schema does not declare, for autograd's sake.
+# Ops that return a view although their schema declares none: autograd is not to know.
 _VIEWS = {aten._unsafe_view.default}
 _PLAIN_TYPES = (str, type(None))
 
 
 def argument_key(value: Any) -> Any:
-    """A hashable description of an op argument, in which 1, 1.0 and True differ."""
+    """Return a hashable description of an op argument, in which 1, 1.0 and True differ."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return (value.shape, (), value.dtype, value.device)
@@ -66,8 +66,8 @@ class _Entry:
     Attributes:
         kind: fresh, view (of the first argument), first (itself) or nothing.
         specs: per output its shape, strides, dtype, device and offset.
-        container: None for a single output.
-        valued: may their values matter, or what they do to others'? See `may_follow`.
+        container: type of the list or tuple of outputs; None for a single output.
+        valued: may the call make or change values that are carried along? See `may_follow`.
     """
 
     kind: str
@@ -77,18 +77,18 @@ class _Entry:
 
 
 class KnownOutputs:
-    """Remembers, per signature, how to make an op's outputs. What `like` knows is shared with it, both ways."""
+    """Remembers, per signature, how to make an op's outputs. It shares its memory with `like`, both ways."""
 
     def __init__(self, mode: FakeTensorMode, like: KnownOutputs | None = None) -> None:
         self.mode = mode
         self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
         self._views: dict[Any, bool | None] = {} if like is None else like._views
-        self._states: dict[torch.device, dict[str, Any]] = {}  # what a new fake tensor of each device knows
+        self._states: dict[torch.device, dict[str, Any]] = {}  # attributes of a new fake tensor, by device
         unsafe = getattr(mode, "_allow_unsafe_data_ptr_access", None)
         self._guard = None if unsafe is None else warn_on_data_ptr if unsafe else throw_on_data_ptr
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
-        """The key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
+        """Return the key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
         view = self._views.get(func, "unknown")
         if view == "unknown":
             view = self._views[func] = _is_view(func)
@@ -100,7 +100,7 @@ class KnownOutputs:
         return (signature, first.storage_offset()) if isinstance(first, FakeTensor) else None
 
     def make(self, key: Any, args: Any) -> tuple[bool, Any, bool]:
-        """(True, outputs, `_Entry.valued`) if the call's outputs are known, else (False, None, True)."""
+        """Return (True, outputs, `_Entry.valued`) if the call's outputs are known, else (False, None, True)."""
         entry = self._entries.get(key)
         if entry is None:
             return False, None, True
@@ -122,7 +122,7 @@ class KnownOutputs:
         return True, outs[0] if entry.container is None else entry.container(outs), entry.valued
 
     def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
-        """`FakeTensor(mode, meta, device)`, by what it does with memory, without the checks of its arguments."""
+        """Make `FakeTensor(mode, meta, device)` without its checks of the arguments."""
         state = self._states.get(device)
         if state is None or make_subclass is None or self._guard is None:
             first = FakeTensor(self.mode, meta, device)
@@ -134,7 +134,7 @@ class KnownOutputs:
         return made
 
     def learn(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Note what the fake kernel returned, if the same can be made from it."""
+        """Remember the fake kernel's outputs, if equal ones can be made without it."""
         if key in self._entries:
             return
         self._entries[key] = self._entry(func, args, kwargs, out)
@@ -169,7 +169,7 @@ def _is_view(func: Any) -> bool | None:
     if func in _NEVER or any(tag in func.tags for tag in _NEVER_TAGS) or func.namespace not in ("aten", "prims"):
         return None
     aliases = [r.alias_info for r in func._schema.returns if r.alias_info is not None]
-    if func._schema.is_mutable:  # in place, and returns its first argument or nothing; all else is not remembered
+    if func._schema.is_mutable:  # remembered only if it writes to its first argument, and returns that or nothing
         first = func._schema.arguments[0].alias_info
         return False if first is not None and first.is_write and len(func._schema.returns) <= 1 else None
     return bool(aliases) or func in _VIEWS
@@ -183,7 +183,7 @@ def _flat(values: Any) -> list[Any]:
 
 
 def _special(value: Any) -> bool:
-    """Is it a tensor that knows more than its metadata?"""
+    """Is it a tensor (or symbol) whose metadata doesn't say everything?"""
     if not isinstance(value, Tensor):
         return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
     if not isinstance(value, FakeTensor) or value.layout is not torch.strided:
@@ -192,6 +192,6 @@ def _special(value: Any) -> bool:
 
 
 def _whole(tensor: FakeTensor) -> bool:
-    """Does it fill its storage, as one that `empty_strided` makes does?"""
+    """Does a tensor fill its storage, as one made by `empty_strided` does?"""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == span * tensor.dtype.itemsize

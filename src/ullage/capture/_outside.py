@@ -1,8 +1,8 @@
-"""State that a step reaches but that is not copied with its workload: globals its code loads, attributes of classes, caches.
+"""State that a step reaches and that is not copied with its workload: globals its code loads, attributes of classes, caches.
 
-A captured step would leave fake tensors there, and numbers that were made up: `lru_cache`d tables, a dict of features, `global last`.
-So would a factory that is called while capturing: what it sets up there (a table that its model's forward reads) is there
-for as long as the session runs steps, and at no other time.
+A captured step would leave fake tensors and made-up numbers there: in `lru_cache`d tables, a dict of features, `global last`.
+So would a factory that is called while capturing. State that it sets up there (a table that its model's forward reads) is in
+place while the session runs steps, and at no other time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ullage.workload import Instance, Workload
 
 _CACHE = functools._lru_cache_wrapper
 _COPIED = (nn.Module, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
-_CLOSURES = ("c", "d", "k", "self", "arg", "kw")  # steps of the walker: cells, defaults, what is bound
-_FEW = 2_000
-_LARGE = 2**24  # bytes of an array that is not copied: no step writes what it reads from fake tensors to one of these
+_CLOSURES = ("c", "d", "k", "self", "arg", "kw")  # steps of the walker: cells, defaults, bound objects and arguments
+_FEW = 2_000  # objects searched for fake tensors below one place, so that a data set in memory costs little. Not tuned
+_LARGE = 2**24  # bytes; a larger array is data, not copied: a step writes numbers of its losses to small arrays only
 
 
 def _parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -49,7 +49,7 @@ def _function(fn: Any) -> Any:
 
 
 def _loaded_by(fn: Any) -> list[Any]:
-    """Return the globals that a function loads; its closure is copied with it."""
+    """Return the globals that a function loads; a workload copies the closure with the function."""
     loaded = children(fn) if isinstance(fn, types.FunctionType) else ()
     return [*classes_in(fn), *(child for step, _, child in loaded if step[0] == "g")]
 
@@ -57,16 +57,16 @@ def _loaded_by(fn: Any) -> list[Any]:
 class Outside:
     """Finds these places and notes their content.
 
-    What is reached through closures only may well be another thread's, which goes on meanwhile: it is put back where there are
+    A place reached only through closures may belong to another thread that goes on meanwhile, so it is put back only if it has
     fake tensors.
 
     Args:
         roots: where to look.
-        functions: look at what these set, too.
+        functions: functions whose own places (globals they assign to, attributes) are noted, too.
     """
 
     def __init__(self, roots: list[Any], functions: list[Any]) -> None:
-        self._places: list[tuple[Any, Any, bool]] = []  # the last: if it has changed it was the step
+        self._places: list[tuple[Any, Any, bool]] = []  # the bool: only the step can have changed it
         self._arrays: list[tuple[Any, Any]] = []
         self._caches: list[Any] = []
         seen: dict[int, Any] = {}
@@ -93,7 +93,7 @@ class Outside:
                     self._places.append((place, content_of(place), sure and not isinstance(place, Cells)))
 
     def now(self) -> Outside:
-        """The same places, with their present content."""
+        """Return the same places, with their present content."""
         found = Outside([], [])
         found._places = [(place, content_of(place), sure) for place, _, sure in self._places]
         found._arrays = [(array, array.copy()) for array, _ in self._arrays]
@@ -129,10 +129,10 @@ def _classes_of(model: nn.Module) -> list[Any]:
 
 
 class KeptApart:
-    """Keeps what a session's steps do there apart from what the user has there.
+    """Keeps the effects of a session's steps on these places apart from the user's own content.
 
     Args:
-        work: its workload, of which nothing has been copied or built yet.
+        work: the session's workload, before anything of it is copied or built.
     """
 
     def __init__(self, work: Workload) -> None:
@@ -148,18 +148,18 @@ class KeptApart:
         self._is_factory = work.factory is not None
 
     def built(self, inst: Instance) -> None:
-        """Note what a factory has set up for its model, fake tensors and all."""
+        """Note the content that a factory has set up for its model, with its fake tensors."""
         if self._is_factory:
             functions = [_function(f) for f in (inst.loss, inst.step) if f is not None]
             self._built = [Outside([*_classes_of(inst.model), *functions], []), self._users.now()]
 
     def enter(self) -> None:
-        """Have there be what the factory has set up."""
+        """Put the factory's content in place."""
         for outside in self._built:
             outside.put_back()
 
     def leave(self) -> None:
-        """Have there be what the user has there."""
+        """Put the user's content in place."""
         for outside in self._built:
             outside.put_back()
         self._users.put_back()
@@ -179,7 +179,7 @@ def _is_fake(value: Any) -> bool:
 
 
 def _holds_fakes(cache: Any) -> bool:
-    """Does an `lru_cache` hold a fake tensor? Its entries are seen by the garbage collector only."""
+    """Does an `lru_cache` hold a fake tensor? Only the garbage collector sees its entries."""
     todo, depth = gc.get_referents(cache), 0
     while todo and depth < 6:
         if any(isinstance(v, FakeTensor) for v in todo):

@@ -1,6 +1,6 @@
-"""Recurrent layers as a CPU runs them, op by op.
+"""Run recurrent layers op by op as a CPU does.
 
-C++ asks for the backend, which is another for a fake tensor, and reads the lengths of packed sequences, which it has not.
+C++ chooses by the backend, which is Meta for a fake tensor, and reads the lengths of packed sequences, which fake tensors don't have.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Hidden = tuple[Tensor, ...]
 
 
 def takes_onednn(x: Tensor, hx: Any, weights: Any, bias: bool) -> bool:
-    """Would `at::lstm` run oneDNN's op on these, were they real (`use_mkldnn`, aten/native/RNN.cpp)?"""
+    """Would `at::lstm` run oneDNN's op on real tensors like these (`use_mkldnn`, aten/native/RNN.cpp)?"""
     if not (torch.backends.mkldnn.is_available() and onednn_is_on()) or x.numel() == 0:
         return False
     if any(t.device.type != "cpu" or t.layout is not torch.strided for t in (x, *hx, *weights)):
@@ -43,7 +43,7 @@ def dense_lstm(
     both: bool,
     batch_first: bool,
 ) -> Any:
-    """The ops of `at::lstm` on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
+    """Run the ops of `at::lstm` on a CPU: one oneDNN op per layer and direction (aten/native/mkldnn/RNN.cpp)."""
     directions = 2 if both else 1
     per = 4 if bias else 2
     h0, c0 = hx
@@ -85,7 +85,7 @@ def packed(
     train: bool,
     both: bool,
 ) -> Any:
-    """The ops on packed sequences: cells unrolled over time, the whole input's part of the gates first (aten/native/RNN.cpp)."""
+    """Run the ops on packed sequences: cells unrolled over time, the input's part of all gates first (aten/native/RNN.cpp)."""
     sizes, directions = batch_sizes.tolist(), 2 if both else 1
     per = len(weights) // (layers * directions)
     states = hx if isinstance(hx, tuple | list) else (hx,)
@@ -110,7 +110,7 @@ class Pack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        """The rows of sequences sorted by length, and how many sequences there are at each time."""
+        """Return the rows of sequences sorted by length, and the number of sequences at each time."""
         ends, rows = lengths.tolist(), len(lengths)
         by_time = given.transpose(0, 1) if batch_first else given
         steps, first, sizes = [], 0, list[int]()
@@ -128,7 +128,7 @@ class Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        """Into the places that were not padding."""
+        """Write the gradient to the places that were not padding."""
         (counts,) = ctx.saved_tensors
         out = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
         offset = 0
@@ -139,7 +139,7 @@ class Pack(torch.autograd.Function):
 
 
 def padded(data: Tensor, batch_sizes: Tensor, batch_first: bool, value: float, length: int) -> tuple[Tensor, Tensor]:
-    """The ops of `at::_pad_packed_sequence` (aten/native/PackedSequence.cpp): the padded tensor, and the lengths."""
+    """Run the ops of `at::_pad_packed_sequence` (aten/native/PackedSequence.cpp); return the padded tensor and the lengths."""
     sizes = batch_sizes.tolist()
     steps, rows = len(sizes), sizes[0]
     out = torch.full((max(steps, length), rows, *data.shape[1:]), value, dtype=data.dtype, device=data.device)
@@ -190,7 +190,7 @@ class _Cell:
 
 
 def _each(run: Callable[..., Tensor], *hidden: Any) -> Hidden:
-    """On hidden states and cells, of which C++ takes the cells first: GCC evaluates `make_tuple(h, c)` from the right."""
+    """Run on hidden states and cells, cells first as in C++: GCC evaluates `make_tuple(h, c)` from the right."""
     return tuple(run(*same) for same in reversed(list(zip(*hidden, strict=True))))[::-1]
 
 
@@ -206,8 +206,9 @@ def _forwards(data: Tensor, sizes: list[int], hidden: Hidden, cell: _Cell) -> tu
     given, at, last = cell.inputs(data), 0, sizes[0]
     ended: list[Hidden] = []
     outs = []
-    for size in sizes:  # sequences are sorted: those that end are the last rows
-        step = given.narrow(0, at, size)  # first, as C++ does: the order of nodes is that of their gradients
+    for size in sizes:  # sequences are sorted by length, so the ones that end here are the last rows
+        # before the cell, as in C++: the order of nodes decides the order of gradients
+        step = given.narrow(0, at, size)
         if size < last:
             ended.append(_rows(hidden, size, last))
             hidden = _rows(hidden, 0, size)

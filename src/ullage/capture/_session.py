@@ -1,4 +1,15 @@
-"""A capture session: one fake copy of a workload, on which steps are run under any assignment of options."""
+"""A capture session: one fake copy of a workload, on which steps run under any assignment of options.
+
+Idea: the step runs as it is (the user's model, loss and optimizer, and ullage's real runtime) on fake tensors, under a mode that
+records ops and storages (`_tracker`). Further steps with other options run on the same copy.
+
+Invariant: nothing of the user changes. The model, optimizer and batch are copies; generators, globals, caches and class
+attributes are put back (`_environment`, `_outside`); the process runs one capture at a time. A step that can't be followed raises
+CaptureError with line and module; it is never recorded wrongly.
+
+Known non-optimalities: each failed option costs a new session (`ullage.planner.study._failed`), so that no step runs on a copy in
+which one has failed. All ops go through Python. Values that depend on activations are made up and noted (`_values`, `_assumed`).
+"""
 
 from __future__ import annotations
 
@@ -36,9 +47,9 @@ from ullage.workload import Instance, Workload, run_step, tensors_of
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: op and autograd-sequence ranges, storages in and out.
+    """One call of a module: its ranges of ops and of autograd sequence numbers, and the storages that go in and come out.
 
-    `inputs` and `outputs` are keys that a later storage may have too; `records_in` and `records_out` are ids of the trace's
+    `inputs` and `outputs` are keys that a later storage may have, too; `records_in` and `records_out` are ids of the trace's
     `Storage` records.
     """
 
@@ -56,14 +67,14 @@ class Call:
 
 
 class OptionFailed(CaptureError):
-    """A unit's option can't be run. Where the planner chooses, it takes the option away and chooses again.
+    """A unit's option can't be run. The planner takes the option away from the unit and chooses again.
 
     Attributes:
         fqn: the unit.
-        option: its name.
+        option: the option's name.
         cause: the error.
-        why: what it says, the unit's name left out.
-        linked: the unit was to be rebuilt together with its neighbours.
+        why: its text, without the unit's name.
+        linked: the unit was to be recomputed together with its neighbours.
     """
 
     told_as = CaptureError
@@ -102,7 +113,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 class _SubstitutedUnit(Unit):
-    """A unit whose replay is substituted too: function modes are off inside backward."""
+    """A unit that substitutes ops in its replay, too, because function modes are off inside backward."""
 
     def run(self, plain: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def substituted(*args: Any, **kwargs: Any) -> Any:
@@ -119,9 +130,9 @@ class Session:
         work: the workload; its real objects are not touched.
         round_bytes: allocation granularity (512 for CUDA, 1 for CPU).
         as_cuda: estimate a CUDA device from tensors on the CPU (see `ullage.capture._substitutions`).
-        explores: many assignments will be run; what the runtime learns of a unit under one serves the others.
-        like: a session of the same workload, with which it shares what is known of fake kernels.
-        trial: see `Assumed`.
+        explores: many assignments will run, so each uses what the runtime has learnt of a unit under another.
+        like: a session of the same workload, to share known outputs of fake kernels with.
+        trial: the set of made-up values, see `Assumed`.
     """
 
     def __init__(
@@ -135,7 +146,8 @@ class Session:
     ) -> None:
         self._as_cuda = as_cuda
         self.fake_mode = StepMode()
-        # torch's cache forgets that two outputs share a storage, so a warm one gives other bytes; ours does not
+        # torch's cache of fake kernels forgets that two outputs share a storage, so a warm cache would give other bytes;
+        # `KnownOutputs` does not forget it
         self.fake_mode.cache_enabled = False
         self.values = Values(trial)
         self.values.assumptions.update(dict.fromkeys(notes()))
@@ -149,7 +161,7 @@ class Session:
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
-        self.raised_on_purpose = False  # what the last run failed with
+        self.raised_on_purpose = False  # did a `raise` or `assert` end the last run?
         self._failed_in: tuple[BaseException | None, str] = (None, "")  # the innermost module that an error came out of
         self.store = CapturedStore(lambda: (self.tracker.clock, tuple(self.tracker.module_stack)), here)
         self.family = Sites(explores, Tier(self.store))
@@ -202,7 +214,7 @@ class Session:
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
             tracker.real_parameters = {id(p): p for p in work.model.parameters()}
             for p in work.model.parameters():
-                if p.grad is not None:  # held all the while, beside whatever the step makes
+                if p.grad is not None:  # the user holds it during the step, beside the step's own gradients
                     tracker.adopt(p.grad, "gradient")
             if inst.step is not None or isinstance(work.optimizer, torch.optim.Optimizer):
                 pairs = zip(optimizers_of(inst), optimizers_of(work), strict=True)
@@ -228,10 +240,10 @@ class Session:
         """Run steps with these units wrapped; each step's first op index is appended to `trace.marks`.
 
         Args:
-            settings: per unit what to do; units that are not named are kept.
-            steps: how many.
-            update: run the optimizer too (a workload's own `step` always does).
-            settled: show steps as they are once the runtime knows its units (first calls are run before, unmarked).
+            settings: the settings of each unit; units that are not named are kept.
+            steps: number of steps.
+            update: run the optimizer, too (a workload's own `step` always does).
+            settled: run a step before, unmarked, if a unit's next call would be a first one that keeps everything.
 
         Raises:
             CaptureError: the step can't be run on fake tensors.
@@ -274,7 +286,7 @@ class Session:
             self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
     def links(self, fqn: str) -> int:
-        """How often a unit's input was left to the unit before it, and so not held."""
+        """Return how often a unit's input was left to the unit before it, and so not held."""
         return sum(site.links for (f, _), site in self._sites.items() if f == fqn)
 
     def _site(self, fqn: str, module: nn.Module) -> Site:
@@ -298,12 +310,12 @@ class Session:
                     self.tracker.adopt(t, "optimizer state")
 
     def _explain(self, error: Exception) -> UllageError:
-        """Say which unit's option an error comes from, in a step with wrapped units. The plain step has run before any such step."""
+        """Return the error to raise: in a step with wrapped units the one of a unit's option, because the plain step has run before."""
         stack = self.tracker.module_stack
         wrapped = [f for f, s in self._settings.items() if not s.option.is_plain]
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
-        if self.fake_mode.beside and not isinstance(ours, CaptureError):  # of which this error comes
+        if self.fake_mode.beside and not isinstance(ours, CaptureError):  # ops of another thread are the likely cause
             ours = CaptureError(self.fake_mode.beside)
         within = self._failed_in[1] if self._failed_in[0] is error else stack[-1] if stack else ""
         self._failed_in = None, ""
@@ -362,7 +374,8 @@ class Session:
                 return
             tracker.module_stack.pop()
             error = sys.exc_info()[1]
-            if error is not None and self._failed_in[0] is not error:  # this runs after a forward that raised, too
+            # `always_call`: this hook runs after a forward that raised
+            if error is not None and self._failed_in[0] is not error:
                 self._failed_in = error, fqn
             if graph_task() != -1:
                 tracker.replay_depth -= 1

@@ -1,7 +1,7 @@
-"""The store of a captured step: an offloaded tensor is gone at once, and brought back when it is asked for.
+"""The store of a captured step: it frees an offloaded tensor at once, and brings it back when it is asked for.
 
-What a real store holds beside that, while tensors are on their way, is bounded by its backlog and read-ahead; the planner adds
-those bounds. The moment of each transfer is recorded, so that its time can be simulated.
+A real store also holds tensors on their way, bounded by its backlog and read-ahead; the planner adds those bounds. The moment of
+each transfer is recorded, so that its time can be simulated.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ullage.offload import Stats
 
 @dataclass(frozen=True)
 class Transfer:
-    """One storage leaves or comes back.
+    """One storage is offloaded or brought back.
 
     Attributes:
-        op: index of the op that comes next.
-        ticket: which storage; the same number when it comes back.
+        op: index of the next op.
+        ticket: number of the storage, the same for both ways.
         nbytes: its bytes.
-        out: it leaves.
-        modules: those that run, outermost first.
+        out: it is offloaded.
+        modules: the running modules, outermost first.
     """
 
     op: int
@@ -44,19 +44,19 @@ class _CapturedTicket:
         self._device = source.device
 
     def prefetch(self) -> None:
-        """Nothing: when it starts is the simulation's to say."""
+        """Do nothing: the simulation decides when a prefetch starts."""
 
     def get(self, late: Callable[[], None] | None = None) -> Tensor:
-        """A new tensor, as a read would make."""
+        """Return a new tensor, as a read would make."""
         self._store.note(self._number, self.nbytes, out=False)
         return torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
 
     def recover(self) -> Tensor:
-        """See `Ticket.recover`: no write fails here."""
+        """Raise: no write fails here, so there is nothing to recover. See `Ticket.recover`."""
         raise OffloadError("a captured store: nothing to recover: no write fails there")
 
     def drop(self) -> None:
-        """Its place is free."""
+        """Free its place."""
         self._store.note_drop(self._number)
 
     def __del__(self) -> None:
@@ -64,10 +64,10 @@ class _CapturedTicket:
 
 
 class CapturedStore:
-    """See the module's docstring.
+    """The store of a captured step, see above.
 
     Args:
-        now: gives the index of the op that comes next, and the modules that run.
+        now: returns the index of the next op, and the running modules.
         device: type of the device that tensors are offloaded from.
     """
 
@@ -89,11 +89,11 @@ class CapturedStore:
         self.dropped.setdefault(ticket, self._now()[0])
 
     def takes(self, device: torch.device) -> bool:
-        """True for tensors of the device where the step runs."""
+        """Return True for tensors of the device that the step runs on."""
         return device.type == self._device
 
     def put(self, source: Tensor | UntypedStorage) -> _CapturedTicket:
-        """Drop a tensor."""
+        """Offload a tensor: note it, and hold nothing of it."""
         assert isinstance(source, Tensor)
         self._tickets += 1
         ticket = _CapturedTicket(self, self._tickets, source)

@@ -1,15 +1,15 @@
 """Replace ops of the CPU by those that a CUDA device would run, for an estimate.
 
-A build for CPUs can't run fake CUDA tensors that require grad, so a named CUDA device is estimated from what the model
-runs on a CPU, with these substitutions, each of which changes what is saved or allocated:
+A build for CPUs can't run fake CUDA tensors that require grad. So a named CUDA device is estimated from the ops that the model
+runs on a CPU, with these substitutions, each of which changes saved or allocated bytes:
 
-- dropout saves a mask of one byte per element (`native_dropout`), not a float one;
+- dropout saves a mask of one byte per element (`native_dropout`), not a float mask;
 - attention with dropout stays fused (flash or memory-efficient kernels), where the CPU falls back to plain matmuls;
 - under autocast CUDA runs more ops in float32 than a CPU does (torch.amp's op reference);
 - optimizers take their foreach implementation by default, which holds temporary lists as large as all parameters.
 
-Not substituted: statistics of low-precision norms (float32 on CUDA: a few bytes per row), cuDNN's reserve spaces, what
-`F.multi_head_attention_forward` does inside.
+Not substituted: statistics of low-precision norms (float32 on CUDA: a few bytes per row), cuDNN's reserve spaces, and the ops inside
+`F.multi_head_attention_forward`.
 """
 
 from __future__ import annotations

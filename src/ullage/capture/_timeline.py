@@ -1,4 +1,4 @@
-"""From a trace to bytes over time: live bytes before, during and at the peak of every op."""
+"""Sum a trace's storages to bytes over time: live bytes before, at the peak of, and after every op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ullage.capture._trace import Storage, Trace
 
 Array = npt.NDArray[np.int64]
-_ENGINE_SEQUENCE = 2**62  # gradient accumulation has the largest there is
+_ENGINE_SEQUENCE = 2**62  # below the sequence number of gradient accumulation (the largest uint64), above any op's
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class OpCost:
 
     Attributes:
         seconds: time of one call.
-        internal_bytes: the most a call has allocated at any moment, outputs included; not what numbers it is given become.
-        output_bytes: real sizes of the storages it allocates and returns, where known.
-        bounds: it depends on values, and `internal_bytes` is the most of several.
+        internal_bytes: the most bytes that a call has allocated at any moment, with its outputs, without tensors made of its numbers.
+        output_bytes: real sizes of the storages that it allocates and returns, if known.
+        bounds: `internal_bytes` depends on values, and is the most of several tried.
     """
 
     seconds: float
@@ -44,7 +44,7 @@ class Timeline:
 
 
 def effective_bytes(storage: Storage, trace: Trace, costs: Sequence[OpCost]) -> int:
-    """A storage's size as the real kernel makes it, where that was measured."""
+    """Return a storage's size: the real kernel's, if that was measured."""
     if storage.booked is not None:
         return storage.booked
     if storage.position >= 0:
@@ -60,7 +60,7 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     born, dead = np.zeros(n + 2, np.int64), np.zeros(n + 2, np.int64)
     for s in trace.storages:
         size = effective_bytes(s, trace, costs)
-        if s.death < s.birth:  # gone before the next op (a generator's state that is only compared)
+        if s.death < s.birth:  # freed before the next op (a generator's state that is only compared)
             continue
         born[max(s.birth, -1) + 1] += size
         dead[min(s.death, n) + 1] += size
@@ -68,9 +68,9 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
     alive_during = np.cumsum(born)[1 : n + 1] - np.cumsum(dead)[:n]
     before = alive_during - born[1 : n + 1]
     inside = [costs[s].internal_bytes + numbers for s, numbers in zip(trace.signature, trace.numbers, strict=True)]
-    for i, measured in trace.inside.items():  # with the numbers of the whole node
+    for i, measured in trace.inside.items():  # measured with the numbers of the whole node
         inside[i] = measured
-    held = np.zeros(n, np.int64)  # by what was made before the op starts and is there while it runs
+    held = np.zeros(n, np.int64)  # per op, bytes made between it and the op before, and alive while it runs
     for s in {id(s): s for moment in trace.between for s in moment.born}.values():
         if s.birth <= s.death and 0 <= s.birth < n:
             held[s.birth] += effective_bytes(s, trace, costs)
@@ -79,7 +79,7 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
         live = int(alive_during[moment.at - 1]) if moment.at > 0 else int(np.cumsum(born)[0])
         live += sum(effective_bytes(s, trace, costs) for s in moment.born)
         live -= sum(effective_bytes(s, trace, costs) for s in moment.dead)
-        # what is only compared is looked at when a unit's forward is over, after the last of its ops
+        # a state that is only compared is made when a unit's forward is over, after the last of its ops
         compared = any(s.death < s.birth for s in moment.born)
         at = min(max(moment.at - compared, 0), n - 1)
         peak[at] = max(peak[at], live)
@@ -91,7 +91,7 @@ def timeline(trace: Trace, costs: Sequence[OpCost]) -> Timeline:
 def segment_keys(
     trace: Trace, ops: slice, stacks: Sequence[tuple[str, ...]], units: frozenset[str], calls: Sequence[Any]
 ) -> list[tuple[Any, int, int]]:
-    """Split a step into maximal runs of ops that belong to the same unit call and phase.
+    """Split a step into maximal ranges of ops that belong to the same unit call and phase.
 
     Args:
         trace: the recorded ops.
@@ -113,7 +113,7 @@ def segment_keys(
     open_call: Any = None
     for i in range(ops.start, ops.stop):
         phase = trace.phase[i]
-        if phase == "backward":  # a node belongs to the call in which it was made
+        if phase == "backward":  # a node belongs to the call that made it
             sequence = trace.sequence[i]
             if 0 <= sequence < _ENGINE_SEQUENCE:
                 call = calls[k] if (k := int(call_before[i - ops.start])) >= 0 else None

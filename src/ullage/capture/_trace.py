@@ -1,4 +1,4 @@
-"""The record of a capture: op signatures, ops in order, and the life of every storage."""
+"""The record of a capture: op signatures, ops in order, and the lifetime of every storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TensorSpec:
     neg: bool = False
 
     def __repr__(self) -> str:
-        """Without bits the text is what saved profiles know; costs are kept under it."""
+        """Leave out bits that are not set: saved profiles have costs under this text, and older ones know no bits."""
         bits = "".join(f", {name}=True" for name in ("conj", "neg") if getattr(self, name))
         plain = f"shape={self.shape!r}, stride={self.stride!r}, dtype={self.dtype!r}, device={self.device!r}"
         return f"TensorSpec({plain}{bits})"
@@ -49,14 +49,14 @@ def signature_key(s: Signature) -> str:
 
 @dataclass
 class Storage:
-    """One storage's life, in op indices: alive from `birth` (during that op) to after op `death`."""
+    """One storage's lifetime, in op indices: alive from `birth` (during that op) to after op `death`."""
 
     nbytes: int
     birth: int
     death: int = sys.maxsize
     position: int = -1  # among the storages its op allocated; -1: not from an op
     category: str = ""
-    # its size where that is known otherwise: its node was measured as a whole, it has no memory
+    # its size, if known from elsewhere: its node was measured as a whole, or it has no memory
     booked: int | None = None
 
 
@@ -65,12 +65,12 @@ class NodeRun:
     """One run of an autograd node's formula in a backward.
 
     Attributes:
-        name: of the node, such as `CumprodBackward0`.
-        sequence: its number.
+        name: name of the node, such as `CumprodBackward0`.
+        sequence: its sequence number.
         made_by: index of the signature of the forward op that made it.
-        needs: per tensor among that op's arguments: does it require grad?
-        grads: specs of the gradients it was given (None for one that is undefined); None if that was not seen.
-        ops: indices of the ops of the formula, without those of replays and of what comes back from elsewhere.
+        needs: per tensor among that op's arguments, whether it requires grad.
+        grads: specs of the gradients that it was given (None for an undefined one); None if they were not seen.
+        ops: indices of the ops of the formula, without those of replays and of tensors that are brought back.
     """
 
     name: str
@@ -83,9 +83,9 @@ class NodeRun:
 
 @dataclass(frozen=True)
 class Between:
-    """The moment, before op `at`, at which something was made that no op makes (a generator's state).
+    """The moment, before op `at`, at which a tensor was made that no op makes (a generator's state).
 
-    Of what was alive after the op before, `dead` had died by then; `born` has come since and is there still.
+    Since the op before, the storages in `dead` have been freed, and those in `born` were made and are alive.
     """
 
     at: int
@@ -103,7 +103,7 @@ class Trace:
     sequence: list[int] = field(default_factory=list)
     source: list[str] = field(default_factory=list)
     recomputed: list[bool] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)  # bytes of tensors made of the Python numbers an op is given
+    numbers: list[int] = field(default_factory=list)  # bytes of tensors made of an op's Python numbers
     storages: list[Storage] = field(default_factory=list)
     between: list[Between] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)  # op index at which each step starts
@@ -113,19 +113,19 @@ class Trace:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor that torch.func's transforms wrap, if they do."""
+    """Return the innermost tensor inside the wrappers of torch.func's transforms."""
     while is_wrapped(tensor):
         tensor = _inside(tensor)
     return tensor
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Has it one storage? Sparse and nested ones have not."""
+    """Does a tensor have one storage? Sparse and nested ones don't."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def spec_of(value: Any) -> Any:
-    """A hashable description of an op argument."""
+    """Return a hashable description of an op argument."""
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return TensorSpec(tuple(value.shape), (), value.dtype, str(value.device))
@@ -139,7 +139,7 @@ def spec_of(value: Any) -> Any:
 
 
 def tensors_of(spec: Any) -> Any:
-    """The tensors of what `spec_of` made, in their places; without numbers and words."""
+    """Return a description made by `spec_of` with its tensors only, each in its place."""
     if isinstance(spec, dict):
         return tuple((k, tensors_of(v)) for k, v in spec.items())
     if isinstance(spec, tuple):
@@ -148,7 +148,7 @@ def tensors_of(spec: Any) -> Any:
 
 
 def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments an op writes by its schema, `out=` included."""
+    """Return the arguments that an op writes by its schema, `out=` included."""
     found = []
     for position, schema in enumerate(func._schema.arguments):
         if schema.alias_info is not None and schema.alias_info.is_write:

@@ -1,9 +1,15 @@
-"""A dispatch mode that follows every storage of a step from birth to death, on fake tensors.
+"""A dispatch mode that follows every storage of a step on fake tensors from its allocation until it is freed.
 
-Sits above a `FakeTensorMode`. Storages are followed by weak references to their Python objects, as torch's own
-`MemTracker` does. Two things differ between a real step and one seen by a dispatch mode, and are put right here: the
-autograd engine accumulates gradients in place only when no mode is active, and kernels allocate inside themselves
-(see `ullage.cost`, which measures that per op signature).
+Idea: the mode sits above a `FakeTensorMode` and follows storages by weak references to their Python objects, as torch's own
+`MemTracker` does. It records each op with its signature, module stack, source line and autograd node.
+
+Invariant: the trace is that of the real step, not of one under a mode. Two differences are put right: the autograd engine
+accumulates gradients in place only if no mode is active (`_accumulates`, `_in_place`), and kernels allocate inside themselves (`ullage.cost`
+measures that per op signature). Tensors that no mode sees are followed apart: those made of Python numbers (`_numbers`), and
+generators' states (`adopt_between_ops`).
+
+Known non-optimalities: a library's own caching and the allocator's fragmentation are not in the trace. Formulas that run other ops under
+a mode are corrected afterwards, per node (`_nodes`).
 """
 
 from __future__ import annotations
@@ -46,7 +52,7 @@ _DEVICE_QUERY = torch.ops.prim.device.default
 
 
 class Tracker(TorchDispatchMode):
-    """Records a `Trace`; see the module's docstring. What `like` knows of fake kernels is shared with it."""
+    """Records a `Trace`, see above. It shares known outputs of fake kernels with `like`."""
 
     def __init__(self, fake_mode: StepMode, values: Values, round_bytes: int = 1, like: Tracker | None = None) -> None:
         super().__init__()
@@ -56,13 +62,15 @@ class Tracker(TorchDispatchMode):
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
         self.phase = "forward"
-        self.moved_generators: dict[torch.Generator, Tensor] = {}  # the step's own, and how they were found
+        # the step's own generators, with their states before it
+        self.moved_generators: dict[torch.Generator, Tensor] = {}
         self.generator = values.generator  # stands for torch's default one, which other threads may draw from
         self.module_stack: list[str] = []
-        self.replay_depth = 0  # how many of these are there because of a replay
-        self.real_parameters: dict[int, Tensor] = {}  # held, since ids of the dead are used again
-        self.resident_names: dict[int, str] = {}  # of buffers and parameters, by storage
-        self.writes: dict[str, set[str]] = {}  # resident tensors that forwards write, and the modules that run then
+        self.replay_depth = 0  # number of modules on the stack that a replay runs
+        self.real_parameters: dict[int, Tensor] = {}  # by id; held, because the id of a freed object is used again
+        self.resident_names: dict[int, str] = {}  # names of buffers and parameters, by storage
+        # by name of a resident tensor that a forward writes, the modules that run then
+        self.writes: dict[str, set[str]] = {}
         self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[Any, int] = {}
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
@@ -70,27 +78,27 @@ class Tracker(TorchDispatchMode):
         self._queried: set[int] = set()
         self._source_of_sequence: dict[int, tuple[str, int]] = {}
         self._numbers = SavedNumbers()
-        self._died: list[Storage] = []  # since the last op
+        self._died: list[Storage] = []  # storages freed since the last op
         self._unique = (0, 0, 0)
-        self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # real tensors from outside: their twins
+        self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # fake twins of real tensors from outside
         self.failed: FailedOp | None = None
         self._nodes = NodeRuns()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: torch's guard against being compiled costs more per op than the tracker does, and a capture is eager."""
+        """Return False: torch's guard against compilation costs more per op than the tracker, and a capture is eager."""
         return False
 
     @property
     def clock(self) -> int:
-        """Index of the op that comes next."""
+        """The index of the next op."""
         return len(self.trace.signature)
 
     def adopt(self, tensor: Tensor, category: str = "", empty: bool = False) -> None:
         """Follow a tensor's storage from now on (no-op if it is followed already).
 
         Raises:
-            CaptureError: it has none, being sparse.
+            CaptureError: the tensor is sparse, so it has no one storage.
         """
         if tensor.layout is not torch.strided:
             where = self.place()
@@ -113,7 +121,7 @@ class Tracker(TorchDispatchMode):
             self._follow(storage, key, Storage(nbytes, self.clock - 1 if category else self.clock, category=category))
 
     def _follow(self, held: Any, key: int, record: Storage) -> None:
-        """Note when `held`, a storage or what stands for one, dies."""
+        """Note when `held`, a storage or its stand-in, is freed."""
         self.trace.storages.append(record)
 
         def died(_: Any, record: Storage = record, key: int = key) -> None:
@@ -126,7 +134,7 @@ class Tracker(TorchDispatchMode):
         self._alive[key] = (weakref.ref(held, died), record)
 
     def adopt_between_ops(self, tensor: Tensor) -> None:
-        """Follow a tensor that no op has made; what dies before the next op may be alive beside it."""
+        """Follow a tensor that no op has made. A storage freed before the next op may be alive beside it, so that is noted."""
         first = len(self.trace.storages)
         while first > 0 and self.trace.storages[first - 1].birth == self.clock:
             first -= 1
@@ -136,7 +144,7 @@ class Tracker(TorchDispatchMode):
         self.trace.between.append(Between(self.clock, tuple(born), tuple(dead)))
 
     def records(self, keys: Iterable[int]) -> frozenset[int]:
-        """Ids of the records of storages that are alive, by their keys; the trace holds the records."""
+        """Return the ids of the records of living storages, given their keys; the trace holds the records."""
         known = (self._alive.get(k) for k in keys)
         return frozenset(id(k[1]) for k in known if k is not None and k[0]() is not None)
 
@@ -148,7 +156,7 @@ class Tracker(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         self.kernels.fake_mode.check()
         self.look_at_numbers()
-        if func.namespace == "profiler":  # `record_function` around an optimizer's step: no work, no bytes
+        if func.namespace == "profiler":  # `record_function` around an optimizer's step: it takes no time and no bytes
             return func(*args, **kwargs)
         in_engine = graph_task() != -1
         if in_engine:
@@ -174,9 +182,9 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _advance(self, generator: torch.Generator | None) -> None:
-        """A fake kernel draws nothing, but the runtime keeps the state of a generator that moved, and so must we.
+        """Move a generator as a draw would: a fake kernel draws nothing, but the runtime keeps the state of a generator that moved.
 
-        It moves by its state alone, so that a replay draws what the forward drew.
+        The new state depends on the old one only, so that a replay "draws" the same as the forward.
         """
         own = self.generator if generator is None or generator is torch.default_generator else generator
         if own is not self.generator:
@@ -184,17 +192,17 @@ class Tracker(TorchDispatchMode):
         own.manual_seed((own.initial_seed() + 1) % 2**64)
 
     def _accumulates(self, args: Any, kwargs: Any) -> bool:
-        """Is this the engine adding to a gradient buffer?
+        """Is this op the engine's own add to a gradient buffer?
 
-        It asks every gradient for its device right after the node that made it, so its own add is the one whose second
-        argument was just asked for.
+        The engine asks every gradient for its device right after the node that made it. So its add is the one whose second
+        argument was just asked.
         """
         if kwargs or len(args) != 2 or not isinstance(args[1], Tensor) or torch.is_grad_enabled():
             return False
         return id(args[1]) in self._queried and args[0].shape == args[1].shape
 
     def _in_place(self, args: Any) -> bool:
-        """Does nothing else hold the buffer? The conditions are those of `can_accumulate_inplace` in torch's `input_buffer.cpp`."""
+        """Does only the engine hold the buffer? These are the conditions of `can_accumulate_inplace` in torch's `input_buffer.cpp`."""
         buffer = args[0]
         counts = (
             buffer._use_count(),
@@ -207,7 +215,7 @@ class Tracker(TorchDispatchMode):
         return dense and all(c <= u for c, u in zip(counts, self._unique, strict=True))
 
     def calibrate(self) -> None:
-        """Learn what the reference counts of a gradient that only the engine holds look like from here."""
+        """Learn the reference counts, as seen from here, of a gradient that only the engine holds."""
         x = torch.ones(2, requires_grad=True)
         y = x * 1.0
         (y * y).sum().backward()
@@ -215,7 +223,7 @@ class Tracker(TorchDispatchMode):
         self.trace, self._alive = Trace(), {}
 
     def place(self) -> str:
-        """The line that runs now, or in backward the line whose gradient is computed."""
+        """Return the line that runs now, or in backward the line whose gradient is computed."""
         if graph_task() == -1:
             return source_line() or ("the optimizer's step" if self.phase == "optimizer" else "")
         node = autograd_node()
@@ -223,7 +231,7 @@ class Tracker(TorchDispatchMode):
         return source_line() or (known[0] if known is not None else "")
 
     def _adopted(self, func: Any, args: Any) -> Any:
-        """Replace real tensors among the arguments by fake twins: constants that are part of neither model nor batch."""
+        """Replace real tensors among the arguments (constants that belong to neither model nor batch) by fake twins."""
         for a in args:
             if isinstance(a, MANY) and a and (a[0] is None or isinstance(a[0], Tensor)):
                 if any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in a):
@@ -242,10 +250,10 @@ class Tracker(TorchDispatchMode):
         )
 
     def _guest(self, func: Any, real: Tensor) -> Tensor:
-        """The fake twin of a tensor from outside, which has been there all along.
+        """Return the fake twin of a tensor from outside, which counts as alive since before the step.
 
         Raises:
-            CaptureError: the step would train it.
+            CaptureError: the step would train it, or fake tensors have no such kind.
         """
         known: Tensor | None = self._guests.get(real)
         if known is not None:
@@ -262,7 +270,7 @@ class Tracker(TorchDispatchMode):
                 f"{where}{what}, and it requires grad, so that the step would write to its gradient; make it a parameter of "
                 "the model, or build the model and what it uses in a function for Workload.from_factory"
             )
-        if real.is_nested:  # torch keeps one of its own, once a process has made any
+        if real.is_nested:  # torch itself keeps and uses one, once a process has made any nested tensor
             raise CaptureError(f"{self.place()}: {NO_NESTED}")
         if real.layout is not torch.strided or type(real) not in (Tensor, torch.nn.Parameter):
             kind = str(real.layout) if type(real) is Tensor else type(real).__name__
@@ -284,7 +292,7 @@ class Tracker(TorchDispatchMode):
         trace = self.trace
         before = len(trace.storages)
         if fresh:
-            for tensor in tensors(out):  # an empty one too: its real twin may not be (oneDNN's LSTM workspace)
+            for tensor in tensors(out):  # an empty one, too: the real kernel's may have bytes (oneDNN's LSTM workspace)
                 self.adopt(tensor, empty=True)
             for position, storage in enumerate(trace.storages[before:]):
                 storage.position = position
@@ -302,7 +310,7 @@ class Tracker(TorchDispatchMode):
             allocated = sum(s.nbytes for s in trace.storages[before:] if s.booked is None)
             self.signatures.append(Signature(func, spec_of(args), fixed, specs, allocated))
         replaying = recomputing_units()
-        if self.replay_depth and not replaying:  # a replay that stops early runs no hooks after its modules
+        if self.replay_depth and not replaying:  # a replay that stopped early has run no forward hooks of its modules
             del self.module_stack[-self.replay_depth :]
             self.replay_depth = 0
         sequence, source, stack = -1, "", tuple(self.module_stack)
@@ -311,7 +319,10 @@ class Tracker(TorchDispatchMode):
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
             if replaying:
-                stack, source = (*replaying, *stack), source_line()  # the unit's own forward runs below its hooks
+                stack, source = (
+                    (*replaying, *stack),
+                    source_line(),
+                )  # a replay calls the unit's forward without its hooks
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]
@@ -324,7 +335,7 @@ class Tracker(TorchDispatchMode):
         if stack_id == len(self.stacks):
             self.stacks.append(stack)
         if not in_engine:
-            # the op that made the node; those after it that make none see the same number
+            # the first op to see a number made the node; later ops that make no node see the same number
             self._source_of_sequence.setdefault(sequence - 1, (source, stack_id))
             self._nodes.made(sequence - 1, index, args, kwargs)
         numbers = self._numbers.note(func, args, out, None if replaying else node) if self.round_bytes == 1 else 0
@@ -338,16 +349,16 @@ class Tracker(TorchDispatchMode):
         self._died.clear()
 
     def skipped(self, func: Any, args: Any, out: Any) -> None:
-        """Note that a selective replay skips an op; its node saves its numbers all the same."""
+        """Note that a selective replay skips an op: autograd still makes its node, which saves the op's numbers."""
         self.look_at_numbers()
         if self.round_bytes == 1:
             self._numbers.note(func, args, out, None)
 
     def look_at_numbers(self) -> None:
-        """Follow what the last op has saved of numbers: they were made just before it ran."""
+        """Follow the tensors of numbers that the last op has saved; they were made just before it ran."""
         for held, key, nbytes in self._numbers.look():
             known = self._alive.get(key)
-            if known is None or known[0]() is None:  # a node made in backward saves the tensor of the forward's again
+            if known is None or known[0]() is None:  # otherwise a node made in backward saves the forward node's tensor
                 self._follow(held, key, Storage(nbytes, self.clock - 1))
 
     def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -368,7 +379,10 @@ class Tracker(TorchDispatchMode):
             self.own_generators.update(self.module_stack)
 
 
-_LIFTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}  # a constant on its way in
-_ZEROS = aten._efficientzerotensor.default  # what autograd has for gradients of zero: it has a size and no memory
+_LIFTS = {
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+}  # `torch.tensor(...)` passes a new real tensor to these
+_ZEROS = aten._efficientzerotensor.default  # autograd's gradient of zeros: it has a size and no memory
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}

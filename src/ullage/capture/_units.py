@@ -1,4 +1,4 @@
-"""Find the units of a model: the repeated blocks its architecture shows, plus what large remains."""
+"""Find the units of a model: the repeated blocks that its architecture shows, and large modules outside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ullage._errors import WorkloadError
 from ullage.capture._session import Call, Session
 
-SMALL_SHARE = 0.01  # a remainder that saves less than this share of all activations is not worth a unit
+SMALL_SHARE = 0.01  # a module outside blocks that saves less than this share of all activations is no unit: it could free too little
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class UnitFacts:
         block: one of the repeated blocks (as opposed to a large remainder).
         saved_bytes: activations one micro-batch's calls save for backward in the plain step.
         buffers: buffers its forward changes, named below the unit.
-        keep_reason: why it can only be kept, or "".
+        keep_reason: why the unit can only be kept, or "".
         routing: it has routing or index outputs, which are always kept.
     """
 
@@ -53,7 +53,7 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
     rest: list[str] = []
 
     def repeated(prefix: str, module: nn.Module) -> list[str]:
-        """Called children of a list-like module whose class repeats."""
+        """Return the called children of a list-like module whose class repeats."""
         if not isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             return []
         children = [(f"{prefix}.{n}" if prefix else n, m) for n, m in module.named_children()]
@@ -94,14 +94,14 @@ def find_blocks(model: nn.Module, calls: Sequence[Call], patterns: Sequence[str]
 
 
 def _interleaved(calls: Sequence[Call], units: Mapping[str, int]) -> set[str]:
-    """Units with others between two of their calls (a shared dropout): they have no one place in the order."""
+    """Return units that are called again after another unit (a shared dropout): they have no one place in the order."""
     sequence = [c.fqn for c in sorted(calls, key=lambda c: c.first_op) if c.fqn in units]
     runs = Counter(f for f, before in zip(sequence, ["", *sequence], strict=False) if f != before)
     return {f for f, n in runs.items() if n > 1}
 
 
 def _changes(session: Session, fqn: str, in_every_step: set[str]) -> tuple[tuple[str, ...], str]:
-    """The buffers below a unit that its forward changes, and why it can only be kept, or ""."""
+    """Return the buffers below a unit that its forward changes, and why the unit can only be kept, or ""."""
     tracker, below = session.tracker, fqn + "."
     written = sorted(n for n, modules in tracker.writes.items() if fqn in modules)
     own_buffers = {below + n for n, _ in session.inst.model.get_submodule(fqn).named_buffers()}
@@ -126,7 +126,7 @@ def _changes(session: Session, fqn: str, in_every_step: set[str]) -> tuple[tuple
 
 
 def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] | None) -> list[UnitFacts]:
-    """Units in order of first call. `saved`: bytes each module's calls save for backward in one micro-batch."""
+    """Return units in order of first call. `saved`: bytes that each module's calls save for backward in one micro-batch."""
     calls = (
         [c for c in session.calls if c.first_op < session.trace.marks[1]]
         if len(session.trace.marks) > 1

@@ -1,9 +1,8 @@
-"""Real values of small tensors that steer the step, carried beside their fake twins.
+"""Carry the real values of small tensors that steer the step beside their fake twins.
 
-Fake tensors have no values, yet model code asks for some: masks, positions, step counters, sizes. What does not depend
-on activations is computed for real on the side. What does depend on them gets a recorded assumption (balanced routing,
-all finite) or stays unknown. A number that is unknown and read all the same is `_assumed`; a shape that depends on one is
-refused.
+Fake tensors have no values, yet model code asks for some: masks, positions, step counters, sizes. Values that don't depend on
+activations are computed for real on the side. For those that do, an assumption is noted (balanced routing, all finite), or they stay
+unknown. If the step reads an unknown number, `_assumed` makes one up; a shape that depends on one is refused.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ullage.capture._trace import written_arguments
 
 aten = torch.ops.aten
 _NAME = "_ullage_twin"
+# elements of a tensor whose values are carried: enough for a mask of 512 x 512 positions. Not tuned
 MAX_NUMEL = 1 << 18
 
 _INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
@@ -30,12 +30,12 @@ _COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Tensor, 
 _ABOVE, _BELOW = {aten.gt.Scalar, aten.ge.Scalar}, {aten.lt.Scalar, aten.le.Scalar}
 _COMPARISONS |= _ABOVE | _BELOW
 _ASSUMED = _INDEX_OUTPUTS | _COMPARISONS
-_LARGE = 1e4  # a bound that only a guard against overflow has
+_LARGE = 1e4  # a bound this large is a guard against overflow (float16 ends at 65,504), which trained activations don't reach
 _KEEPS_VALUES = {aten._amp_foreach_non_finite_check_and_unscale_.default, aten._amp_update_scale_.default}
 
 
 def _against(bound: Any, above: bool) -> bool | None:
-    """Is `x > bound` (or `x < bound`) true of every activation? None where that can't be said: guards have large bounds."""
+    """Return whether `x > bound` (or `x < bound`) holds for every activation; None unless the bound is so large that it is a guard."""
     if not isinstance(bound, int | float) or abs(bound) < _LARGE:
         return None
     return (bound < 0) == above
@@ -51,12 +51,12 @@ def _limit(tensor: Tensor) -> bool:
 
 
 def may_follow(func: Any, outs: list[Any]) -> bool:
-    """Can `Values.follow` have anything to do for an op with these outputs? False if they are too large to carry values."""
+    """May `Values.follow` have anything to do for an op with these outputs? Not if they are too large to carry values."""
     return func._schema.is_mutable or func in _ASSUMED or all(map(_limit, outs))
 
 
 class _Twin:
-    """A real tensor as an attribute of its fake twin. A copy of the fake one gets a copy."""
+    """A real tensor, as an attribute of its fake twin. A copy of the fake tensor gets a copy of it."""
 
     __slots__ = ("real",)
 
@@ -69,21 +69,21 @@ class _Twin:
 
 
 class Values:
-    """Knows the real twins of fake tensors; views of one fake storage have views of one real storage.
+    """Finds the real twins of fake tensors. Twins of views of one fake storage are views of one real storage.
 
-    A fake tensor holds its twin: a weak reference to the fake one would keep `swap_tensors`, and so `Module.to`, from working.
+    A fake tensor holds its twin as an attribute: with a weak reference to the fake one, `swap_tensors` (and `Module.to`) would fail.
     """
 
     def __init__(self, trial: int = 0) -> None:
         self._poisoned: dict[int, weakref.ref[Any]] = {}
         self._drawn: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
-        self.assumed = Assumed(trial, self.assumptions)  # what can't be known and is read all the same
-        self.generator = torch.Generator()  # draws for real are made from it, not from the user's
+        self.assumed = Assumed(trial, self.assumptions)  # makes up values that are unknown and read all the same
+        self.generator = torch.Generator()  # real draws use it, not the user's generator
 
     def get(self, fake: Any) -> Tensor | None:
-        """The real twin of a fake tensor, or None if its values are not known."""
-        if not isinstance(fake, FakeTensor):  # a constant on its way in (`torch.tensor(0.0)` lifts a real one)
+        """Return the real twin of a fake tensor, or None if its values are unknown."""
+        if not isinstance(fake, FakeTensor):  # a new constant, still real (`torch.tensor(0.0)`)
             return fake if isinstance(fake, Tensor) else None
         real = _twin_of(fake)
         if real is None or self._is_poisoned(real):
@@ -93,7 +93,7 @@ class Values:
     def _is_poisoned(self, real: Tensor) -> bool:
         storage = real.untyped_storage()
         known = self._poisoned.get(storage._cdata)
-        return known is not None and known() is storage  # addresses are used again
+        return known is not None and known() is storage  # not only the address, which another storage may have by now
 
     def attach(self, fake: Tensor, real: Tensor) -> None:
         """Note that `fake` has the values of `real`."""
@@ -106,14 +106,14 @@ class Values:
                 self.attach(f, r.detach().clone())
 
     def reals(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """The arguments with real twins in place of fakes; None if one is unknown."""
+        """Return the arguments with real twins in place of fakes; None if one is unknown."""
         if not self._known(args) or not self._known(kwargs.values()):
             return None
         given: tuple[Any, ...] = with_tensors(self.get, args)
         return given, {k: with_tensors(self.get, v) for k, v in kwargs.items()}
 
     def _known(self, values: Iterable[Any]) -> bool:
-        """Has every tensor in these a real twin? Most ops have a first argument that has none."""
+        """Does every tensor in these have a real twin? Checked in order, as the first argument of most ops has none."""
         for v in values:
             if isinstance(v, Tensor):
                 if self.get(v) is None:
@@ -150,10 +150,10 @@ class Values:
                 self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an op for real; random draws come from our generator."""
+        """Run an op for real; random draws come from `generator`."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        if kwargs.get("generator") not in (None, torch.default_generator):  # the step's own, which has to stay
+        if kwargs.get("generator") not in (None, torch.default_generator):  # the user's own: its state must not change
             state = kwargs["generator"].get_state()
             try:
                 return func(*args, **kwargs)
@@ -174,7 +174,7 @@ class Values:
             torch.default_generator.set_state(before)
 
     def are_drawn(self, reals: tuple[Any, Any]) -> bool:
-        """Does one of these values, of an op's arguments, come from a random draw?"""
+        """Does the value of one of an op's arguments come from a random draw?"""
         storages = [t.untyped_storage() for t in tensors((reals[0], tuple(reals[1].values())))]
         return any((known := self._drawn.get(s._cdata)) is not None and known() is s for s in storages)
 
@@ -185,7 +185,7 @@ class Values:
                 self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
 
     def _assume(self, func: Any, args: Any, outs: list[Tensor]) -> None:
-        """Balanced routing for index outputs; no infinities and no NaN."""
+        """Assume balanced routing for index outputs, and neither infinities nor NaN."""
         if func in _INDEX_OUTPUTS:
             index = outs[-1]
             if _limit(index) and index.dim() > 0 and not index.is_floating_point():

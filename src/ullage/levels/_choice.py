@@ -1,7 +1,7 @@
-"""The choice inside one unit: which saved tensors to keep, so that the rest is rebuilt in the least time.
+"""The choice inside one unit: which saved tensors to keep, so that a replay makes the others in the least time.
 
-`levels` gives points of the curve of least replay seconds against kept bytes. Where the curve is convex a price per byte
-finds its points; between those a limit on bytes does. Each is the optimum for its bytes, or says how far it may be off.
+`levels` returns points of the curve of least replay seconds against kept bytes. A price per byte finds the points on the curve's
+convex hull; a limit on bytes finds those between. Each is the optimum for its bytes, or has a bound on how far it may be off.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from ullage.levels._eliminate import Curve, TooWide, curve_of
 from ullage.levels._graph import Graph
 from ullage.levels._milp import Program
 
+# nodes of HiGHS's search tree per level: a limit on work, so that every machine finds the same. Not tuned
 NODE_LIMIT = 2_000
+# Levels closer than this count as equally fast: below the clock's resolution, and above HiGHS's tolerances.
 _TIE_SECONDS, _TIE_SHARE = 1e-9, 1e-7
 
 
 @dataclass(frozen=True)
 class Level:
-    """What to keep inside a unit.
+    """A choice inside a unit.
 
     Attributes:
-        kept: the groups.
+        kept: the kept groups.
         nbytes: bytes that they hold.
         seconds: time of the replay.
         lower_bound: no choice that holds at most as many bytes takes less; `seconds` where that is proved to be the optimum
@@ -43,7 +45,7 @@ class Level:
 
 @dataclass
 class _Gap:
-    """Between two neighbours: nothing better than `left` holds at most `searched` bytes."""
+    """The gap between two neighbouring levels: no level of at most `searched` bytes is faster than `left`."""
 
     left: Level
     right: Level
@@ -52,20 +54,20 @@ class _Gap:
 
     @property
     def area(self) -> float:
-        """What is not known yet, in bytes times seconds."""
+        """The area in which levels may still be found, in bytes times seconds."""
         return (self.right.nbytes - self.searched) * (self.left.seconds - self.right.seconds)
 
 
 def levels(graph: Graph, count: int = 12, negligible: float = 1e-4, node_limit: int = NODE_LIMIT) -> tuple[Level, ...]:
-    """Optimal levels, bytes ascending and seconds descending: from nothing kept to the fewest bytes at which no more time can be saved.
+    """Return optimal levels, bytes ascending and seconds descending, from nothing kept to the least bytes with the fastest replay.
 
     The gap with the largest area (bytes times seconds) is split first.
 
     Args:
         graph: the unit.
-        count: how many levels, at most.
-        negligible: gaps stay open whose area is a smaller share of that between the first and the last level.
-        node_limit: the most nodes of the solver's tree per level; where that is not enough `Level.proved` is false.
+        count: the most levels.
+        negligible: gaps with a smaller share of the whole area (between the first and the last level) are not split.
+        node_limit: the most nodes of the solver's tree per level; if they are not enough, `Level.proved` is false.
     """
     return _Search(graph, node_limit).levels(count, negligible)
 
@@ -121,8 +123,8 @@ class _Search:
         return [_Gap(left, level, gap.searched, True), _Gap(level, right, keep_bytes, True)]
 
     def _solve(self, keep_bytes: int | None, price: float, known: Level) -> Level:
-        """The best that keeps `keep_bytes` at most, or at a price; `known` if the solver finds nothing."""
-        fewest = self.tie / max(self.total, 1)  # of two that take as long, the one that holds less
+        """Return the best level that keeps at most `keep_bytes`, or the best at a price; `known` if the solver finds none."""
+        fewest = self.tie / max(self.total, 1)  # a tiny price, so that of two equally fast levels the smaller one wins
         kept, value = self.solver.solve(keep_bytes, price + fewest)
         level = self._level(known.kept if kept is None else kept)
         bound = max(value - (price + fewest) * (level.nbytes if keep_bytes is None else keep_bytes), 0.0)

@@ -1,10 +1,11 @@
-"""The whole curve of the choice inside a unit, exactly, by eliminating one variable after another.
+"""Find the whole curve of the choice inside a unit, exactly, by eliminating one variable after another.
 
-A variable says that a node of `Rules` holds or that a group is kept; a factor says, per setting of a few variables, which
-(bytes, time) that can have, a forbidden one having none. To eliminate a variable the factors that have it are added up, and for each
-setting of the others only the labels that no other beats are kept (bucket elimination, Dechter 1999, with sets of Pareto-optimal labels
-for values). The work grows with the number of variables that meet in one factor: 3 to 7 in the blocks of transformers, MoE, state space and
-conv nets, where what a replay needs runs along a chain. Where it is more (a dense block), `ullage.levels._milp` solves.
+A variable says that a node of `Rules` holds, or that a group is kept. A factor lists, per setting of a few variables, the possible
+(bytes, time) labels; a forbidden setting has none. To eliminate a variable, the factors that contain it are added up, and for each
+setting of the others only the labels that no other one beats are kept. This is bucket elimination (Dechter 1999) with sets of
+Pareto-optimal labels as values. The work grows with the number of variables in one factor: 3 to 7 in the blocks of
+transformers, MoE, state space and conv nets, where the needs of a replay run along a chain. If there are more (a dense block),
+`ullage.levels._milp` solves.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 
 from ullage.levels._graph import Graph
 
-MOST_VARIABLES = 12  # in one factor
+MOST_VARIABLES = 12  # in one factor: it has up to 2**12 settings, each with a list of labels
 MOST_WORK = 500_000  # labels and settings, in all; about a second
+# times are integers of picoseconds, so that sums are exact and the result does not depend on their order
 _PICO = 10**12
 
 Label = tuple[int, int, int]  # bytes, picoseconds, kept groups as bits
@@ -25,7 +27,7 @@ _NOTHING: list[Label] = [(0, 0, 0)]
 
 
 class TooWide(Exception):
-    """Elimination would take more work than it is allowed."""
+    """Elimination would take more work than is allowed."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class _Factor:
 
 @dataclass(frozen=True)
 class Curve:
-    """All choices of which no other holds as little and replays as fast, bytes ascending; of equals the first in order of `Label`."""
+    """The Pareto-optimal choices (none is beaten in both bytes and time), bytes ascending; of equal ones the first `Label`."""
 
     labels: tuple[Label, ...]
 
     def solve(self, keep_bytes: int | None, price: float) -> tuple[frozenset[int], float]:
-        """Of what holds at most `keep_bytes` bytes: the groups with the least seconds + price * bytes, and those."""
+        """Return the groups with the least seconds + price * bytes that hold at most `keep_bytes` bytes, and that sum."""
         able = self.labels if keep_bytes is None else [label for label in self.labels if label[0] <= keep_bytes]
         values = [time / _PICO + price * nbytes for nbytes, time, _ in able]
         best = values.index(min(values))
@@ -50,10 +52,10 @@ class Curve:
 
 
 def curve_of(graph: Graph) -> Curve:
-    """The curve of a unit.
+    """Return the curve of a unit.
 
     Raises:
-        TooWide: by `MOST_VARIABLES` or `MOST_WORK`.
+        TooWide: elimination exceeds `MOST_VARIABLES` or `MOST_WORK`.
     """
     return Curve(tuple(_Elimination(graph).labels()))
 
@@ -61,7 +63,7 @@ def curve_of(graph: Graph) -> Curve:
 def _factors(graph: Graph) -> Iterator[_Factor]:
     rules, groups = graph.rules, len(graph.groups)
     most, least = rules.holds(()), rules.holds(range(groups))
-    # what holds with everything kept always holds, what does not with nothing kept never does
+    # a node that holds with everything kept always holds; one that does not hold with nothing kept never does
     fixed = {n: least[n] for n in rules.antitone if least[n] or not most[n]}
     first = rules.size  # the variable of group 0
 
@@ -109,7 +111,8 @@ class _Elimination:
     def labels(self) -> list[Label]:
         near = self.near
         while near:
-            v = min(near, key=lambda v: (len(near[v]), v))  # the one that meets the fewest others
+            # min-degree order: the variable that meets the fewest others
+            v = min(near, key=lambda v: (len(near[v]), v))
             factors = self.having.pop(v)
             for u in near.pop(v) - {v}:
                 near[u].discard(v)

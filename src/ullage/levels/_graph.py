@@ -1,10 +1,13 @@
-"""One unit as the choice inside it sees it: ops, values, what is saved, and what could be kept. No torch, no tensors.
+"""The graph of one unit for the choice inside it: ops, values, saved tensors, and groups that could be kept. No torch, no tensors.
 
-A replay rebuilds the saved tensors that are not kept. What it runs follows from what is kept, by the rules of
-`ullage.runtime.ops._select`: a saved value that is dropped is needed; all makers of a needed value run; an op that runs needs its
-inputs; a kept storage is handed out by the op that allocated it, which then need not run, and must be packed again; draws
-run wherever the replay gets past them; it ends where the last of what it has to pack is packed. Each rule says that if
-something holds, something else does, so the least set that all rules hold in is what runs: `Rules`.
+A replay makes the saved tensors that are not kept. The kept ones decide which ops it runs, by the rules of
+`ullage.runtime.ops._select`:
+
+- a dropped saved value is needed; all makers of a needed value run; an op that runs needs its inputs;
+- a kept storage is handed out by the op that allocated it, which then need not run; the replay must save (pack) it again;
+- an op that draws runs if the replay gets past it; the replay ends at the last tensor that it must save.
+
+Each rule has the form "if this holds, that holds", so the ops that run are the least set in which all rules hold: `Rules`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ class OpNode:
 
     Attributes:
         seconds: the time of one run.
-        reads: the values it is given.
-        forced: it runs wherever a replay gets past it: it draws, or writes outside.
+        reads: the values of its arguments.
+        forced: it runs whenever a replay gets past it, because it draws, or writes to a storage from outside.
     """
 
     seconds: float
@@ -34,9 +37,9 @@ class ValueNode:
     """One value: a tensor's place, shape and strides in a storage.
 
     Attributes:
-        makers: ops that all run if it is needed: those that make it; in a storage that is written in place all that make any of it.
-        born: one more, which allocated its storage and need not run if that is handed out; -1 if there is none.
-        storage: the storage that could be handed out, in `Graph.storages`; -1 if it can't.
+        makers: ops that all run if it is needed: those that make it; if its storage is written in place, all that make any of that.
+        born: one more op, which allocated its storage and need not run if that is handed out; -1 if there is none.
+        storage: index in `Graph.storages` of the storage that could be handed out; -1 if none could.
     """
 
     makers: tuple[int, ...] = ()
@@ -49,9 +52,9 @@ class StorageNode:
     """A storage that can be kept.
 
     Attributes:
-        group: what it is kept with; -1 if it is always kept.
+        group: the group that it is kept with; -1 if it is always kept.
         packed: the value that the replay must pack again if it hands the storage out.
-        at: how many ops have run when that is packed.
+        at: number of ops that have run when that value is packed.
     """
 
     group: int
@@ -70,11 +73,11 @@ class SavedNode:
 
 @dataclass(frozen=True)
 class Group:
-    """What is kept or dropped together: the saved storages that one op allocates.
+    """Storages that are kept or dropped together: the saved ones that one op allocates.
 
     Attributes:
-        nbytes: what keeping it holds.
-        call: the op's name and which of its calls it is, as in `ullage.runtime.ops._keep.OpsRule`.
+        nbytes: bytes that keeping it holds.
+        call: the op's name and the number of the call, as in `ullage.runtime.ops._keep.OpsRule`.
     """
 
     nbytes: int
@@ -83,7 +86,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Graph:
-    """See the module's docstring. Indices are places in these tuples."""
+    """The graph of one unit, see above. Nodes refer to each other by their indices in these tuples."""
 
     ops: tuple[OpNode, ...]
     values: tuple[ValueNode, ...]
@@ -93,20 +96,20 @@ class Graph:
 
     @cached_property
     def rules(self) -> Rules:
-        """What a replay does, as rules."""
+        """The rules that decide what a replay runs."""
         return rules_of(self)
 
     def nbytes(self, kept: Iterable[int]) -> int:
-        """Bytes that keeping these groups holds."""
+        """Return the bytes that keeping these groups holds."""
         return sum(self.groups[g].nbytes for g in kept)
 
     def seconds(self, kept: Collection[int]) -> float:
-        """Time of a replay that keeps these groups. Only ops that it gets to cost time."""
+        """Return the time of a replay if these groups are kept. Only ops that it gets to cost time."""
         holds = self.rules.holds(kept)
         return sum(seconds for node, seconds in self.rules.cost.items() if holds[node])
 
     def runs(self, kept: Collection[int]) -> frozenset[int]:
-        """The ops that such a replay is told to run, those after its end included."""
+        """Return the ops that such a replay would run if it did not end early."""
         holds = self.rules.holds(kept)
         return frozenset(k for k in range(len(self.ops)) if holds[self.rules.op(k)])
 
@@ -117,7 +120,7 @@ IfGroup = tuple[int, int, int]  # node, node, group
 
 @dataclass(frozen=True)
 class Rules:
-    """Nodes are things that may hold: node 0 always does, 1 to n that the n ops run, later ones whatever else is needed.
+    """Rules between nodes, each a statement that may hold. Node 0 always holds; node k + 1 says that op k runs; later ones help.
 
     Attributes:
         size: number of nodes.
@@ -126,7 +129,7 @@ class Rules:
         kept: the same, if the group is kept.
         both: if the first and the second hold, so does the third.
         cost: seconds by node.
-        antitone: nodes that hold the less the more is kept; all others only say that something is handed out.
+        antitone: nodes that can only stop holding as more groups are kept; the others say that a storage is handed out.
     """
 
     size: int
@@ -139,7 +142,7 @@ class Rules:
 
     @staticmethod
     def op(k: int) -> int:
-        """The node that says: op k runs."""
+        """Return the node that says "op k runs"."""
         return k + 1
 
     @cached_property
@@ -158,7 +161,7 @@ class Rules:
         return following, joint
 
     def holds(self, kept: Collection[int]) -> list[bool]:
-        """The least set of nodes in which all rules hold."""
+        """Return the least set of nodes in which all rules hold."""
         following, joint = self._next
         holds = [False] * self.size
         holds[0], todo = True, [0]
@@ -174,12 +177,12 @@ class Rules:
 
 
 def rules_of(graph: Graph) -> Rules:
-    """A graph's rules."""
+    """Write a graph's rules."""
     return _Writer(graph).rules()
 
 
 class _Writer:
-    """Nodes: the root, ops, values, storages (it is handed out), ends (the replay gets at least to there), ops that are got to."""
+    """Numbers the nodes: root, ops (it runs), values (needed), storages (handed out), ends (the replay gets so far), ops that run in time."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -187,7 +190,7 @@ class _Writer:
         self.storage = self.value + len(graph.values)
         self.size = self.storage + len(graph.storages)
         optional = [s.storage >= 0 for s in graph.saved]
-        # wherever these are packed the replay gets to whatever is kept
+        # tensors that can't be kept are always packed, so the replay gets at least to the last of them
         self.least = max((s.at for s, o in zip(graph.saved, optional, strict=True) if not o), default=0)
         late = {s.at for s in graph.saved} | {s.at for s in graph.storages}
         self.ends = {at: self._new() for at in sorted(late) if at > self.least}
@@ -249,6 +252,6 @@ class _Writer:
             self.always.append((past, node))
         if past == 0:
             self.cost[node] = op.seconds
-        elif past > 0:  # it may be told to run and not be got to
+        elif past > 0:  # it may have to run by the rules, but lie beyond the replay's end
             self.cost[self._new()] = op.seconds
             self.both.append((node, past, self.size - 1))

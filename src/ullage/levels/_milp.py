@@ -1,9 +1,10 @@
 """The choice inside a unit as a mixed-integer program, solved by HiGHS.
 
-Binary variables: x_g, the group is kept, and y_n, the node of `Rules` holds. A rule "if a holds, b does" is y_b >= y_a; "if a holds and
-g is dropped" y_b >= y_a - x_g; "and g is kept" y_b >= y_a + x_g - 1. What holds with everything kept always holds, what does
-not with nothing kept never does; both leave the program. At a price per byte, and but for where a replay ends, it is a minimum cut (as in
-torch's partitioner): the relaxation is integral. With a limit on bytes HiGHS 1.12 (scipy 1.17) may print a line of its own.
+Binary variables: x_g says that group g is kept, y_n that node n of `Rules` holds. The rule "if a holds, b does" is y_b >= y_a; with "and g
+is dropped" it is y_b >= y_a - x_g; with "and g is kept" y_b >= y_a + x_g - 1. Nodes that hold with everything kept always hold, and
+nodes that don't hold with nothing kept never do: neither are variables. At a price per byte, and without the rules about a replay's
+end, this is a minimum cut (as in torch's partitioner), and its relaxation is integral. With a limit on bytes HiGHS 1.12 (scipy 1.17)
+may print a line of its own.
 
 Source: which values are kept and which ops run again are Checkmate's variables (Jain et al., MLSys 2020, arXiv 1910.02653). One
 replay of one unit runs each op at most once, so they need no index of time here.
@@ -19,17 +20,17 @@ import numpy as np
 from ullage._errors import ArgumentError
 from ullage.levels._graph import Graph
 
-_INTEGRAL = 1e-7
+_INTEGRAL = 1e-7  # HiGHS's values this close to an integer are that integer
 _SCALE = 1e6  # of the objective: HiGHS stops at a gap of 1e-6, whatever the unit
 
 
 def _scipy() -> tuple[Any, Any]:
-    """Imported here alone: of 18 models of eight families none has a unit that needs it.
+    """Import scipy only here: of 18 models of eight families none has a unit that needs it.
 
-    It stays a dependency, and no extra: with it and without it plans of such a unit would differ.
+    It stays a dependency rather than an extra: with and without it, plans of such a unit would differ.
 
     Raises:
-        ArgumentError: it is not installed, as after `pip install --no-deps`.
+        ArgumentError: scipy is not installed, as after `pip install --no-deps`.
     """
     try:
         from scipy import optimize, sparse  # type: ignore[import-untyped]
@@ -42,11 +43,11 @@ def _scipy() -> tuple[Any, Any]:
 
 
 class Program:
-    """See the module's docstring.
+    """The program of one unit, see above.
 
     Args:
         graph: the unit; a replay of it that keeps nothing must take some time.
-        node_limit: the most nodes of the search tree per solve. A limit on work, not on time: it gives the same every time.
+        node_limit: the most nodes of the search tree per solve: a limit on work, not on time, so that results repeat.
     """
 
     def __init__(self, graph: Graph, node_limit: int) -> None:
@@ -62,7 +63,7 @@ class Program:
         everything = frozenset(range(groups))
         alone = [rules.holds(everything - {g}) for g in range(groups)]
         for a, b, g in rules.dropped:
-            # y_b >= 1 - x_g wherever that follows from g alone: with y_a for 1 the relaxation would be far from the optimum
+            # if dropping g alone makes b hold, y_b >= 1 - x_g: with y_a in the place of 1 the relaxation would be much weaker
             self._row({b: 1} if alone[g][b] else {b: 1, a: -1}, {g: 1}, int(alone[g][b]))
         for a, b, g in rules.kept:
             self._row({b: 1, a: -1}, {g: -1}, -1)
@@ -89,9 +90,9 @@ class Program:
             self.rows.append((row, least))
 
     def solve(self, keep_bytes: int | None, price: float) -> tuple[frozenset[int] | None, float]:
-        """Of what holds at most `keep_bytes` bytes: the groups with the least seconds + price * bytes, and a lower bound on those.
+        """Return the groups with the least seconds + price * bytes that hold at most `keep_bytes` bytes, and a lower bound on that sum.
 
-        No groups: it stopped before it found any.
+        None for the groups: it stopped before it found any.
         """
         groups = len(self.nbytes)
         objective = self.seconds * self.scale
@@ -107,7 +108,7 @@ class Program:
         bound = self.sunk + max(bound, 0.0) / self.scale
         kept = frozenset(np.flatnonzero(x[:groups] > 0.5).tolist()) if x is not None else None
         if kept is not None and keep_bytes is not None and self.graph.nbytes(kept) > keep_bytes:
-            kept = None  # beyond what the solver's tolerance should let through
+            kept = None  # the solver's tolerance let too many bytes through
         return kept, bound
 
     def _run(self, objective: Any, upper: Any, constraints: list[Any], integral: bool) -> tuple[Any, float]:
@@ -126,7 +127,7 @@ class Program:
         optimize, sparse = _scipy()
         rows = self.rows
         if keep_bytes is not None:
-            # in the largest unit that all sizes are multiples of; half of one is room for the solver's tolerance
+            # sizes in their greatest common divisor, so that numbers are small; half of one leaves room for the solver's tolerance
             sizes = {g: -float(n // self.unit) for g, n in enumerate(self.nbytes.tolist())}
             rows = [*rows, (sizes, -(keep_bytes // self.unit) - 0.5)]
         if not rows:

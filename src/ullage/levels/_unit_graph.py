@@ -1,4 +1,4 @@
-"""From a unit's op log to the graph that the choice inside it is made on, and back to a rule that the runtime knows."""
+"""Turn a unit's op log into the graph for the choice inside it, and a choice into a rule for the runtime."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ullage.runtime.ops._select import Flow, selection_of
 
 
 def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rule | None = None) -> Graph:
-    """The graph of a unit.
+    """Return the graph of a unit.
 
     Args:
-        log: what one call of it did.
+        log: the op log of one call.
         seconds: per op of the log, the time of one run.
-        round_bytes: what the allocator rounds to: 512 on CUDA, 1 on a CPU.
-        base: a rule that is in force whatever is chosen (routing outputs): what it keeps is no choice, and its bytes are not counted.
+        round_bytes: granularity of the allocator: 512 on CUDA, 1 on a CPU.
+        base: a rule that applies to any choice (routing outputs): the tensors it keeps are no choice, and their bytes don't count.
 
     Returns:
-        A group per op that allocated saved storages which could be kept, unless naming it would keep others too. A log in which nothing may
-        be skipped has no groups, and all its ops run.
+        A graph with a group per op that allocated saved storages which could be kept, unless naming the op would keep other tensors, too.
+        A log in which nothing may be skipped has no groups, and all its ops run.
     """
     if log.refusal:
         ends = (SavedNode(0, max(log.saved_at)),) if log.saved else ()
@@ -30,7 +30,7 @@ def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rul
 
 
 def rule_for(graph: Graph, kept: Collection[int], routing: bool = False) -> OpsRule:
-    """The rule by which the runtime keeps exactly these groups, and routing outputs if asked to."""
+    """Return the rule by which the runtime keeps exactly these groups, and routing outputs if asked to."""
     return OpsRule(frozenset(graph.groups[g].call for g in kept), routing)
 
 
@@ -52,7 +52,7 @@ class _Maker:
         self._group()
 
     def _sizes(self) -> dict[int, int]:
-        """Bytes per storage: up to the last element that any value of it reaches."""
+        """Return bytes per storage: up to the last element that any value in it reaches."""
         sizes: dict[int, int] = {}
         for storage, offset, shape, stride, dtype, _ in self.numbers:
             reach = offset + 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
@@ -70,7 +70,7 @@ class _Maker:
             always = [s for s in able if s in self.base and self.flow.born[s] == k]
             for s in always:
                 self._storage(s, -1)
-            # a rule can't name an op that writes; and what it names is kept with all that it returns
+            # a rule can't name an op that writes, and it keeps all outputs of an op that it names
             if chosen and not op.writes and all(self.flow.born[s] == k for s in chosen):
                 rounded = [-(-self.nbytes[s] // self.round_bytes) * self.round_bytes for s in chosen]
                 for s in chosen:
@@ -105,7 +105,7 @@ class _Maker:
         reads = tuple(dict.fromkeys(self.numbers[v] for v in op.inputs))
         forced = op.must_run or any(s in self.log.outside for s in op.writes)
         if self.log.dynamic and not forced:
-            # where shapes depend on data only what is kept as it was made stands in for an op. What could be and is not kept is needed
+            # If shapes depend on data, an op is skipped only if its outputs are kept as they were made (see `_select`)
             forced = not all(value is not None and self._is_packed(value) for value, _ in op.outputs)
         return OpNode(seconds, reads, forced)
 

@@ -1,4 +1,4 @@
-"""What may be done with a unit's activations: one file, or one folder, per mechanism. Nothing outside names one.
+"""Mechanisms, the options for a unit's activations: one file, or one folder, each. Nothing outside this folder names one.
 
 `docs/extending.md` shows how to write another.
 """

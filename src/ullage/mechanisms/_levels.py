@@ -1,4 +1,4 @@
-"""The levels of a unit: from the op logs that its runs on fake tensors left to exact choices of what to keep inside it."""
+"""Find the levels of a unit: exact choices of the tensors to keep inside it, from the op logs of its runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from ullage.runtime import Learnt, level_rule
 from ullage.runtime.ops._keep import OpsRule, named_rule
 from ullage.runtime.unit._tier import LEAST_BYTES
 
-MOST_LEVELS = 8  # each is run on fake tensors
+# Levels per unit. Each costs a captured step, so a plan's time grows with it; the gaps between levels that remain are the smallest in
+# bytes times seconds (`ullage.levels`). Not tuned.
+MOST_LEVELS = 8
 
 Calls = frozenset[tuple[str, int]]
 
@@ -21,8 +23,8 @@ class Levels:
     """The selective options of one unit.
 
     Attributes:
-        options: from the fewest bytes kept to the most.
-        call_bytes: what each call that they name holds.
+        options: the options, from the fewest bytes kept to the most.
+        call_bytes: bytes of the outputs of each call that they name.
     """
 
     options: tuple[Option, ...]
@@ -30,12 +32,12 @@ class Levels:
 
 
 def find_levels(exploration: Exploration, fqns: Sequence[str], action: str) -> dict[str, Levels]:
-    """Per unit its levels. Twins have the same.
+    """Return the levels of each unit. Units of one structure share theirs.
 
     Args:
-        exploration: one whose units have been run selectively.
+        exploration: an exploration in which the units have run selectively.
         fqns: the units.
-        action: of the options.
+        action: the action of the options.
     """
     routing = {u.fqn: u.routing for u in exploration.units}
     known: dict[int, Levels] = {}
@@ -59,14 +61,17 @@ def _levels_of(learnt: Learnt, seconds: Sequence[float], round_bytes: int, routi
 
 
 def sent(levels: Levels, tier: TierView, which: Callable[[Calls], Calls], action: str) -> list[Option]:
-    """These levels with the calls that `which` names offloaded; a level of which it names none is left out."""
+    """Return these levels with the outputs of the calls that `which` names offloaded; a level without such calls is left out."""
     rules = [named_rule(o.level, False) for o in levels.options]
     found = [r.sent(tier.name, leaving) for r in rules if isinstance(r, OpsRule) and (leaving := which(r.calls))]
     return [Option(action, r.text) for r in found]
 
 
 def hidden(levels: Levels, room: float) -> Callable[[Calls], Calls]:
-    """Of some calls the largest that, together, have no more bytes than `room`: as many as leave while the unit's forward computes."""
+    """Return a function that chooses calls to offload: the largest ones that together have no more bytes than `room`.
+
+    With `room` as the bytes that the tier takes while the unit's forward computes, no transfer is waited for.
+    """
 
     def which(calls: Calls) -> Calls:
         sizes, leaving, left = levels.call_bytes, set(), room

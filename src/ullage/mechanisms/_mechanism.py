@@ -1,8 +1,8 @@
 """The protocol that every mechanism is written on, the options that mechanisms make, and the registry of both.
 
 A mechanism is a way to do without a unit's saved tensors until backward asks for them: a subclass of `Mechanism`, in one
-file, that `register` makes known. The planner, `apply`, `verify`, reports and the command ask it what they need to know and
-name no mechanism themselves; `docs/extending.md` builds one.
+file, that `register` makes known. The planner, `apply`, `verify`, reports and the command call its methods and name no
+mechanism themselves; `docs/extending.md` builds one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Replays(Enum):
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that can be done with a unit.
+    """An option of a unit: a mechanism, and a level of it.
 
     Attributes:
         action: the mechanism's name.
-        level: which of its variants, in a text that the mechanism reads; "" if it has one only.
-        place: where the unit is among units that are recomputed together; None where each is by itself.
+        level: the mechanism's variant, in a text that the mechanism reads; "" if it has only one.
+        place: the unit's place among units that are recomputed together; None if it is alone.
     """
 
     action: str
@@ -90,7 +90,7 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class UnitView:
-    """What a mechanism is told of a unit before it makes offers.
+    """The facts about a unit that a mechanism gets before it makes offers.
 
     Attributes:
         fqn: the module's name.
@@ -112,16 +112,16 @@ class TierView(Protocol):
 
     @property
     def write_bytes_per_second(self) -> float:
-        """How fast tensors get there."""
+        """The speed of tensors on their way there."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Options that a unit may have, and why others are not among them.
+    """Options that a unit may have, and why it can't have others.
 
     Attributes:
-        options: in the order in which messages list them.
-        reasons: why there is no such option, by its name.
+        options: the options, in the order in which messages list them.
+        reasons: by the name of an option, why the unit can't have it.
     """
 
     options: tuple[Option, ...] = ()
@@ -129,14 +129,14 @@ class Offer:
 
 
 class HostTimes(Protocol):
-    """The time that the host needs beside the ops, as the planner measured it."""
+    """The host's time on top of the ops, as the planner measured it."""
 
     def replays(self, selective: bool, calls: int, ops: int) -> float:
-        """Seconds of so many replays that run so many ops each."""
+        """Return the seconds of `calls` replays that run `ops` ops each."""
 
 
 class Exploration(Protocol):
-    """The planner, as a mechanism sees it that looks for more options by running steps on fake tensors."""
+    """The planner's interface for a mechanism that finds more options by running steps on fake tensors."""
 
     @property
     def units(self) -> Sequence[UnitView]:
@@ -148,7 +148,7 @@ class Exploration(Protocol):
 
     @property
     def round_bytes(self) -> int:
-        """What the device's allocator rounds to."""
+        """The granularity of the device's allocator."""
 
     def has(self, fqn: str, option: Option) -> bool:
         """Is this still one of the unit's options?"""
@@ -166,10 +166,10 @@ class Exploration(Protocol):
         """
 
     def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
-        """The op log of one call of a unit that was run selectively, and the seconds of each of its ops."""
+        """Return the op log of one call of a unit that was run selectively, and the seconds of each of its ops."""
 
     def forward_seconds(self, fqn: str) -> float:
-        """The time of a unit's forward in one pass."""
+        """Return the time of a unit's forward in one pass."""
 
 
 class Mechanism(ABC):
@@ -182,7 +182,7 @@ class Mechanism(ABC):
         action: its name in plans, pins and messages: a lower-case identifier.
         forms: the texts that pins may give, for messages and help; the name alone if empty.
         policy: the name of the policy that gives every block its first option; "" for none.
-        replays: how much of a unit's forward runs again in backward. What replays is not offered for units that can only be kept.
+        replays: how much of a unit's forward runs again in backward. A mechanism that replays is not offered to units that can only be kept.
         sends: every option of it offloads.
         is_plain: it leaves units as they are.
     """
@@ -195,10 +195,10 @@ class Mechanism(ABC):
     is_plain: ClassVar[bool] = False
 
     def parse(self, level: str) -> Option:
-        """The option of this level, as plans and pins write it.
+        """Return the option of a level, as plans and pins write it.
 
         Raises:
-            ValueError: there is none; its text, if any, says why.
+            ValueError: there is no such level; its text, if any, says why.
         """
         if level:
             raise ValueError
@@ -209,7 +209,7 @@ class Mechanism(ABC):
         return option.action == self.action
 
     def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
-        """What a unit may have."""
+        """Return the options that a unit may have."""
         return Offer((Option(self.action),))
 
     def admits(self, unit: UnitView, option: Option) -> bool:
@@ -217,7 +217,7 @@ class Mechanism(ABC):
         return False
 
     def typical(self, options: Sequence[Option]) -> Option | None:
-        """What its policy puts on a block that may have these options; None: nothing."""
+        """Return the option that the mechanism's policy gives a block with these options; None: none of them."""
         return next((o for o in options if o.action == self.action), None)
 
     def explore(self, exploration: Exploration, offered: Sequence[Option]) -> None:
@@ -231,23 +231,23 @@ class Mechanism(ABC):
             exploration.capture(option.name, lambda fqn, o=option: o if exploration.has(fqn, o) else None)  # type: ignore[misc]
 
     def seconds(self, option: Option, host: HostTimes, calls: int, ops: int, again: int | None) -> float:
-        """What a unit's option adds to a step beside the ops that run in it.
+        """Return the seconds that a unit's option adds to a step on top of its ops.
 
         Args:
-            option: one of the mechanism's.
+            option: an option of the mechanism.
             host: how long replays take.
-            calls: of the unit in a step.
-            ops: of these forwards.
-            again: ops that run again in the step, if that is known.
+            calls: number of the unit's calls in a step.
+            ops: number of ops of these forwards.
+            again: number of ops that run again in the step, if known.
         """
         return 0.0
 
     def tier_of(self, level: str) -> str:
-        """The tier that an option of this level offloads to, or ""."""
+        """Return the tier that an option of this level offloads to, or ""."""
         return ""
 
     def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
-        """What a replay need not run again; None: it runs everything again."""
+        """Return the rule of the ops that a replay need not run; None: it runs all of them."""
         return None
 
     def run(
@@ -262,8 +262,8 @@ class Mechanism(ABC):
         """Call `call(*args, **kwargs)` so that its activations are treated as the option says.
 
         Args:
-            site: what the runtime knows of the unit.
-            options: what the runtime is told: the option's rule and place.
+            site: the runtime's site of the unit.
+            options: the runtime's options: the option's rule and place.
             call: the unit's plain forward.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
@@ -282,7 +282,7 @@ _registered: dict[str, Mechanism] = {}
 def register(mechanism: Mechanism) -> None:
     """Make a mechanism known: plans made from now on may use it, and files that name it can be read.
 
-    A class of the same module and name takes the place of the one before: a cell that is run again, a file that is loaded again.
+    A class of the same module and name replaces the earlier one: a notebook's cell was run again, or a file was loaded again.
 
     Raises:
         ArgumentError: its action is no lower-case identifier, or another mechanism has it.
@@ -306,12 +306,12 @@ def unregister(action: str) -> None:
 
 
 def mechanisms() -> Iterator[Mechanism]:
-    """All mechanisms, in the order of their registration."""
+    """Return all mechanisms, in the order of their registration."""
     return iter(tuple(_registered.values()))
 
 
 def option_from_name(name: str) -> Option:
-    """The option that a plan's file names; ValueError for one that no registered mechanism knows."""
+    """Return the option that a plan's file names; ValueError if no registered mechanism knows it."""
     action, _, level = name.partition(":")
     mechanism = _registered.get(action)
     if mechanism is None:

@@ -1,4 +1,4 @@
-"""What people name in pins and in `forbid`: an option, or all options that a mechanism's name covers."""
+"""Names in pins and in `forbid`: of one option, or of all options that a mechanism's name covers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from ullage.mechanisms._mechanism import Mechanism, Option, mechanisms, option_f
 
 @dataclass(frozen=True)
 class Named:
-    """What a text names.
+    """The options that a text names.
 
     Attributes:
-        mechanism: whose options.
-        option: the one that is named; None: all that the mechanism's name covers.
+        mechanism: their mechanism.
+        option: the one option that is named; None: all options that the mechanism's name covers.
     """
 
     mechanism: Mechanism
     option: Option | None
 
     def covers(self, option: Option) -> bool:
-        """Is this option one of what is named?"""
+        """Does the text name this option?"""
         return option.name == self.option.name if self.option is not None else self.mechanism.covers(option)
 
     @property
     def offloads(self) -> bool:
-        """Does everything that is named offload?"""
+        """Do all named options offload?"""
         return self.option.offloads if self.option is not None else self.mechanism.sends
 
     @property
@@ -35,7 +35,7 @@ class Named:
 
 
 def named(text: str) -> Named:
-    """What a pin names.
+    """Read the text of a pin.
 
     Raises:
         ValueError: no registered mechanism knows it.
@@ -51,5 +51,5 @@ def named(text: str) -> Named:
 
 
 def known_names() -> str:
-    """What pins may name, for messages."""
+    """Return the names that pins may use, for messages."""
     return ", ".join(form for m in mechanisms() for form in (m.forms or (m.action,)))

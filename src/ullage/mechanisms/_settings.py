@@ -1,4 +1,4 @@
-"""What running a unit needs beside its option."""
+"""A unit's option, with the facts that running it needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ullage.runtime import Options, Site
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """What running a unit needs beside its option.
+    """A unit's option, with the facts that running it needs.
 
     Attributes:
-        option: what to do.
+        option: the option.
         buffers: names, below the unit, of the buffers its forward changes.
         keeps_routing: the unit has routing or index outputs (topk, sort, ...), which are always kept.
     """
@@ -27,7 +27,7 @@ class UnitSettings:
 
     @cached_property
     def runtime_options(self) -> Options:
-        """What the runtime is told; made once, since every forward asks for it."""
+        """The runtime's options; made once, because every forward asks for them."""
         rule = self.option.mechanism.rule(self.option, self.keeps_routing)
         return Options(rule=rule, place=self.option.place)
 

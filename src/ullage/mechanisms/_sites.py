@@ -1,4 +1,4 @@
-"""The sites of a model's units: what the runtime knows of each, shared among units of one structure."""
+"""The runtime's sites of a model's units, which share what is learnt among units of one structure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sites:
     """The sites of one model's units: units of one structure under one setting share their op logs.
 
     Args:
-        explores: many settings are tried on the same units: what one call has taught serves all of them, unproven.
+        explores: many settings will run on the same units; what one call has taught serves all of them without a proof.
         tier: where tensors are offloaded to.
     """
 
@@ -30,7 +30,7 @@ class Sites:
         self._trail = Trail()
 
     def site(self, name: str, module: nn.Module, settings: UnitSettings) -> Site:
-        """A new site."""
+        """Make a new site."""
         owner = ref(module)
 
         def changing() -> set[int]:
@@ -57,12 +57,15 @@ class Sites:
         return shared
 
     def logs_of(self, module: nn.Module) -> dict[Hashable, Learnt]:
-        """What calls of modules of this structure have taught, by input signature."""
+        """Return the op logs of calls of modules of this structure, by input signature."""
         return self._logs.get(structure_of(module), {})
 
 
 def structure_of(module: nn.Module) -> Hashable:
-    """Equal for modules of the same classes, shapes, dtypes, flags and functions. Numbers and names may differ from block to block."""
+    """Return a key that is equal for modules of the same classes, shapes, dtypes, flags and functions.
+
+    Other attributes (a block's number or name) don't count.
+    """
     classes = tuple((n, type(m), _flags_and_functions(m)) for n, m in module.named_modules())
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return classes, tuple((n, type(t), t.shape, t.dtype, t.device, t.requires_grad) for n, t in tensors)
@@ -73,6 +76,6 @@ def _flags_and_functions(module: nn.Module) -> Hashable:
     for name, value in vars(module).items():
         if isinstance(value, bool | types.BuiltinFunctionType):
             told.append((name, value))
-        elif isinstance(value, types.FunctionType):  # made anew in each block, it is the same by its code
+        elif isinstance(value, types.FunctionType):  # each block may make its own function object of the same code
             told.append((name, value.__code__))
     return tuple(told)

@@ -11,11 +11,11 @@ from ullage.runtime.ops._keep import TIERS
 
 
 class Offload(Mechanism):
-    """Send what a unit saves to a tier, host memory or disk, in its forward; bring it back before its backward.
+    """Send a unit's saved tensors to a tier, host memory or disk, in its forward; bring them back before its backward.
 
-    Use it where a fast link or disk is idle while the device computes: nothing runs again, and any unit may have it, also
-    one that draws random numbers or runs collectives. Where transfers take longer than what computes beside them, the step
-    waits for them; disks wear out.
+    Use it if a fast link or disk is idle while the device computes: nothing runs again, and any unit may have it, also one
+    that draws random numbers or runs collectives. If transfers take longer than the compute beside them, the step waits for
+    them. Disks wear out.
 
     Source: Rhu et al., "vDNN", 2016 (arXiv:1602.08124).
     """
@@ -26,21 +26,21 @@ class Offload(Mechanism):
     sends = True
 
     def parse(self, level: str) -> Option:
-        """A tier."""
+        """Read a tier."""
         if level not in TIERS:
             raise ValueError
         return Option(self.action, level)
 
     def covers(self, option: Option) -> bool:
-        """Also levels of `select` of which some calls are offloaded."""
+        """Cover also levels of `select` with some calls offloaded."""
         return option.offloads
 
     def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
-        """The tier that there is."""
+        """Offer the tier that there is."""
         return Offer((Option(self.action, tier.name),)) if tier is not None else Offer()
 
     def tier_of(self, level: str) -> str:
-        """The level is the tier."""
+        """Return the level, which is the tier."""
         return level
 
     def run(
@@ -52,7 +52,7 @@ class Offload(Mechanism):
         kwargs: dict[str, Any],
         on_recompute: Callable[[], None] | None,
     ) -> Any:
-        """Under saved-tensor hooks; Dynamo does not trace those, so `traced` keeps everything."""
+        """Run under saved-tensor hooks; Dynamo does not trace those, so `traced` keeps everything."""
         return run_offloaded(site, call, args, kwargs)
 
 

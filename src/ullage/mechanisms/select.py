@@ -1,4 +1,4 @@
-"""select: keep some of what a unit saves, and run again what the rest is made of."""
+"""select: keep some saved tensors of a unit, and run again the ops that make the others."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ullage.runtime.ops._keep import kind_of, named_rule
 
 
 class Select(Mechanism):
-    """Keep the outputs of selected ops, on the device or in a tier, and run again in backward only what the others need.
+    """Keep the outputs of selected ops, on the device or in a tier; in backward run again only the ops that make the other ones.
 
-    Use it where recomputing a unit takes too long: cheap ops that save large outputs (activations, norms, masks) run again,
+    Use it if recomputing a unit takes too long: cheap ops that save large outputs (activations, norms, masks) run again,
     dear ones (matmuls, attention) don't. It needs more memory than `recompute`, and host time for replays that skip ops.
 
     Sources: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022 (arXiv:2205.05198), for
@@ -38,14 +38,14 @@ class Select(Mechanism):
     replays = Replays.PART
 
     def parse(self, level: str) -> Option:
-        """A level's name, or single calls of ops."""
+        """Read a level's name, or single calls of ops."""
         if not level:
             raise ValueError
         named_rule(level)
         return Option(self.action, level)
 
     def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
-        """Matmuls, convolutions and attention kept, where there are some; `explore` finds the exact levels."""
+        """Offer to keep matmuls, convolutions and attention, if the unit has matmuls; `explore` finds the exact levels."""
         draws = any(isinstance(a, float) and a > 0 for o in unit.ops if o.func in ATTENTION for a in o.args[3:5])
         reasons = (
             {f"{self.action}:attention": "attention with dropout draws, so it is always run again"} if draws else {}
@@ -54,7 +54,7 @@ class Select(Mechanism):
         return Offer((SELECTIVE,) if matmuls else (), reasons)
 
     def admits(self, unit: UnitView, option: Option) -> bool:
-        """Any level that would keep something."""
+        """Admit any level that would keep something."""
         rule, counts = named_rule(option.level, False), Counter[Any]()
         for op in unit.ops:
             kind = kind_of(op.func, rule)
@@ -64,12 +64,12 @@ class Select(Mechanism):
         return False
 
     def typical(self, options: Sequence[Option]) -> Option | None:
-        """What other tools select: matmuls, convolutions and attention."""
+        """Return the level that other tools select: matmuls, convolutions and attention."""
         return SELECTIVE if SELECTIVE in options else None
 
     def explore(self, exploration: Exploration, offered: Sequence[Option]) -> None:
-        """Run every unit selectively once; of the op logs that this leaves, find levels and run them, whole and offloaded."""
-        # the solvers of the choice inside a unit are not needed to import ullage
+        """Run every unit selectively once; find levels in the op logs of these runs; run the levels, in memory and offloaded."""
+        # here, because an import of ullage does not need the solvers of the choice inside a unit
         from ullage.mechanisms._levels import find_levels, hidden, sent
 
         x, action = exploration, self.action
@@ -89,15 +89,15 @@ class Select(Mechanism):
                 x.capture(f"level {k}{label}", lambda fqn, k=k, of=options: _rung(x, of.get(fqn, ()), k, fqn))  # type: ignore[misc]
 
     def seconds(self, option: Option, host: HostTimes, calls: int, ops: int, again: int | None) -> float:
-        """A replay per call, whose ops are skipped or run one by one."""
+        """Count a replay per call, whose ops are skipped or run one by one in Python."""
         return host.replays(True, calls, ops)
 
     def tier_of(self, level: str) -> str:
-        """The tier behind the first `@`: all calls of a level that are offloaded go to one."""
+        """Return the tier behind the last `@`: all offloaded calls of a level go to one tier."""
         return level.rpartition("@")[2].partition("+")[0] if "@" in level else ""
 
     def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
-        """The level's."""
+        """Return the level's rule."""
         return named_rule(option.level, keeps_routing)
 
     def run(
@@ -109,7 +109,7 @@ class Select(Mechanism):
         kwargs: dict[str, Any],
         on_recompute: Callable[[], None] | None,
     ) -> Any:
-        """Run under the runtime, which keeps what the level names."""
+        """Run under the runtime, which keeps the outputs that the level names."""
         return run(site, options, call, args, kwargs, on_recompute)
 
     def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,7 +118,7 @@ class Select(Mechanism):
 
 
 def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option | None:
-    """The k-th of those that the unit still has, or its last."""
+    """Return the k-th of the options that the unit still has, or the last one."""
     left = [o for o in options if x.has(fqn, o)]
     return left[min(k, len(left) - 1)] if left else None
 
