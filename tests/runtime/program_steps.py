@@ -106,7 +106,8 @@ def change(how: int, model: Unit, inputs: list[Tensor]) -> None:
         return
     units = [u for u in model.modules() if isinstance(u, Unit) and u.weights]
     if how == 4:
-        inputs[0].data.mul_(0.5)
+        with torch.no_grad():
+            inputs[0].mul_(0.5)
         return
     if how == 7:
         for u in model.modules():
@@ -119,7 +120,8 @@ def change(how: int, model: Unit, inputs: list[Tensor]) -> None:
     name = sorted(weights)[0]
     p = weights[name]
     if how == 1:
-        p.data.mul_(1.01)
+        with torch.no_grad():
+            torch._foreach_mul_([p], 1.01)
     elif how == 2:
         p.data = p.data * 1.01
     elif how == 3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -123,3 +124,43 @@ def test_a_replay_that_does_to_a_parameter_what_no_call_had_done_is_an_error_onc
             assert torch.equal(block.scale, plain.scale) and torch.equal(block.holder[0], plain.holder[0])
         block.zero_grad()
     assert errors == (how != "closed")  # where a closed-over tensor was is known from before the call
+
+
+class _Codebook(nn.Module):
+    """A moving average that is a parameter, and written through `.data`, as vector-quantized autoencoders have it."""
+
+    def __init__(self, writes: str) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.linspace(-1, 1, 4), requires_grad=writes != "frozen")
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin().exp()
+        if self.writes == "out":
+            torch.mul(self.codes.data, 0.5, out=self.codes.data)
+        elif self.writes == "view":
+            self.codes.data[1:].mul_(0.5)
+        elif self.writes != "nothing":
+            self.codes.data.mul_(0.5).add_(0.01)
+        return x * self.codes
+
+
+@pytest.mark.parametrize("keep", [None, "sin[0]"])
+@pytest.mark.parametrize("writes", ["data", "view", "frozen", "out", "nothing"])
+def test_a_parameter_that_a_forward_writes_where_no_version_tells(writes: str, keep: Any) -> None:
+    """A replay would write it a second time: the unit is kept, and says why."""
+    found = []
+    for checkpointed in (False, True):
+        model = _Codebook(writes)
+        for step in range(3):
+            x = torch.linspace(0, 1, 8).add(step).reshape(2, 4).requires_grad_()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                y = ul.checkpoint(model, x, keep=keep) if checkpointed else model(x)
+            if checkpointed and step == 0:
+                said = [str(w.message) for w in warned if issubclass(w.category, ul.UllageWarning)]
+                kept = "its forward writes codes through `.data` or another alias, which a replay would write again"
+                assert [kept in s for s in said] == ([True] if writes != "nothing" else [])
+            y.square().sum().backward()
+            found += [x.grad, model.codes.detach().clone()]
+    assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))

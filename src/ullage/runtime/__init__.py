@@ -17,7 +17,7 @@ from ullage.runtime.ambient._local import (
 from ullage.runtime.ambient._totals import totals
 from ullage.runtime.forward import _frame, _learn, _packing
 from ullage.runtime.forward._checkpoint import checkpoint, run
-from ullage.runtime.ops import _debug, _log, _select, _watch
+from ullage.runtime.ops import _debug, _log, _select, _watch, _writes
 from ullage.runtime.ops._keep import ATTENTION, LEVELS, MATMUL, ROUTING, Rule, level_rule
 from ullage.runtime.ops._log import draws
 from ullage.runtime.ops._select import selection_of
@@ -64,6 +64,6 @@ __all__ = [
 
 _EAGER = [
     _array, _source, _torch_autograd, _torch_tensors, _after, _again, _ahead, _ambient, _call, _classes, _collect, _content, _debug, _digest, _fills, _frame, _gathered, _inputs, _jagged, _learn, _local, _log, _memory, _modified, _notes, _options, _packing, _place, _reach, _reads, _replay,
-    _select, _settings, _site, _skip, _sparse, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch,
+    _select, _settings, _site, _skip, _sparse, _state, _survey, _sweep, _tier, _totals, _traverse, _walk, _watch, _writes,
 ]  # fmt: skip
 keep_eager(_EAGER)

@@ -21,11 +21,13 @@ from ullage.runtime.forward._packing import packer_of_all
 from ullage.runtime.ops._keep import OpsRule
 from ullage.runtime.ops._log import Assignments, Recorder
 from ullage.runtime.ops._select import Selection, selection_of
+from ullage.runtime.ops._writes import Writes
 from ullage.runtime.state._gathered import swapped
 from ullage.runtime.state._reach import forget, name_in
 from ullage.runtime.state._survey import Survey
 from ullage.runtime.tensors._fills import late_kernels, mark
 from ullage.runtime.tensors._memory import Memory
+from ullage.runtime.tensors._sparse import SparseProducts
 from ullage.runtime.unit._call import Call
 from ullage.runtime.unit._site import Facts, Learnt, refused
 
@@ -56,7 +58,8 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
         memory = Memory(tensors)
     host = ambient.HOST[0]() if facts is None else None
     since = mark()
-    with _recording(frame, recorder):
+    writes = Writes(tensors) if survey is not None and recorder is None else None
+    with _recording(frame, recorder, writes):
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
     if late:
@@ -65,7 +68,10 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
         if frame.digests is not None:  # again, as some tensors were not filled when their digests were taken
             frame.digests.update(frame.digests_of(frame.kept))
     if survey is not None:
-        facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds))
+        seen = (
+            recorder.parameters_written(tensors) if recorder is not None else writes.seen if writes is not None else []
+        )
+        facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds), seen)
     assert facts is not None
     moved = frame.settle()
     if not facts.must_keep and (replacing := _replacing(frame, tensors, memory)):
@@ -99,12 +105,16 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
 
 
 @contextlib.contextmanager
-def _recording(frame: Call, recorder: Recorder | None) -> Iterator[None]:
+def _recording(frame: Call, recorder: Recorder | None, writes: Writes | None) -> Iterator[None]:
+    compiled = frame.reached.is_compiled()  # Dynamo would compile the unit once more, for a function mode
     with contextlib.ExitStack() as stack:
         if recorder is not None:
             stack.enter_context(recorder)
-            if not frame.reached.is_compiled():  # Dynamo would compile the unit once more, for the mode
+            if not compiled:
                 stack.enter_context(Assignments(recorder.log))
+        elif writes is not None and not compiled:
+            stack.enter_context(writes)
+            stack.enter_context(SparseProducts())
         yield
 
 
@@ -140,7 +150,7 @@ def _selection(frame: Call, recorder: Recorder) -> Selection:
     return selection_of(recorder.log, rule)
 
 
-def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None) -> Facts:
+def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None, written: list[Tensor]) -> Facts:
     with quiet():
         changing = frame.site.changing
         changes, entry = survey.changes(changing() if changing is not None else set(), swapped(frame.reached))
@@ -153,6 +163,8 @@ def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None) -> Fac
     must_keep = ""
     if changes.parameters:
         must_keep = f"its forward writes {changes.parameters[0]}, which a replay would write again"
+    elif written:
+        must_keep = f"its forward writes {name_in(frame.roots, written[0])} through `.data` or another alias, which a replay would write again"
     elif argument:
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
     buffers = frame.reached.buffers()

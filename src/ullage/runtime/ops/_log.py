@@ -6,6 +6,7 @@ allocation until it is freed. A log holds shapes and numbers only, no tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from ullage._source import source_line
 from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, tree_flatten
 from ullage.runtime.ambient._local import local
+from ullage.runtime.ops._writes import parameters_in, written
 from ullage.runtime.tensors import _sparse as sparse
+from ullage.runtime.tensors._memory import storage_of
 from ullage.runtime.tensors._notes import lazy_bits, meta_of
 
 aten = torch.ops.aten
@@ -44,13 +47,6 @@ SHAPE_ONLY = {
 }  # fmt: skip
 # ops with this tag have output shapes that are known only once they have run
 DATA_DEPENDENT = torch.Tag.dynamic_output_shape
-_BATCH_NORMS = {
-    "native_batch_norm",
-    "cudnn_batch_norm",
-    "_native_batch_norm_legit",
-    "_batch_norm_with_update",
-    "miopen_batch_norm",
-}
 
 
 def is_query(func: Any) -> bool:
@@ -140,6 +136,11 @@ class Recorder(TorchDispatchMode):
         """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch's wrapper imports Dynamo at the first call, 1.2 s. `keep_eager` marks the method instead."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()
@@ -189,13 +190,13 @@ class Recorder(TorchDispatchMode):
                 self.log.refusal = f"{func} has a tensor that is not strided"
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
-        written = []
-        for i, a in enumerate(func._schema.arguments):
-            if a.alias_info is not None and a.alias_info.is_write:
-                written.append(args[i] if i < len(args) else kwargs.get(a.name))
-        if func._schema.name.removeprefix("aten::") in _BATCH_NORMS and len(args) > 5 and args[5]:
-            written += [args[3], args[4]]
-        return {self.value(t)[0] for t in tree_flatten(written)[0] if isinstance(t, Tensor)}
+        return {self.value(t)[0] for t in written(func, args, kwargs)}
+
+    def parameters_written(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the parameters among some tensors that an op has written to; see `Writes`, which does the same without a log."""
+        numbers = set[int]().union(*(op.writes for op in self.log.ops))
+        known = ((t, self._numbers.get(storage_of(t))) for t in parameters_in(tensors))
+        return [t for t, number in known if number is not None and number[0] in numbers]
 
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
         """Return a tensor's value; `given`: storages of the arguments of the op that just made it, which it may share."""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ullage._source import source_line
-from ullage._torch import TorchDispatchMode, tree_flatten
+from ullage._torch import TorchDispatchMode
 from ullage.runtime.ambient._local import local
 from ullage.runtime.ops._log import is_query
+from ullage.runtime.ops._writes import tensors_in, written
 from ullage.runtime.tensors import _sparse as sparse
 from ullage.runtime.tensors._memory import storage_of
 
@@ -51,6 +52,11 @@ class Watch(TorchDispatchMode):
         """What Dynamo runs to compile is not the unit's. Without this it compiles nothing, and `torch.cond` needs it to."""
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch's wrapper imports Dynamo at the first call, 1.2 s. `keep_eager` marks the method instead."""
+        return False
+
     def __init__(self, changed: dict[int, str]) -> None:
         super().__init__()
         self.changed = dict(changed)
@@ -58,14 +64,14 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if local.quiet or is_query(func):
             return func(*args, **(kwargs or {}))
-        read = dict.fromkeys(storage_of(t) for t in _tensors((args, kwargs or {})))  # in the order of the arguments
+        read = dict.fromkeys(storage_of(t) for t in tensors_in((args, kwargs or {})))  # in the order of the arguments
         name = next((self.changed[s] for s in read if s in self.changed), None)
         if name is not None and (
             getattr(func, "namespace", "") not in _KNOWN or not _BY_VALUE.isdisjoint(getattr(func, "tags", ()))
         ):
             raise Changed(name, f"{func} at {source_line() or 'unknown line'}")
         out = sparse.run(func, args, kwargs)
-        touched = {storage_of(t) for t in _tensors(out)} | {storage_of(t) for t in _written(func, args)}
+        touched = {storage_of(t) for t in tensors_in(out)} | {storage_of(t) for t in written(func, args, kwargs or {})}
         if name is not None:
             self.changed.update(dict.fromkeys(touched, name))
         else:
@@ -76,15 +82,3 @@ class Watch(TorchDispatchMode):
     def name(self, t: Tensor) -> str | None:
         """Return the name of a changed tensor that this one was computed from, or None."""
         return self.changed.get(storage_of(t))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
-
-
-def _written(func: Any, args: Any) -> list[Tensor]:
-    """Return the arguments that an op writes to; all of them for an op without a schema."""
-    schema = getattr(func, "_schema", None)
-    if schema is None:
-        return _tensors(args)
-    return _tensors([v for a, v in zip(schema.arguments, args, strict=False) if a.alias_info and a.alias_info.is_write])

@@ -106,11 +106,18 @@ class Left:
             if self._site.leaves.get(self._key, True):
                 self._everything = Everything(frame.roots)
 
-    def put_back(self) -> None:
-        """Put all of it back, and note whether the next replay with the same stop has to compare everything again."""
+    def put_back(self, ended: bool) -> None:
+        """Put all of it back, and note whether the next replay with the same stop has to compare everything again.
+
+        Args:
+            ended: the replay got to its stop. One that failed before says nothing of what is changed there.
+        """
         self._attributes.put_back()
-        if self._everything is not None:
+        if self._everything is None:
+            return
+        changed = self._everything.put_back()
+        if ended or changed:
             leaves = self._site.leaves
             if len(leaves) >= _MOST_PLACES:
                 leaves.clear()
-            leaves[self._key] = self._everything.put_back()
+            leaves[self._key] = changed

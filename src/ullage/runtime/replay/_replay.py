@@ -222,7 +222,7 @@ def _attempt(
     set_grad_enabled(True)
     quiet_before, local.quiet = local.quiet, False
     before = [(source[1], source[0]()) for source, _ in frame.rng]
-    memory, failed = Before(frame), False
+    memory, ended, failed = Before(frame), False, False
     left, now = Left(frame, replay), ambient.read_flags()
     try:
         # before the flags are set: asking for arguments may start replays of outer units, and those must not share an autocast
@@ -237,7 +237,7 @@ def _attempt(
             with _as_it_was(frame, now):
                 out = _run(frame, replay, selection, args, kwargs, watch)
                 replay.note_modified()
-        store = replay.finish()
+        store, ended = replay.finish(), True
         if frame.restored or copied:
             mark_restored({**frame.restored, **copied}, store)
         return store, out
@@ -253,7 +253,7 @@ def _attempt(
         for put, state in before:
             put(state)
         # a forward that stops early has not put back what it would put back near its end
-        left.put_back()
+        left.put_back(ended)
         ambient.put_back(now)
         frame.inputs.put_back()
         name = memory.put_back(frame)

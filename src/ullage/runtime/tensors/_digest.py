@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ def digest(t: Tensor) -> bytes | None:
     It reads on the host (a tensor on a device is copied there), because `torch.hash_tensor` folds by XOR and does not see
     two elements that changed places. On the CPU it reads the tensor's own memory: a plan knows of no copies here.
     """
-    if t.layout != torch.strided or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if t.layout != torch.strided:
+        return _of_parts(t)
+    if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None  # fake tensors, too
     # a class with `__torch_function__` only: autograd may hand out the tensor with or without it
     if type(t) not in OWN:
@@ -44,6 +47,28 @@ def digest(t: Tensor) -> bytes | None:
     if t.numel():
         _add(known, values)
     return known.digest()
+
+
+def _of_parts(t: Any) -> bytes | None:
+    """Of a jagged or a sparse tensor: of the tensors it is made of, in their order."""
+    with torch.no_grad():
+        found = [digest(part) for part in _PARTS[t.layout](t) if part is not None] if t.layout in _PARTS else [None]
+    if None in found:
+        return None
+    known = hashlib.blake2b(f"{t.layout}{t.dtype}".encode(), digest_size=16)
+    for part in found:
+        known.update(part or b"")
+    return known.digest()
+
+
+_PARTS: dict[torch.layout, Callable[[Any], tuple[Tensor | None, ...]]] = {
+    torch.jagged: lambda t: (t._values, t._offsets, t._lengths),
+    torch.sparse_coo: lambda t: (t._indices(), t._values()),
+    torch.sparse_csr: lambda t: (t.crow_indices(), t.col_indices(), t.values()),
+    torch.sparse_bsr: lambda t: (t.crow_indices(), t.col_indices(), t.values()),
+    torch.sparse_csc: lambda t: (t.ccol_indices(), t.row_indices(), t.values()),
+    torch.sparse_bsc: lambda t: (t.ccol_indices(), t.row_indices(), t.values()),
+}
 
 
 def _add(known: Any, values: npt.NDArray[Any]) -> None:
