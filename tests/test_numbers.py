@@ -65,7 +65,7 @@ def steps_of(work: ul.Workload, plan: ul.Plan | None) -> list[int]:
 
 
 def check(*forms: Form, nested: bool = False, autocast: torch.dtype | None = None) -> None:
-    """Plain, in full, selectively, and at the smallest budget, where units are rebuilt together."""
+    """Plain, in full, selectively, and at the smallest budget, where units are recomputed together."""
     torch.manual_seed(0)
     # a class of its own for each: units of one class share what is learnt of their ops
     kinds = [type(f"Unit{k}", (Unit,), {}) for k in range(len(forms))]

@@ -198,7 +198,7 @@ def test_runs_reach_below_one_saved_input_per_block() -> None:
 
 
 def test_runs_cost_nothing_where_recomputing_does() -> None:
-    """As `checkpoint_sequential`: blocks rebuilt together hold one input, and run their forward once more each."""
+    """As `checkpoint_sequential`: blocks recomputed together hold one input, and run their forward once more each."""
     model = blocks([0] * 32)
     flat = smallest(replace(model, linked=()))
     with_runs = solve(model, flat.peak_bytes)

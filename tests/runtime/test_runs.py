@@ -1,4 +1,4 @@
-"""Units rebuilt together: a run holds one input, its units' inputs are made again, in runs in runs to any depth."""
+"""Units recomputed together: a run holds one input, and a sweep makes its units' inputs; runs contain runs to any depth."""
 
 from __future__ import annotations
 
