@@ -19,6 +19,7 @@ from ullage_cli._errors import BAD_INPUT, finish
 from ullage_cli._fit import fit
 from ullage_cli._frontier import frontier
 from ullage_cli._measure import measure
+from ullage_cli._options import OWN_PROCESS
 from ullage_cli._plan import plan
 from ullage_cli._profile import profile
 from ullage_cli._report import report
@@ -40,10 +41,10 @@ for verb in (profile, plan, bounds, timeline, report, frontier, fit, verify, mea
     cli.add_command(verb)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit code. Errors are said, not raised."""
+def run(arguments: Sequence[str], process: str = "") -> int:
+    """Run the command; return its exit code. Errors are said, not raised. `process`: OWN_PROCESS, or somebody's."""
     try:
-        return int(cli.main(list(arguments), prog_name="ullage", standalone_mode=False) or 0)
+        return int(cli.main(list(arguments), prog_name="ullage", standalone_mode=False, obj=process) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return BAD_INPUT
@@ -56,4 +57,4 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], OWN_PROCESS))

@@ -15,14 +15,13 @@ from tests.small import tiny
 from ullage.capture import Session
 from ullage.mechanisms import KEEP, RECOMPUTE
 from ullage.planner.decide._confirm import optimal
-from ullage.planner.decide._planner import decide
+from ullage.planner.decide._planner import decide, study_and_plan
 from ullage.planner.plan._budget import Budget
 from ullage.planner.study._choices import Choices
 from ullage.planner.study._executed import Executed, StepCapture, Steps
 from ullage.planner.study._prepare import prepare
 from ullage.planner.study._study import Study
 
-MOST_STEPS = 18  # as many as it took before executed steps were values
 SOURCE = Path(ul.__file__).parent
 
 
@@ -137,14 +136,34 @@ def test_a_budget_keeps_its_reserve_all_the_way(s: Study) -> None:
     assert caught.value.budget_bytes == plain < caught.value.smallest_bytes
 
 
-def test_captured_steps_do_not_become_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that sessions run for a plan: as many as before steps were values, or fewer."""
-    run, ran = Session.run, []
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each run of a session has run."""
+    run, found = Session.run, list[int]()
 
     def counted(self: Session, settings: Any = None, steps: int = 1, **options: Any) -> None:
-        ran.append(steps)
+        found.append(steps)
         run(self, settings, steps, **options)
 
     monkeypatch.setattr(Session, "run", counted)
-    ul.plan(tiny(), "70% of plain", costs="roofline")
-    assert 10 < sum(ran) <= MOST_STEPS
+    return found
+
+
+def test_a_plan_runs_each_step_once(ran: list[int]) -> None:
+    """The plain step, one step per option, the choice that fits, and the lever that is tried; no step twice.
+
+    Before executed steps were values, it took 18.
+    """
+    s, plan = study_and_plan(tiny(), "70% of plain", costs="roofline")
+    assert any(d.action != "keep" for d in plan.decisions)
+    chosen, lever = 1, 1
+    assert ran == [2, *[1] * (len(s.captures) - 1), *[2] * (chosen + lever)]
+    assert sum(ran) == 17
+
+
+def test_a_frontier_runs_two_steps_per_plan_and_policy(ran: list[int]) -> None:
+    found = ul.frontier(tiny(), 6, costs="roofline")
+    plans = {p.plan.digest for p in found.points} | {p.policy for p in found.policies}
+    afresh = [n for n in ran[1:] if n == 2]
+    assert ran[0] == 2 and len(afresh) <= len(plans)
+    assert sum(ran) <= 35

@@ -12,7 +12,7 @@ from ullage._source import source_line
 from ullage._torch import DataDependentOutputException, DynamicOutputShapeException, disable_modes
 from ullage.capture._fake_mode import StepMode
 from ullage.capture._outputs import KnownOutputs
-from ullage.capture._values import Values
+from ullage.capture._values import Values, without_modes
 
 aten = torch.ops.aten
 
@@ -43,11 +43,12 @@ class FakeKernels:
         known = self.known.key(func, key, args)
         if known is None:
             return self._run(func, args, kwargs), True
-        hit, out, valued = self.known.make(known, args)
-        if hit:
-            if valued:
+        entry = self.known.entry(known)
+        if entry is not None:
+            out = self.known.make(entry, args)
+            if entry.valued:
                 self.values.follow(func, args, kwargs, out)
-            return out, not (out is None or func.is_view or func._schema.is_mutable)
+            return out, entry.fresh
         out = self._run(func, args, kwargs)
         self.known.learn(known, func, args, kwargs, out)
         return out, True
@@ -76,7 +77,7 @@ class FakeKernels:
         if self.values.are_drawn(given):
             where = source_line()
             self.values.assumptions[f"{where}: a random draw steers the step; it was captured for one draw"] = None
-        with disable_modes(), torch.no_grad():
+        with without_modes(func), torch.no_grad():
             real = func(*given[0], **given[1])
         if not isinstance(real, Tensor):
             return real if not isinstance(real, tuple) else tuple(self._to_fake(r) for r in real)

@@ -38,10 +38,18 @@ _NEVER = {aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.set_.sourc
 # Ops that return a view although their schema declares none: autograd is not to know.
 _VIEWS = {aten._unsafe_view.default}
 _PLAIN_TYPES = (str, type(None))
+_ATOMS = frozenset({int, float, bool, complex, torch.dtype, torch.device, torch.layout, torch.memory_format})
+_META = torch.device("meta")
 
 
 def argument_key(value: Any) -> Any:
     """Return a hashable description of an op argument, in which 1, 1.0 and True differ."""
+    kind = type(value)
+    if kind is FakeTensor:  # four of five arguments: this is asked millions of times
+        if value.layout is torch.strided and value.constant is None and not (value.is_neg() or value.is_conj()):
+            return (value.shape, value.stride(), value.dtype, value.fake_device)
+    elif kind in _ATOMS:
+        return (kind, value)
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return (value.shape, (), value.dtype, value.device)
@@ -64,16 +72,18 @@ class _Entry:
     """A recipe for an op's outputs.
 
     Attributes:
-        kind: fresh, view (of the first argument), first (itself) or nothing.
+        kind: new, view (of the first argument), first (itself) or nothing.
         specs: per output its shape, strides, dtype, device and offset.
         container: type of the list or tuple of outputs; None for a single output.
         valued: may the call make or change values that are carried along? See `may_follow`.
+        fresh: may the outputs have storages that were not seen before?
     """
 
     kind: str
     specs: tuple[Any, ...] = ()
     container: type | None = None
     valued: bool = True
+    fresh: bool = False
 
 
 class KnownOutputs:
@@ -82,16 +92,17 @@ class KnownOutputs:
     def __init__(self, mode: FakeTensorMode, like: KnownOutputs | None = None) -> None:
         self.mode = mode
         self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
-        self._views: dict[Any, bool | None] = {} if like is None else like._views
+        self._views: dict[int, tuple[bool | None, Any]] = {} if like is None else like._views  # by id; an op is held
         self._states: dict[torch.device, dict[str, Any]] = {}  # attributes of a new fake tensor, by device
         unsafe = getattr(mode, "_allow_unsafe_data_ptr_access", None)
         self._guard = None if unsafe is None else warn_on_data_ptr if unsafe else throw_on_data_ptr
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
         """Return the key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
-        view = self._views.get(func, "unknown")
-        if view == "unknown":
-            view = self._views[func] = _is_view(func)
+        known = self._views.get(id(func))  # an op's own hash is Python
+        if known is None:
+            known = self._views[id(func)] = _is_view(func), func
+        view = known[0]
         if view is None or not args:
             return None
         if not view:
@@ -99,27 +110,27 @@ class KnownOutputs:
         first = args[0]
         return (signature, first.storage_offset()) if isinstance(first, FakeTensor) else None
 
-    def make(self, key: Any, args: Any) -> tuple[bool, Any, bool]:
-        """Return (True, outputs, `_Entry.valued`) if the call's outputs are known, else (False, None, True)."""
-        entry = self._entries.get(key)
-        if entry is None:
-            return False, None, True
+    def entry(self, key: Any) -> _Entry | None:
+        """Return the recipe for the outputs of the call with this key, or None."""
+        return self._entries.get(key)
+
+    def make(self, entry: _Entry, args: Any) -> Any:
+        """Return a call's outputs."""
         if entry.kind == "first" or entry.kind == "nothing":
-            return True, args[0] if entry.kind == "first" else None, True
+            return args[0] if entry.kind == "first" else None
+        elements = []
         with DisableTorchDispatch():  # below every mode: these are plain meta tensors
             if entry.kind == "view":
                 storage = args[0].untyped_storage()
-                elements = []
                 for shape, stride, dtype, _, offset in entry.specs:
-                    meta = torch.empty_strided((0,), (1,), dtype=dtype, device="meta")
+                    meta = torch.empty_strided((0,), (1,), dtype=dtype, device=_META)
                     elements.append(meta.set_(storage, offset, shape, stride))
             else:
-                elements = [
-                    torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-                    for shape, stride, dtype, _, _ in entry.specs
-                ]
-        outs = [self._fake(e, s[3]) for e, s in zip(elements, entry.specs, strict=True)]
-        return True, outs[0] if entry.container is None else entry.container(outs), entry.valued
+                for shape, stride, dtype, _, _ in entry.specs:
+                    elements.append(torch.empty_strided(shape, stride, dtype=dtype, device=_META))
+        if entry.container is None:
+            return self._fake(elements[0], entry.specs[0][3])
+        return entry.container([self._fake(e, s[3]) for e, s in zip(elements, entry.specs, strict=True)])
 
     def _fake(self, meta: Tensor, device: torch.device) -> FakeTensor:
         """Make `FakeTensor(mode, meta, device)` without its checks of the arguments."""
@@ -151,7 +162,7 @@ class KnownOutputs:
         if not outs or not all(type(o) is FakeTensor and not _special(o) for o in outs):
             return None
         given = {a.untyped_storage()._cdata for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, Tensor)}
-        view = bool(self._views[func])
+        view = bool(self._views[id(func)][0])
         seen: set[int] = set()
         for o in outs:
             storage = o.untyped_storage()
@@ -161,7 +172,7 @@ class KnownOutputs:
                 return None
             seen.add(storage._cdata)
         specs = tuple((tuple(o.shape), o.stride(), o.dtype, o.fake_device, o.storage_offset()) for o in outs)
-        return _Entry("view" if view else "fresh", specs, container, may_follow(func, outs))
+        return _Entry("view" if view else "new", specs, container, may_follow(func, outs), fresh=not func.is_view)
 
 
 def _is_view(func: Any) -> bool | None:

@@ -45,7 +45,7 @@ from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing,
 from ullage.workload import Instance, Workload, run_step, tensors_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of a module: its ranges of ops and of autograd sequence numbers, and the storages that go in and come out.
 
@@ -117,6 +117,8 @@ class _SubstitutedUnit(Unit):
 
     def run(self, plain: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def substituted(*args: Any, **kwargs: Any) -> Any:
+            if not is_recomputing():  # the step's own substitutions are on
+                return plain(*args, **kwargs)
             with as_on_cuda():
                 return plain(*args, **kwargs)
 
@@ -152,7 +154,7 @@ class Session:
         self.values = Values(trial)
         self.values.assumptions.update(dict.fromkeys(notes()))
         self.tracker: Tracker = Tracker(
-            self.fake_mode, self.values, round_bytes, None if like is None else like.tracker
+            self.fake_mode, self.values, round_bytes, None if like is None else like.tracker, notes_nodes=not as_cuda
         )
         self.calls: list[Call] = []
         self.mutated_modules: set[str] = set()
@@ -362,8 +364,9 @@ class Session:
                 return
             shapes = tuple(tuple(t.shape) for t in tree_flatten(args)[0] if isinstance(t, Tensor))
             sequence, given = sequence_number(), contents((args, kwargs))
-            records = tracker.records(keys((args, kwargs)))
-            open_calls.append((tracker.clock, sequence, keys(args), shapes, given, records))
+            inputs = keys(args)
+            records = tracker.records(inputs | keys(kwargs) if kwargs else inputs)
+            open_calls.append((tracker.clock, sequence, inputs, shapes, given, records))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             fqn = names.get(id(module))

@@ -13,7 +13,7 @@ from ullage._torch import is_wrapped
 from ullage._torch import unwrapped as _inside
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor in an op signature."""
 
@@ -47,7 +47,7 @@ def signature_key(s: Signature) -> str:
     return f"{s.func}|{s.args!r}|{sorted(s.kwargs.items(), key=lambda kv: kv[0])!r}|{s.outputs!r}"
 
 
-@dataclass
+@dataclass(slots=True)  # a trace has tens of thousands, and each `__dict__` would be one more object to collect
 class Storage:
     """One storage's lifetime, in op indices: alive from `birth` (during that op) to after op `death`."""
 
@@ -60,7 +60,7 @@ class Storage:
     booked: int | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class NodeRun:
     """One run of an autograd node's formula in a backward.
 

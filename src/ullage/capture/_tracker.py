@@ -49,12 +49,23 @@ from ullage.runtime import draws, is_bookkeeping, recomputing_units
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
+_ADD, _ADD_IN_PLACE = aten.add.Tensor, aten.add_.Tensor
 
 
 class Tracker(TorchDispatchMode):
-    """Records a `Trace`, see above. It shares known outputs of fake kernels with `like`."""
+    """Records a `Trace`, see above. It shares known outputs of fake kernels with `like`.
 
-    def __init__(self, fake_mode: StepMode, values: Values, round_bytes: int = 1, like: Tracker | None = None) -> None:
+    `notes_nodes`: for autograd's nodes to be measured whole, which an estimate does not do.
+    """
+
+    def __init__(
+        self,
+        fake_mode: StepMode,
+        values: Values,
+        round_bytes: int = 1,
+        like: Tracker | None = None,
+        notes_nodes: bool = True,
+    ) -> None:
         super().__init__()
         self.round_bytes = round_bytes
         self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels, self.place)
@@ -73,6 +84,7 @@ class Tracker(TorchDispatchMode):
         self.writes: dict[str, set[str]] = {}
         self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[Any, int] = {}
+        self._ops: dict[int, _Op] = {}  # by id, as an op's own hash is Python; each holds its op
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._queried: set[int] = set()
@@ -82,7 +94,7 @@ class Tracker(TorchDispatchMode):
         self._unique = (0, 0, 0)
         self._guests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # fake twins of real tensors from outside
         self.failed: FailedOp | None = None
-        self._nodes = NodeRuns()
+        self._nodes = NodeRuns() if notes_nodes else None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -154,18 +166,24 @@ class Tracker(TorchDispatchMode):
         if func is _DEVICE_QUERY:
             self._queried.add(id(args[0]))
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
-        self.kernels.fake_mode.check()
-        self.look_at_numbers()
-        if func.namespace == "profiler":  # `record_function` around an optimizer's step: it takes no time and no bytes
+        if self.kernels.fake_mode.beside:
+            self.kernels.fake_mode.check()
+        if self.round_bytes == 1:  # see `_record`
+            self.look_at_numbers()
+        op = self._ops.get(id(func)) or self._op(func)
+        if op.is_profiler:  # `record_function` around an optimizer's step: it takes no time and no bytes
             return func(*args, **kwargs)
         in_engine = graph_task() != -1
         if in_engine:
-            self._nodes.begin()
-            if func is aten.add.Tensor and self._accumulates(args, kwargs):
-                self._nodes.end()
-                func = aten.add_.Tensor if self._in_place(args) else func
+            if self._nodes is not None:
+                self._nodes.begin()
+            if func is _ADD and self._accumulates(args, kwargs):
+                if self._nodes is not None:
+                    self._nodes.end()
+                if self._in_place(args):
+                    func, op = _ADD_IN_PLACE, self._op(_ADD_IN_PLACE)
         self._queried.clear()
-        if func not in _LIFTS:
+        if not op.lifts:
             args = self._adopted(func, args)
             if kwargs:
                 kwargs = dict(zip(kwargs, self._adopted(func, tuple(kwargs.values())), strict=True))
@@ -176,10 +194,14 @@ class Tracker(TorchDispatchMode):
             if self.failed is None or self.failed.error is not error:
                 self.failed = FailedOp(error, func, self.place(), next(iter(self.module_stack[-1:]), ""))
             raise
-        if draws(func, args):
+        if op.may_draw and draws(func, args):
             self._advance(kwargs.get("generator"))
-        self._record(key, func, args, kwargs, out, in_engine, fresh)
+        self._record(key, op, args, kwargs, out, in_engine, fresh)
         return out
+
+    def _op(self, func: Any) -> _Op:
+        """Return what is known of an op."""
+        return self._ops.setdefault(id(func), _Op(func))
 
     def _advance(self, generator: torch.Generator | None) -> None:
         """Move a generator as a draw would: a fake kernel draws nothing, but the runtime keeps the state of a generator that moved.
@@ -233,6 +255,8 @@ class Tracker(TorchDispatchMode):
     def _adopted(self, func: Any, args: Any) -> Any:
         """Replace real tensors among the arguments (constants that belong to neither model nor batch) by fake twins."""
         for a in args:
+            if type(a) is FakeTensor:
+                continue
             if isinstance(a, MANY) and a and (a[0] is None or isinstance(a[0], Tensor)):
                 if any(isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in a):
                     break
@@ -288,8 +312,8 @@ class Tracker(TorchDispatchMode):
             record.birth = -1
         return fake
 
-    def _record(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool) -> None:
-        trace = self.trace
+    def _record(self, key: Any, op: _Op, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool) -> None:
+        trace, func = self.trace, op.func
         before = len(trace.storages)
         if fresh:
             for tensor in tensors(out):  # an empty one, too: the real kernel's may have bytes (oneDNN's LSTM workspace)
@@ -300,7 +324,7 @@ class Tracker(TorchDispatchMode):
                     storage.booked = 0
         if kwargs:
             self._note_generator(kwargs)
-        if (func._schema.is_mutable or func in _BATCH_NORMS) and not in_engine:
+        if op.may_write and not in_engine:
             self._note_mutation(func, args, kwargs)
         index = self._signature_ids.get(key)
         if index is None:
@@ -326,7 +350,7 @@ class Tracker(TorchDispatchMode):
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]
-            if node is not None and not replaying and not is_bookkeeping():
+            if node is not None and self._nodes is not None and not replaying and not is_bookkeeping():
                 self._nodes.ran(trace, node, sequence)
         else:
             sequence = sequence_number()
@@ -337,7 +361,8 @@ class Tracker(TorchDispatchMode):
         if not in_engine:
             # the first op to see a number made the node; later ops that make no node see the same number
             self._source_of_sequence.setdefault(sequence - 1, (source, stack_id))
-            self._nodes.made(sequence - 1, index, args, kwargs)
+            if self._nodes is not None:
+                self._nodes.made(sequence - 1, index, args, kwargs)
         numbers = self._numbers.note(func, args, out, None if replaying else node) if self.round_bytes == 1 else 0
         trace.signature.append(index)
         trace.phase.append("backward" if in_engine else self.phase)
@@ -386,3 +411,16 @@ _LIFTS = {
 _ZEROS = aten._efficientzerotensor.default  # autograd's gradient of zeros: it has a size and no memory
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
 _BATCH_NORMS |= {aten._batch_norm_with_update.default}
+
+
+class _Op:
+    """What is asked of an op each time it runs."""
+
+    __slots__ = ("func", "is_profiler", "lifts", "may_draw", "may_write")
+
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.is_profiler = func.namespace == "profiler"
+        self.lifts = func in _LIFTS
+        self.may_draw = torch.Tag.nondeterministic_seeded in func.tags
+        self.may_write = func._schema.is_mutable or func in _BATCH_NORMS

@@ -12,7 +12,7 @@ from ullage._bytes import Size, format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, UllageError, WorkloadError
 from ullage._told import tells_of
 from ullage.measure._state import leaves_rng
-from ullage.planner.decide._planner import decide, execute_choice
+from ullage.planner.decide._planner import decide
 from ullage.planner.model._model import model_of
 from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._plan import Plan
@@ -141,7 +141,6 @@ class _Search:
         s = prepare(work, progress=lambda text: self.say(f"{self.axis}={value}: {text}"), **self.given)
         budget = Budget(self.budget.resolve(0, s.device.memory_bytes))
         try:
-            execute_choice(s, budget)
             plan = decide(s, budget)
         except BudgetInfeasible as error:
             if not self.plans:

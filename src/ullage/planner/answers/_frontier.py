@@ -12,7 +12,7 @@ from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, Capture
 from ullage._files import write_whole
 from ullage._writers import write
 from ullage.measure._state import captures
-from ullage.planner.decide._planner import decide, execute_choice, smallest_bytes
+from ullage.planner.decide._planner import decide, smallest_bytes
 from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._plan import Plan, check_actions
 from ullage.planner.plan._policies import mechanism_of, named_policies
@@ -255,9 +255,8 @@ def curve(limits: Sequence[int], plans: Sequence[Plan]) -> list[FrontierPoint]:
 def _within(s: Study, limit: int) -> Plan | None:
     """Return the plan for a limit; None if there is none."""
     s.progress(f"planning for {format_bytes(limit)}")
-    execute_choice(s, budget := Budget(limit))
     try:
-        return decide(s, budget)
+        return decide(s, Budget(limit))
     except BudgetInfeasible:
         return None
 

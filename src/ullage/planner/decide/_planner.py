@@ -178,6 +178,7 @@ def _choose(s: Study, choices: Choices, budget: Budget | None, policy: str, expl
     assert budget is not None
     if _plain_fits(s, choices, budget):
         return plain, plain.seconds
+    _execute_choice(s, choices, budget)
     steps, added = optimal(s, choices, budget, explain)
     return steps, plain.seconds + added
 
@@ -206,12 +207,11 @@ def smallest_bytes(s: Study) -> int:
     return s.execute_fresh(smallest_step(s).assignment).peak_bytes
 
 
-@without_failures
-def execute_choice(s: Study, budget: Budget) -> None:
+def _execute_choice(s: Study, choices: Choices, budget: Budget) -> None:
     """Execute the solver's choice within a budget as a first and a later step.
 
-    `decide` would execute it twice: one later step, and then both. Calling this first saves that one step if the choice fits,
+    `optimal` would execute it twice: one later step, and then both. Calling this first saves that one step if the choice fits,
     which it mostly does, and all of it if another budget had the same choice.
     """
-    if s.plain_steps.peak_bytes > budget.room and (solved := solution_of(s, ALL, budget.room)) is not None:
-        s.execute_fresh(assignment_of(model_of(s), solved[0].schedule))
+    if (solved := solution_of(s, choices, budget.room)) is not None:
+        s.execute_fresh(assignment_of(model_of(s, choices), solved[0].schedule))

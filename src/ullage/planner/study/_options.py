@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ullage.capture import OptionFailed, Session, UnitFacts
@@ -78,7 +78,7 @@ def capture_options(s: Study) -> None:
     for mechanism in mechanisms():
         mechanism.explore(exploration, [o for o in offered if o.mechanism is mechanism])
     for parity in {k % 2 for k in linkable(s)}:
-        _capture(s, f"pairs {parity}", lambda fqn, parity=parity: pairs(s, parity)[fqn])  # type: ignore[misc]
+        _capture(s, f"pairs {parity}", lambda parity=parity: pairs(s, parity))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,11 @@ class StudyExploration:
         self.s.explored.add(fqn, options)
 
     def capture(self, label: str, choose: Callable[[str], Option | None]) -> None:
-        _capture(self.s, label, lambda fqn: choose(fqn) or (RECOMPUTE if self.has(fqn, RECOMPUTE) else KEEP))
+        def assignment() -> dict[str, Option]:
+            otherwise = {u.fqn: RECOMPUTE if self.has(u.fqn, RECOMPUTE) else KEEP for u in self.s.units}
+            return {fqn: choose(fqn) or option for fqn, option in otherwise.items()}
+
+        _capture(self.s, label, assignment)
 
     def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
         session = self.s.session
@@ -152,9 +156,9 @@ def capture_also(s: Study, option: Option, fqns: Sequence[str]) -> None:
     )
 
 
-def _capture(s: Study, label: str, choose: Callable[[str], Option]) -> None:
+def _capture(s: Study, label: str, choose: Callable[[], Mapping[str, Option]]) -> None:
     while label not in s.captures:
-        assignment = {u.fqn: choose(u.fqn) for u in s.units}
+        assignment = choose()  # again after a failure, which takes options away
         if all(o == KEEP for o in assignment.values()):
             return
         s.progress(f"capturing option {label}")
