@@ -30,6 +30,11 @@ REPLACED = {
     r"\bhigh.?water\b|\bmemory footprint\b": "peak",
     r"\bof before\b": "older, earlier",
     r"\bto be had\b|\bis had\b": "name who has what",
+    r"\brebuilt together\b": "recomputed together",
+    r"\bhangs? on\b": "depend on, attached to",
+    r"\b(?:for|to) who\b|\b(?:of|to|for) whom\b": "name the actor",
+    r"\bwhat (?:has|leaves|left|goes|comes)\b": "name the thing",
+    r"\bwhat a (?:person|user) should\b": "sentences for the reader",
 }
 LINK = re.compile(r"(?:\]\(|src=\")([^)\"#]+)")
 

@@ -98,7 +98,7 @@ _TIER = (
         metavar="BYTES",
         help="Saved tensors of a CUDA device may go to so much pinned host memory while others are computed.",
     ),
-    click.option("--checksums", is_flag=True, help="Compare what comes back from the disk with what went there."),
+    click.option("--checksums", is_flag=True, help="Compare bytes read back from the disk with those written."),
 )
 
 

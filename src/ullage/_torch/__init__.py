@@ -1,8 +1,8 @@
-"""The one door to what torch does not promise: no other file of ullage names a private part of torch.
+"""The one door to torch's private names: no other file of ullage names one.
 
-Each name says what it is for, what can't be done without it and what is done instead where there is something; `docs/private-torch.md`
-lists them. Attributes that are read where they stand (`t._version`) are listed here, too. What torch lacks is found out at import and told at
-use: by `UnsupportedTorch`, or, where a stand-in changes what a plan says, by a warning and the plan's notes.
+Each entry says the name's purpose, the feature that needs it, and the stand-in, if there is one; `docs/private-torch.md` lists them.
+Attributes that other files read in place (`t._version`) are listed here, too. A missing name is noticed at import and reported at its
+use: by `UnsupportedTorch`, or, if a stand-in changes a plan, by a warning and the plan's notes.
 """
 
 from ullage._torch._autograd import (

@@ -61,7 +61,7 @@ _NOT_PUT_BACK = "a replay does not see that setting: leave it alone between a un
 
 
 def _setting(get: str, put: str, since: str = OLDEST) -> Setting | None:
-    """A setting by the names of what gets and sets it. That a torch from `since` on lacks it is said."""
+    """Find a setting by the names of its getter and setter. If a torch from `since` on lacks it, a plan's notes say so."""
     getter, setter = (
         find(
             f"torch._C.{name}",

@@ -1,7 +1,7 @@
-"""How a name that torch does not promise is looked up, and what stands where one is gone.
+"""Look up private names of torch, and bind a stand-in for a missing one.
 
-`import ullage` never fails for want of such a name: what is bound in its place raises `UnsupportedTorch` when it is used. A name is looked
-up once, so one that is there costs at each use what it costs in torch itself.
+`import ullage` never fails because such a name is missing: its stand-in raises `UnsupportedTorch` when it is used. A name is looked up
+once, so an existing one costs no more at each use than in torch itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Private:
 
     Attributes:
         name: its path in torch.
-        what: what it is for.
-        feature: what can't be done without it, as `UnsupportedTorch` says it.
-        instead: what is done in its place where it is gone; "" if nothing can be.
-        said: can that change a plan or what a replay computes, so that a warning and the plan's notes say it?
-        since: the oldest version in which it was seen, of those from `OLDEST` on; it was in all after it, up to `NEWEST`.
-        found: is it there?
+        what: its purpose.
+        feature: the feature that needs it, in the words of `UnsupportedTorch`.
+        instead: what ullage does without it; "" if nothing can replace it.
+        said: may that change a plan or a replay's results, so that a warning and the plan's notes say it?
+        since: the oldest version, from `OLDEST` on, in which it was seen; all later ones up to `NEWEST` have it.
+        found: does this torch have it?
     """
 
     name: str
@@ -65,13 +65,13 @@ def find(
     since: str = OLDEST,
     beside: tuple[str, ...] = (),
 ) -> Any:
-    """What has that name in torch; where it is gone the stand-in, or what raises `UnsupportedTorch` when it is called.
+    """Return the object with that name in torch; without it the stand-in, or an object that raises `UnsupportedTorch` when called.
 
     Args:
         name, what, feature, instead, said, since: see `Private`.
-        through: what is bound if the name is there, where that is not what has the name (a value that is to be read anew each time).
-        stand_in: what is bound in its place.
-        beside: names that are listed already and are used wherever this one is: attributes, which can't be bound.
+        through: returned in place of the object, if that exists (for a value that must be read again each time).
+        stand_in: returned if the object does not exist.
+        beside: names that are listed already and are always used with this one: attributes, which can't be bound.
     """
     found = look_up(name)
     entry = PRIVATE[name] = Private(name, what, feature, instead, said, since, found is not _NOTHING)
@@ -90,11 +90,11 @@ def at_least(version: str) -> bool:
 
 
 def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = (), asked: bool = False) -> Any:
-    """As `find`, of a class: one that has no instances stands where it is gone, so classes can be derived from it.
+    """Find a class; the stand-in for a missing one is a class without instances, so that others can be derived from it.
 
     Args:
         name, what, feature, beside: see `find`.
-        asked: is what is an instance asked in order to use that? Without the class nobody knows, so the question raises.
+        asked: does the feature use `isinstance` with it? Without the class the answer is unknown, so the question raises.
     """
     found = find(name, what, feature, beside=beside)
     if not isinstance(found, Missing):
@@ -108,18 +108,18 @@ def find_class(name: str, what: str, feature: str, *, beside: tuple[str, ...] = 
 
 
 def find_error(name: str, what: str, feature: str, *, instead: str) -> Any:
-    """As `find`, of a class of errors: where it is gone, one that nobody raises."""
+    """Find a class of errors; the stand-in for a missing one is a class that nobody raises."""
     return find(name, what, feature, instead=instead, stand_in=type(name.rpartition(".")[2], (Exception,), {}))
 
 
 def attribute(name: str, what: str, feature: str) -> str:
-    """List an attribute that is read where it stands; the names that are used with it are found `beside` it."""
+    """List an attribute that other files read in place; names that are used with it are found `beside` it."""
     find(name, what, feature)
     return name
 
 
 def look_up(name: str) -> Any:
-    """What has that path in torch, or `_NOTHING`."""
+    """Return the object with that path in torch, or `_NOTHING`."""
     first, *rest = name.split(".")
     path, found = first, importlib.import_module(first)
     for part in rest:
@@ -137,12 +137,12 @@ def look_up(name: str) -> Any:
 
 
 def notes() -> list[str]:
-    """What is otherwise than in the versions that ullage knows, for a plan to say."""
+    """Return notes for a plan about stand-ins in use that may change it."""
     return [f"{p}: {p.instead}" for p in PRIVATE.values() if p.said and not p.found and at_least(p.since)]
 
 
 def table() -> list[str]:
-    """The rows of docs/private-torch.md."""
+    """Return the rows of docs/private-torch.md."""
     return [
         f"| `{p.name}` | {p.seen} | {p.what} | {p.instead + (' (said)' if p.said else '') if p.instead else f'{p.feature} raises'} |"
         for p in PRIVATE.values()
@@ -150,7 +150,7 @@ def table() -> list[str]:
 
 
 def tell() -> None:
-    """Warn of the same, once in a process: for units that no plan speaks of."""
+    """Warn with the same notes, once in a process: for units without a plan."""
     global _told
     if not _told:
         _told = True
@@ -162,7 +162,7 @@ _told = False
 
 
 class Missing:
-    """Stands where a name of torch's is gone: whoever calls it, or asks it for a part, is told so."""
+    """Stands for a missing name of torch's: calling it, or asking it for an attribute, raises `UnsupportedTorch`."""
 
     __slots__ = ("_entry", "_feature")
 

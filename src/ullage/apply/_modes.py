@@ -21,11 +21,11 @@ class Modes:
         model: the model.
         units: names of the wrapped units.
         evaluation: the plan's modules in evaluation mode.
-        promised: what is at risk where a mode differs.
+        promised: the promise that a different mode puts at risk, for the warning.
     """
 
     def __init__(self, model: nn.Module, units: list[str], evaluation: Collection[str], promised: str) -> None:
-        self.refuses = False  # raise, as what is asked for are the bytes of the planned step
+        self.refuses = False  # raise instead of warning, if the caller measures the bytes of the planned step
         self._promised = promised
         self._said: set[str] = set()
         self._names: dict[str, list[str]] = {u: [] for u in units}
@@ -45,7 +45,7 @@ class Modes:
         """
         try:
             now = [r().training for r in self._modules[unit]]  # type: ignore[union-attr]
-        except AttributeError:  # a module is gone: another is in its place
+        except AttributeError:  # a module was replaced
             return
         planned = self._planned[unit]
         if now == planned:

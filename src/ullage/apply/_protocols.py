@@ -11,7 +11,7 @@ from ullage.mechanisms import UnitSettings
 
 
 class DecisionToApply(Protocol):
-    """What is done with one unit."""
+    """The decision about one unit."""
 
     @property
     def unit(self) -> str:
@@ -34,7 +34,7 @@ class DecisionToApply(Protocol):
         """Elements that the unit is given in the planned step."""
 
     def settings(self) -> UnitSettings:
-        """What the runtime needs to know."""
+        """Return the runtime's settings for the unit."""
 
 
 class PlanToApply(Protocol):
@@ -70,7 +70,7 @@ class PlanToApply(Protocol):
 
     @property
     def endurance(self) -> str:
-        """What the plan writes to a disk, in a sentence."""
+        """The bytes that the plan writes to a disk, and its endurance, in a sentence."""
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,7 @@
-"""Made-up arguments to run an op alone on: tensors of the right shapes and strides, values of which an op may ask little.
+"""Make up arguments to run an op alone: tensors of the right shapes and strides, with values that most ops accept.
 
-What a few kernels allocate hangs on values: how many elements a mask selects, how many indices are distinct, how large a
-matrix is whose exponential is taken. Those are run on several fillings, and the most that any of them takes is counted.
+A few kernels allocate bytes that depend on values: how many elements a mask selects, how many indices are distinct, the norm of a
+matrix whose exponential is taken. Those run on several fillings, and the most bytes of any of them count.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ def make_tensor(spec: TensorSpec, high: int = 1, filling: Filling = PLAIN) -> Te
             base[:: filling.every] = True
     else:
         count = high if high > 1 else max(filling.count, 1)
-        base = (torch.arange(span, device=spec.device) % count + filling.least).to(
-            spec.dtype
-        )  # no draw: RNG stays as found
+        # no draw: RNG stays as found
+        base = (torch.arange(span, device=spec.device) % count + filling.least).to(spec.dtype)
     made = base.as_strided(spec.shape, spec.stride)
     if spec.conj:
         made = made.conj()

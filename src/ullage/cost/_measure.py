@@ -1,7 +1,7 @@
-"""Run each distinct op alone on the device: its time, what it allocates inside, and its outputs' real sizes.
+"""Run each distinct op alone on the device, for its time, the bytes it allocates inside, and its outputs' real sizes.
 
-Kernels allocate below the dispatcher (a convolution's backward converts memory formats, attention takes scratch), which
-no dispatch mode sees; the allocator's own record of one call shows it.
+Kernels allocate below the dispatcher (a convolution's backward converts memory formats, attention takes scratch). No dispatch
+mode sees that; the allocator's own record of one call does.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def _time(call: Callable[[], Any], device: str, cold: bool) -> float:
 
 
 def measure_ops(signatures: Sequence[Signature], table: Device, cold: Sequence[bool] | None = None) -> list[OpCost]:
-    """Costs of ops, each run alone. What can't be run alone takes the roofline's cost.
+    """Return the costs of ops, each run alone. An op that can't be run alone gets the roofline's cost.
 
     Args:
-        signatures: what is called.
+        signatures: the op calls.
         table: the device whose roofline stands in.
-        cold: per signature, is what it reads from long before (an op of backward or of the optimizer), and so no longer in
-            a cache? None: bytes alone are measured, times are the roofline's.
+        cold: per signature, whether its inputs were written long before (an op of backward or of the optimizer), and so are
+            no longer in a cache. None: only bytes are measured, and times are the roofline's.
     """
     costs, settings = [], read_settings()
     with one_at_a_time():
@@ -92,7 +92,7 @@ def _bytes_of(s: Signature, rough: OpCost, settings: Settings) -> OpCost:
 
 
 def undrawn(s: Signature) -> contextlib.AbstractContextManager[None]:
-    """Ops that draw are run for real; what a library's op draws isn't known. Other threads draw from the same generators."""
+    """Keep generators as they are while an op that draws, or may draw (a library's), runs: other threads draw from them, too."""
     if s.func.namespace not in _OF_TORCH:
         return preserved_rng()
     return preserved_torch_rng() if draws(s.func, s.args) else contextlib.nullcontext()
@@ -112,7 +112,7 @@ def _one(s: Signature, cold: bool | None, rough: OpCost) -> OpCost:
             def call() -> Any:
                 return s.func(*args, **kwargs)
 
-            out = call()  # what a kernel allocates once and for all is not part of a call
+            out = call()  # a first call, because bytes that a kernel allocates once per process are not part of a call
             shapes = [tuple(t.shape) for t in tensors_in(out)]
             if torch.Tag.dynamic_output_shape in s.func.tags and shapes != [o.shape for o in s.outputs]:
                 raise ValueError(f"{s.func}: other shapes than in the step")
@@ -133,7 +133,7 @@ def _one(s: Signature, cold: bool | None, rough: OpCost) -> OpCost:
 def most_of(
     run: Callable[[Filling], tuple[int, tuple[int, ...]]], fillings: Sequence[Filling]
 ) -> tuple[int, tuple[int, ...], bool]:
-    """(the largest peak of these runs, what the first returned, do they differ). Only the first has to succeed."""
+    """Return (the largest peak of these runs, the outputs of the first, do peaks differ). Only the first has to succeed."""
     peak, outputs = run(fillings[0])
     peaks = {peak}
     for filling in fillings[1:]:

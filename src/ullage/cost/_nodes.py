@@ -22,12 +22,12 @@ from ullage.measure._turns import one_at_a_time
 
 
 def measure_node(run: NodeRun, made_by: Signature, ops: Iterable[Any]) -> OpCost | None:
-    """The most that one run of a node allocates at any moment, and what it returns; None if it can't be run alone.
+    """Return the most bytes that one run of a node allocates at any moment, and its outputs' sizes; None if it can't be run alone.
 
     Args:
-        run: the node and what it was given.
-        made_by: the forward op that made it.
-        ops: of its formula, as captured.
+        run: the run of the node, with its gradients.
+        made_by: the forward op that made the node.
+        ops: the ops of its formula, as captured.
     """
 
     def alone(filling: Filling) -> tuple[int, tuple[int, ...]]:
@@ -36,7 +36,7 @@ def measure_node(run: NodeRun, made_by: Signature, ops: Iterable[Any]) -> OpCost
         def backward() -> Sequence[Tensor | None]:
             return torch.autograd.grad(outs, leaves, grads, retain_graph=True, allow_unused=True)
 
-        backward()  # what a kernel allocates once and for all is not part of a run
+        backward()  # a first run, because bytes that a kernel allocates once per process are not part of a run
         return peak_and_made(backward, (outs, grads, leaves), outs[0].device.type)
 
     if not measurable(made_by):

@@ -118,7 +118,7 @@ def _record(call: Callable[[], None], steps: int) -> tuple[list[BlockEvent], lis
 
 
 def _of_this_recording(events: list[BlockEvent]) -> Iterator[BlockEvent]:
-    """Without frees of what an earlier recording saw allocated: the profiler knows those blocks, and the collector frees them at any time."""
+    """Drop frees of blocks that an earlier recording saw allocated: the profiler knows those, and the collector frees them at any time."""
     allocated = set()
     for event in events:
         if event.nbytes > 0:

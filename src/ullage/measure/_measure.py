@@ -34,7 +34,9 @@ class PlanToMeasure(PlanToApply, Protocol):
         """Put it in force."""
 
 
-PEAK_STEPS = 3
+PEAK_STEPS = 3  # a first step, in which the optimizer makes its state, and two later ones
+# Warm-up ends with the first step that has fewer than 16 page faults, as then all pages are there; a step that never gets there is
+# timed after this many.
 MAX_WARMUP = 8
 
 
@@ -83,7 +85,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 def resident(inst: Instance, held: Sequence[Tensor] = ()) -> Resident:
     """Everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
-    # what a step leaves behind (a feature a hook noted) is freed in the next one, which its record does not show
+    # A tensor that a step leaves behind (a feature that a hook noted) is freed in the next one, whose record does not show it
     tensors = [*(t for t in copied_tensors(inst) if t.is_leaf), *tensors_of(inst.batch), *held]
     tensors += [t.grad for t in tensors if isinstance(t, Tensor) and t.is_leaf and t.grad is not None]
     for optimizer in optimizers_of(inst):
@@ -258,7 +260,7 @@ def keep_pages() -> None:
 
 
 def hand_back_pages() -> None:
-    """Undo `keep_pages`: glibc's defaults, and what is free now goes back. (What glibc had adapted itself to can't be read.)"""
+    """Undo `keep_pages`: set glibc's defaults, and return free pages. (The threshold that glibc had adapted can't be read.)"""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 65536)  # M_MMAP_MAX

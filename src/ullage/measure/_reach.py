@@ -1,7 +1,7 @@
 """Objects that a step reaches from its model, optimizer, batch, loss and step, as the runtime's walker finds them.
 
-In two widths: what is copied with a workload, whose tensors are there before a step begins; and all that a step can change, which is
-more: what methods load of their modules, attributes of classes, plain objects among globals.
+There are two sets: the objects that are copied with a workload, whose tensors exist before a step begins; and all objects that a step
+can change, which are more: globals that methods load, attributes of classes, plain objects among globals.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ullage.runtime.state._traverse import hooks_of, traverse, with_classes
 from ullage.workload import Instance, Workload, copied_parts
 
-MOST_NODES = 2_000_000  # data in memory is walked through, too
+MOST_NODES = 2_000_000  # a walk goes through data in memory, too; a bound against one that never ends
 
 
 def _roots(inst: Instance | Workload) -> list[Any]:
@@ -23,7 +23,7 @@ def _roots(inst: Instance | Workload) -> list[Any]:
 
 
 def _with_attributes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The children of an object with its class, the hooks that backward runs, and what a person has hung on a tensor."""
+    """Yield the children of an object with its class, the hooks that backward runs, and attributes that the user set on a tensor."""
     yield from with_classes(obj)
     yield from hooks_of(obj)
     if isinstance(obj, Tensor):

@@ -25,7 +25,7 @@ from ullage.workload import Instance
 
 
 class _Tuple:
-    """A tuple of tensors, among others: as it can't be emptied, what is in it is noted instead of it."""
+    """Stands for a tuple with tensors: a tuple can't be emptied, so its items are noted instead."""
 
     __slots__ = ("items", "kind")
 
@@ -117,7 +117,7 @@ class Snapshot:
         self._arrays = [(a, a.copy()) for a in arrays if id(a) not in left_out]
         self._generators = [(g, random_state(g)) for g in found if isinstance(g, RANDOM)]
         notes, seen = _Notes(states), set[int]()
-        self._places: list[tuple[Any, Any, Any]] = []  # whose it is, the place, what was there
+        self._places: list[tuple[Any, Any, Any]] = []  # owner, place, its old content
         for obj in found:
             for place in [vars(obj)] if isinstance(obj, Tensor) else all_places(obj):
                 if id(place) not in seen:
@@ -127,28 +127,27 @@ class Snapshot:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients that were there."""
+        """The gradients that existed at the snapshot."""
         return [t.grad for t in self._tensors if t.grad is not None]
 
     def set_gradients_aside(self) -> None:
-        """Steps start without gradients; those that were there come back with `restore`."""
+        """Set gradients to None, as steps start without any; `restore` brings them back."""
         for state in self._tensors:
             if state.is_leaf:
                 state.tensor().grad = None
 
     def let_go(self) -> None:
-        """After a step: empty what the step has replaced by others and only this snapshot holds; `restore` refills it.
+        """After a step, empty containers that the step has replaced and that only this snapshot holds; `restore` refills them.
 
-        `GradScaler.update` leaves the scaler with another dictionary, and the plain step would have freed what was in the first one.
+        `GradScaler.update` gives the scaler a new dictionary, for example, and the plain step would have freed the tensors in the old one.
         """
         ours = Counter(id(part) for entry in self._places for part in entry[:2])
         ours.update(id(place.owner) for _, place, _ in self._places if isinstance(place, View))
         for _, _, was in self._places:
             ours.update(map(id, was.values() if isinstance(was, dict) else was))
         for entry in self._places:
-            shared = isinstance(entry[1], View) and not isinstance(
-                entry[1], Slots
-            )  # a function's variables may be another's too
+            # a function's variables may be another's too
+            shared = isinstance(entry[1], View) and not isinstance(entry[1], Slots)
             if not shared and sys.getrefcount(entry[0]) == ours[id(entry[0])] + 1:  # the call's argument
                 put_content(entry[1], type(entry[2])())
 

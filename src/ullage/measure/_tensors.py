@@ -13,21 +13,21 @@ from ullage._torch import TensorWeakRef, fix_weakref, overlaps_itself
 
 
 class Homes:
-    """Memory in which tensors were, held weakly: a step that gives a tensor other memory (`.data =`) frees what nothing else holds."""
+    """The memory of tensors, held weakly: a step that gives a tensor other memory (`.data =`) frees the old one, as it would unmeasured."""
 
     def __init__(self) -> None:
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._again: dict[int, torch.UntypedStorage] = {}
 
     def note(self, tensor: Tensor) -> int:
-        """A key of the memory that a tensor is in."""
+        """Return a key of a tensor's memory."""
         storage = tensor.untyped_storage()
         key: int = storage._cdata
         self._alive.setdefault(key, weakref.ref(storage))
         return key
 
     def storage(self, key: int, nbytes: int, device: torch.device) -> torch.UntypedStorage:
-        """That memory, or as much of new memory if it is gone: the same for all that were in it."""
+        """Return that memory, or new memory of the same size if it was freed; tensors that shared the old one share the new one."""
         storage: torch.UntypedStorage | None = self._alive[key]() or self._again.get(key)
         if storage is None:
             storage = self._again[key] = torch.UntypedStorage(nbytes, device=device)
@@ -37,15 +37,15 @@ class Homes:
 
 
 def is_fixed(t: Tensor) -> bool:
-    """Has it no elements of its own that a step could write to? An expanded tensor can't be written to."""
+    """Does a tensor have no elements of its own that a step could write to (an expanded one can't be written to)?"""
     return t.layout is not torch.strided or t.is_meta or overlaps_itself(t)
 
 
 class TensorState:
     """A tensor's memory, geometry and flags at one moment.
 
-    A plain tensor is held weakly: a step that puts another one in its place frees it, as it would unmeasured. `tensor` makes
-    it again from its values if it is gone.
+    A plain tensor is held weakly: a step that replaces it frees it, as it would unmeasured. Then `tensor` makes a new one with
+    the same values.
 
     Args:
         t: the tensor.

@@ -26,9 +26,9 @@ class JsonlWriter:
     """Writes a run's file.
 
     Args:
-        path: where; its folder must exist.
-        exists: what to do with a file that is there: "refuse", "overwrite" (it is emptied when the monitor starts) or "append"
-            (another header and its steps follow what is there).
+        path: the file; its folder must exist.
+        exists: what to do with an existing file: "refuse", "overwrite" (it is emptied when the monitor starts) or "append"
+            (another header and its steps are added).
 
     Raises:
         ArgumentError: it can't be written, or is there already, or is no Monitor's file to append to.

@@ -32,7 +32,7 @@ class TensorBoardLogger:
     """Scalars of TensorBoard.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter` (or what has its `add_scalar`), or the folder for a new one.
+        writer: a `torch.utils.tensorboard.SummaryWriter` (or any object with its `add_scalar`), or the folder for a new one.
 
     Raises:
         ArgumentError: tensorboard is not installed, or `writer` is neither.

@@ -42,7 +42,8 @@ class Monitor:
         print(monitor)
 
     `step_begin()` and `step_end()` do without the inner `with`. Nothing is put on the model, and no GPU is waited for while steps
-    run: records are made some steps later, at least once a second, of what the device has reached. A step that raises is dropped and counted as failed.
+    run: records of steps that the device has finished are made some steps later, at least once a second. A step that raises is dropped and
+    counted as failed.
 
     Args:
         model: the model that is trained, or the `Handle` of its plan.

@@ -54,7 +54,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One step. What is None was not given, or is not measured here (`Header.not_available` says why).
+    """One step. A field that is None was not given, or is not measured here (`Header.not_available` says why).
 
     Attributes:
         step: its number.
@@ -69,14 +69,14 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         rss_bytes: resident memory of the process; `max_rss_bytes`: the most it ever had. Read when records are made, not for each.
         alloc_retries, ooms: of torch's CUDA allocator in this step.
         recomputed_units: units re-run; `skipped_ops`: ops that those replays left out; `stale_logs`: replays redone in full.
-        recomputed_ops: ops that replays ran; `recomputed_bytes`: bytes of what they made.
+        recomputed_ops: ops that replays ran; `recomputed_bytes`: bytes of their outputs.
         replay_mismatches: replays that gave other values than their forward, as far as they are compared.
         offloaded_bytes: of saved tensors; `late_prefetches`: how many of these backward waited for though they were asked for ahead.
-        loss: mean of what was given; `nonfinite_loss`: one of it was NaN or infinite.
+        loss: mean of the given losses; `nonfinite_loss`: one of them was NaN or infinite.
         gpu_joules, cpu_joules: spent since the last record that has this, over `energy_steps` steps and `energy_samples` samples.
         warmup: it counts for no statistic. `counted`: its ops were counted, so its peak is not the program's.
         failed: type of the exception that ended it, or "".
-        not_available: what the counted step showed not to be measured here, and why.
+        not_available: fields that the counted step showed not to be measured here, and why.
     """
 
     step: int

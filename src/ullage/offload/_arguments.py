@@ -21,7 +21,7 @@ def size_of(name: str, value: int | str) -> int:
 
 
 def whole_size(name: str, value: int | str) -> int:
-    """Bytes, rounded down to whole blocks, of which there must be one."""
+    """Return bytes, rounded down to whole blocks; at least one block is required."""
     found = size_of(name, value) // BLOCK * BLOCK
     if not found:
         raise ArgumentError(f"{name}={value!r}: must be at least {BLOCK} bytes")

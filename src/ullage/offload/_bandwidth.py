@@ -20,9 +20,9 @@ from ullage.offload._link import CudaLink, Event, Link
 from ullage.offload._protocol import Ticket
 from ullage.offload._store import DiskStore, DiskTicket
 
-_TENSOR_BYTES = 16 * 2**20
-_COPY_BYTES = 64 * 2**20  # so large that what a copy costs by itself does not show
-_BLOCKS = 32
+_TENSOR_BYTES = 16 * 2**20  # size of the tensors written and read: about a saved tensor's
+_COPY_BYTES = 64 * 2**20  # so large that the fixed cost of a copy does not show
+_BLOCKS = 32  # single blocks timed for the cost per transfer
 _AT_ONCE = 4  # tensors on their way, so that no thread waits for one
 
 
@@ -36,7 +36,7 @@ def measure_bandwidth(
     device: torch.device | str = "cpu",
     link: Link | None = None,
 ) -> Bandwidth:
-    """Write and read `nbytes` in tensors of up to 16 MiB through a `DiskStore`, whose file is gone afterwards.
+    """Write and read `nbytes` in tensors of up to 16 MiB through a `DiskStore`, which leaves no file.
 
     Drives write faster until their own cache is full: measure with as many bytes as a step offloads, and while nothing
     else runs or with what will run.

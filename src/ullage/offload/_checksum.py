@@ -1,7 +1,7 @@
 """Checksums of written bytes: xxHash (XXH3, 64 bits) where the package `xxhash` is installed, else zlib's CRC-32.
 
-They find what a drive, a cable or memory changed; they are no protection against a person. XXH3 is several times as
-fast, which matters as one core's CRC-32 is no faster than a good drive. Both release the GIL.
+They find bytes that a drive, a cable or memory changed; they don't protect against an attacker. XXH3 is several times as
+fast, which matters because one core's CRC-32 is no faster than a good drive. Both release the GIL.
 """
 
 from __future__ import annotations

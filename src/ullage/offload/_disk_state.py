@@ -90,7 +90,7 @@ class Books(Ledger[FileRecord]):
     # done
 
     def finish(self, record: FileRecord, moved: int, failure: Failure | None) -> None:
-        """A thread is done with a part, of which it moved so many bytes."""
+        """Note that a thread has finished a part, and how many bytes of it moved."""
         record.left -= 1
         if record.phase is Phase.OUT and record.was_written_to:
             record.modified = True
@@ -125,7 +125,7 @@ class Books(Ledger[FileRecord]):
                 self._release(record)
 
     def drop(self, record: FileRecord) -> None:
-        """Free what a tensor has; when its threads are done with it, if there are any."""
+        """Free a tensor's place and memory, at once or when the threads that work on it have finished."""
         record.dropped, record.wanted = True, False
         self.live.discard(record)
         self.queues.cancel(record)

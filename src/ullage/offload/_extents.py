@@ -29,8 +29,8 @@ class Extent:
 class Extents:
     """Free and taken runs of `capacity` bytes. Not safe for threads by itself.
 
-    What is asked for gets the smallest free run that holds it; if none does, it is laid out over several, the largest
-    first. So a request fails only if the free bytes, added up, are too few, and fragmentation breaks no promise.
+    A request gets the smallest free run that holds it; if none does, several runs, the largest first. So a request fails only if
+    the free bytes, added up, are too few, and fragmentation breaks no promise.
     """
 
     def __init__(self, capacity: int) -> None:

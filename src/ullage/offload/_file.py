@@ -74,7 +74,7 @@ class StoreFile:
         directory: where it lies.
         capacity: its bytes, all of them allocated.
         direct: whether the page cache is bypassed (O_DIRECT).
-        notes: what a person should know about it.
+        notes: sentences for the user about it.
     """
 
     fd: int

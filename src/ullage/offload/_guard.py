@@ -45,7 +45,7 @@ class Guard(ABC, Generic[R]):
 
     @abstractmethod
     def close_in_child(self) -> None:
-        """After a fork: give up what the child has of the store."""
+        """After a fork, close the child's copies of the store's resources."""
 
     @property
     def _forked(self) -> bool:

@@ -44,23 +44,23 @@ class HostStore(OpenedStore):
         ticket.drop()
     ```
 
-    A tensor is read in the order of the stream that is current when it is put, as by a kernel there. What other streams write to it
-    in place, before the ticket is dropped, is not seen if they do not wait for that stream once the tensor is copied.
+    A tensor is read in the order of the stream that is current at `put`, as by a kernel there. Until the ticket is dropped, other
+    streams must wait for that stream, once the tensor is copied, before they write to it; such writes are not noticed.
 
     Args:
         capacity: bytes of host memory, a number or a text such as "64GiB". Each tensor takes whole blocks of 4 KiB; it fits if
             their sum does.
         device: the CUDA device whose tensors are put.
         backlog_bytes: bytes of tensors that are held because they are not copied yet. While there is no room for another, `put`
-            has the current stream wait for the oldest. For a larger one it waits until that is copied; with 0, for every one.
+            makes the current stream wait for the oldest. A larger tensor it copies before it returns; with 0, every tensor.
         ahead_bytes: bytes that `prefetch` may bring back before `get` takes them.
         poison: for tests: places that are free, and new tensors before they are filled, hold 0xA5, so that a race shows.
-        link: what copies; None for CUDA's streams.
+        link: the link that copies; None for CUDA's streams.
 
     Attributes:
         capacity: as given, in whole blocks.
         device: as given, with its index.
-        notes: what a person should know about the memory, in sentences.
+        notes: sentences for the user about the memory.
 
     Raises:
         ArgumentError: a size that means nothing, or a device that is not the link's.

@@ -1,7 +1,6 @@
-"""The lock of a store in host memory, and the order of what each call does.
+"""The lock of a store in host memory, and the order of the steps of each call.
 
-Nothing runs in threads of its own: copies are queued on the device's streams by whoever calls, and what is over by then is seen
-at each call.
+There are no threads: each call queues its copies on the device's streams, and notices the copies that are finished by then.
 """
 
 from __future__ import annotations

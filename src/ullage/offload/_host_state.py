@@ -1,12 +1,12 @@
 """State of a store in host memory: its tensors and their places, and the order in which streams copy and wait.
 
-A source may be freed, and its memory written to again, in the order of the stream that was current when it was put: that is
-torch's rule for every kernel that reads it there. So before the books release it, either that stream has been told to wait for
-the copy, or the copy is seen to be done. Which source is released then follows the order of calls, not how fast copies are.
-Writes to it in place are looked for at that moment: one that was queued before may have met the copy, one after can't.
+A source may be freed, and its memory written to again, in the order of the stream that was current at `put`: that is torch's rule
+for every kernel that reads it there. So before the source is released, either that stream was made to wait for the copy, or the copy
+is found finished. Which source is released next follows the order of calls, not the speed of copies. At that moment the store
+looks for writes in place: a write that was queued before may have changed the copy, a later one can't.
 
-A target is allocated in the stream that is current when its copy is queued, and the copy waits for what is queued there: the
-allocator may have given memory that kernels still use. The stream that gets it waits for the copy.
+A target is allocated in the stream that is current when its copy is queued, and the copy waits for the kernels queued there, because
+the allocator may have returned memory that they still use. The stream that gets the target waits for the copy.
 
 A place is free as soon as its ticket is dropped. Copies out run in order, so the next one into it is after the last; it waits
 for copies in from there, too.

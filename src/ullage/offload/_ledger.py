@@ -101,7 +101,7 @@ class Ledger(ABC, Generic[R]):
                 if record.held is None:
                     self.read_ahead(record)
                     found = True
-                else:  # what is in memory stays there
+                else:  # a tensor that is still in memory stays there
                     self._charge(record, Charge.AHEAD)
                     record.keep = record.phase is Phase.OUT
                     record.phase = Phase.OUT if record.keep else Phase.READY
@@ -119,7 +119,7 @@ class Ledger(ABC, Generic[R]):
         self._release(record)
 
     def hand_out(self, record: R) -> Tensor:
-        """Return the held tensor. It is the caller's from now on, but for a source that is still being written."""
+        """Return the held tensor. It belongs to the caller from now on, unless it is a source that is still being written."""
         tensor = record.held
         assert tensor is not None
         record.asked = record.wanted = record.keep = False
@@ -137,7 +137,7 @@ class Ledger(ABC, Generic[R]):
 
     @abstractmethod
     def drop(self, record: R) -> None:
-        """Free what a tensor has."""
+        """Free a tensor's place and memory."""
 
     def reap(self, spared: R | None = None) -> None:
         """Drop orphans. A store also releases written sources, except `spared`, which is about to be read."""

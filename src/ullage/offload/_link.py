@@ -38,7 +38,7 @@ class Link(Protocol):
         """Bytes that the device's allocator rounds a tensor up to."""
 
     def pin(self, nbytes: int, lower: str = "the capacity") -> Tensor:
-        """Host memory that copies go to and from: flat uint8, page-aligned. `lower`: what a caller may ask less with.
+        """Return pinned host memory: flat uint8, page-aligned. `lower`: the argument that an error tells the caller to lower.
 
         Raises:
             OffloadError: there is not that much, or it can't be pinned.

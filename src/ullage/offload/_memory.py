@@ -1,9 +1,9 @@
-"""The memory that the tensors of a store on disk are in, the host's or a device's, and their way to a staging buffer and back.
+"""Copy tensors of a store on disk between their memory (the host's or a device's) and a staging buffer.
 
-On a device, copies run in the two streams of a link, which all threads of the store share. Each copy waits for what its tensor
-waits for, and a thread waits for the event after its own copy, without the GIL: what other threads queue in between makes it
-later, never earlier. As a thread has waited before it goes on, a source is copied and a target is whole for every stream once
-its parts are booked; that a tensor's memory may be reused is then for the stream to order that it was allocated in.
+On a device, copies run in the two streams of a link, which all threads of the store share. Each copy waits for the event that its
+tensor waits for, and a thread waits for the event after its own copy, without the GIL: copies that other threads queue in between make
+that event later, never earlier. Because the thread waits before it goes on, a source is copied, and a target is whole for
+every stream, once its parts are booked. The stream that allocated a tensor orders the reuse of its memory.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class HostMemory:
 
 
 class HeldOnDevice:
-    """A `Held` in a device's memory; copies of it run after what was queued in the current stream when it was made."""
+    """A `Held` in a device's memory; copies of it run after the work that was queued in the current stream when it was made."""
 
     def __init__(self, tensor: Tensor, link: Link) -> None:
         self.tensor, self._link = tensor, link
@@ -106,7 +106,7 @@ class HeldOnDevice:
 
     def _given_up(self, error: BaseException) -> TransferError:
         """The error of a copy, which is over: the staging buffer has other uses, and the tensor is about to be released."""
-        with contextlib.suppress(Exception):  # it is what the error says already
+        with contextlib.suppress(Exception):  # the first error is reported already
             self._link.drain()
         lines = str(error).splitlines() or [type(error).__name__]
         hint = "it may be of any kernel before: run with CUDA_LAUNCH_BLOCKING=1 to see which"

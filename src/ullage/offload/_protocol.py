@@ -19,17 +19,17 @@ class Ticket(Protocol):
         """Its bytes."""
 
     def prefetch(self) -> None:
-        """Have the tensor brought back before it is asked for; returns at once.
+        """Start to bring the tensor back before it is asked for; returns at once.
 
-        Read-ahead is bounded: what does not fit starts, in order, when tensors that are back have been taken by `get`
-        or dropped. An error of the read comes out of `get`.
+        Read-ahead is bounded: a read that does not fit starts, in order, when `get` has taken or `drop` has freed other tensors.
+        `get` raises an error of the read.
         """
 
     def get(self, late: Callable[[], None] | None = None) -> Tensor:
         """Return the bytes, flat uint8; waits until they are there.
 
-        While the original is still in memory it is handed back itself, else a new tensor that is the caller's. May
-        be called again until `drop`; each call without a prefetch reads anew.
+        While the original is still in memory, it is returned itself; otherwise a new tensor that belongs to the caller. May
+        be called again until `drop`; each call without a prefetch reads again.
 
         Args:
             late: called, now or later, if the caller had to wait though the tensor was asked for ahead.
@@ -46,7 +46,7 @@ class Ticket(Protocol):
         """
 
     def drop(self) -> None:
-        """Give back its place. What is still to be written of it is not written. May be called twice."""
+        """Free its place. Parts that are not written yet are never written. May be called twice."""
 
 
 class Store(Protocol):
@@ -65,11 +65,11 @@ class Store(Protocol):
         """Wait until every tensor that was put is written, and release it."""
 
     def wait_until_resident_at_most(self, nbytes: int) -> bool:
-        """Wait for writes until `resident_bytes` is at most `nbytes`; False if no write that is left can do it."""
+        """Wait for writes until `resident_bytes` is at most `nbytes`; return False if the remaining writes can't free enough."""
 
     @property
     def get_blocks(self) -> bool:
-        """Whether the thread that calls `get` waits in it. If not, reads run in the order of the calls: ask for what is needed now first."""
+        """Does the thread that calls `get` wait in it? If not, reads run in the order of the calls: `get` first what is needed now."""
 
     @property
     def resident_bytes(self) -> int:

@@ -22,7 +22,7 @@ class Phase(Enum):
     """A tensor's place."""
 
     OUT = "on its way out"  # its source is held
-    AWAY = "in the store"  # nothing is held, but for a source that the caller has yet to release
+    AWAY = "in the store"  # nothing is held, except a source that the caller has yet to release
     IN = "on its way in"  # its target is held
     READY = "in memory"  # held and whole, and in the store too
     FAILED = "not written"  # its source is held
@@ -56,7 +56,7 @@ class Record:
         self.parts: tuple[Part, ...] = ()
         self.failure: Failure | None = None
         self.held: Tensor | None = None
-        self.original = True  # `held` is what was put
+        self.original = True  # `held` is the tensor that was put
         self.weight = 0  # bytes of the storage of `held`
         self.version = source._version
         self.modified = False  # in place, before it was written

@@ -13,14 +13,14 @@ MOST_PENDING = 1024  # about as many kernels as CUDA lets a host be ahead by
 
 @dataclass(frozen=True)
 class Stall:
-    """A wait that a stream was given.
+    """A wait that was queued on a stream.
 
     Attributes:
-        reached: when the stream came to it.
-        over: what it waited for.
-        reads: for a copy in, else for one out.
-        asked: the tensor had been asked for ahead.
-        late: who wants to know if it had, and was waited for all the same.
+        reached: event at which the stream came to it.
+        over: event that it waited for.
+        reads: it was for a copy in; otherwise for one out.
+        asked: the tensor had been prefetched.
+        late: called if it had, and the stream waited all the same.
     """
 
     reached: Event

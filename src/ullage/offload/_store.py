@@ -36,7 +36,7 @@ class DiskTicket(EngineTicket):
 
 
 class DiskStore(OpenedStore):
-    """Holds tensors of the CPU or of a CUDA device in one file of fixed size, which has no name and is gone when the process is.
+    """Holds tensors of the CPU or of a CUDA device in one nameless file of fixed size, which vanishes with the process.
 
     ```
     with DiskStore("/scratch", "64GiB") as store:
@@ -49,15 +49,15 @@ class DiskStore(OpenedStore):
         ticket.drop()
     ```
 
-    A tensor of a device is read in the order of the stream that is current when it is put, as by a kernel there, and handed to the
-    stream that is current when it is got. It is the host that waits, in `put` and `get`, and no stream.
+    A tensor of a device is read in the order of the stream that is current at `put`, as by a kernel there, and handed to the
+    stream that is current at `get`. The host waits, in `put` and `get`; no stream does.
 
     Args:
         directory: where the file is made; it must be there.
         capacity: bytes of the file, a number or a text such as "64GiB"; taken from the filesystem at once. Each tensor
             takes whole blocks of 4 KiB; it fits if their sum does.
-        checksums: compare what is read with what was written; XXH3 if `xxhash` is installed, else CRC-32.
-        threads: how many transfer.
+        checksums: compare the bytes read with those written; XXH3 if `xxhash` is installed, else CRC-32.
+        threads: number of threads that transfer.
         poison: for tests: buffers that are free, and new ones before they are filled, hold 0xA5, so that a race shows.
         backlog_bytes: bytes of tensors that are held because they are not written yet; `put` waits while there is no
             room. A larger tensor is written before `put` returns; with 0, every one.
@@ -66,14 +66,14 @@ class DiskStore(OpenedStore):
             thread, so that allocation records of that thread are whole; else at once, in a thread of the store.
         buffer_bytes: bytes of the staging buffer of each thread, and so of the largest transfer. Of the host's memory; pinned
             for a CUDA device.
-        device: where the tensors are that are put: the CPU or a CUDA device.
-        link: what copies to and from a device; None for CUDA's streams, or none on the CPU.
+        device: the device of the tensors: the CPU or a CUDA device.
+        link: the link that copies to and from a device; None for CUDA's streams, or for the CPU.
 
     Attributes:
         directory, capacity: as given, the capacity in whole blocks.
         device: as given, with its index.
         direct: whether transfers bypass the page cache.
-        notes: what a person should know about the file, in sentences.
+        notes: sentences for the user about the file.
 
     Raises:
         ArgumentError: a size or number that means nothing, or a device that is not the link's.

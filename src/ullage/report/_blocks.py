@@ -22,7 +22,7 @@ class Blocks:
 
     Attributes:
         entries: the history.
-        active: entries of what is alive, by address.
+        active: entries of living blocks, by address.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Blocks:
         return {"action": action, "addr": address, "size": nbytes, "stream": 0, "frames": frames, "time_us": time}
 
     def _segment_alloc(self) -> dict[str, Any]:
-        # memory_viz can't draw categories of which none is "unknown", and a segment's is not shown
+        # memory_viz draws categories only if one is "unknown", and it does not show a segment's
         made = self._entry("segment_alloc", BEGIN, self.arena.end - BEGIN, [], 0)
         return made | {"category": "unknown"}
 

@@ -1,8 +1,8 @@
 """The timeline in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing read.
 
-Three lanes of nested slices (phases; modules with their ops; the same for what is recomputed), two of tensors that are offloaded and brought back, a counter track per category of live
-bytes, one for their sum, one for the budget, and a mark at the peak. Times are in µs, with three decimals; slices of a lane nest, as the
-format asks for.
+Three lanes of nested slices (phases; modules with their ops; the same for recomputed ops), two of tensors that are offloaded and brought
+back, a counter track per category of live bytes, one for their sum, one for the budget, and a mark at the peak. Times are in µs, with
+three decimals; slices of a lane nest, as the format requires.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class _Trace:
         self.phase, self.micro = t.events.phase.values.tolist(), t.events.micro_batch.values.tolist()
         self.stack, self.again = t.events.stack.values.tolist(), t.events.recomputed.values.tolist()
         self.op = [t.ops[k] for k in t.events.op.values]
-        self.replay = np.cumsum(
-            np.diff(t.events.recomputed.values, prepend=0) == 1
-        ).tolist()  # number of the run of replayed ops
+        # number of the run of replayed ops
+        self.replay = np.cumsum(np.diff(t.events.recomputed.values, prepend=0) == 1).tolist()
 
     def events(self, title: str) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_name", "pid": PID, "args": {"name": title}}

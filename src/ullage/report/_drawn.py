@@ -31,7 +31,7 @@ def drawn_overview(o: StepReport) -> dict[str, Any]:
 
 
 def drawn_comparison(c: Comparison) -> dict[str, Any]:
-    """A bar per side, of what is alive at its peak by category, or of the peak where that is all it knows."""
+    """Return a bar per side: the bytes alive at its peak by category, or only the peak if the side knows no more."""
     return {
         "sides": [{"letter": letter, "name": s.name, "peak": s.peak_bytes, "parts": s.by_category} for letter, s in zip(LETTERS, c.sides, strict=False)],
         "categories": [r.name for r in c.by_category],
@@ -39,7 +39,7 @@ def drawn_comparison(c: Comparison) -> dict[str, Any]:
 
 
 def drawn_timeline(t: Timeline, parts: int = PARTS) -> dict[str, Any]:
-    """The events that are shown of both steps, and what is alive at the peak.
+    """Return the events of both steps that are drawn, and the tensors alive at the peak.
 
     `steps[name]` has a list per fact, an entry per event that is shown; names are indices into the lists beside it. `peak` of
     a step is an index into those, too.

@@ -1,4 +1,4 @@
-"""`timeline`: run a first and a later step on fake tensors, and lay out what they did."""
+"""`timeline`: run a first and a later step on fake tensors, and lay out their events."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _note(found: dict[int, str], records: frozenset[int], name: str) -> None:
 
 
 def _seconds(s: Study, steps: Steps, first: StepCapture, later: StepCapture) -> npt.NDArray[np.float64]:
-    """Seconds per op of both steps; an op's include what it waits for transfers."""
+    """Return the seconds per op of both steps, with the op's waits for transfers."""
     found = np.concatenate([s.op_seconds(first), s.op_seconds(later)])
     for step in steps.both:
         for op, seconds in step.waits:

@@ -28,13 +28,13 @@ class StepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """A step at a glance. `str(overview)` is a few lines, `overview.export("report.html")` a page.
 
     Attributes:
-        title: what is trained.
-        plan: with bytes and seconds as they are now; of the plain step, that of the policy "none".
+        title: a name for the workload.
+        plan: the plan with the bytes and seconds of this study; for the plain step, the plan of the policy "none".
         plain: the plain step.
         planned: the step under the plan; None if there is none.
         frontier: None if it was not asked for.
-        measured: real steps, to be held against what is predicted.
-        notes: what is assumed, and what does not compare.
+        measured: real steps, to compare with the prediction.
+        notes: sentences about assumptions, and about measurements that can't be compared.
     """
 
     title: str

@@ -1,7 +1,7 @@
 """A real run as PyTorch's memory snapshot, to lay beside the predicted one.
 
 On a CUDA device it is torch's own record. A CPU's allocator keeps none, but torch's profiler does: each block with its address and
-the ops around it. What was there before the first step is one block.
+the ops around it. All memory from before the first step is one block.
 """
 
 from __future__ import annotations

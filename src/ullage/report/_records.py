@@ -10,7 +10,7 @@ from ullage.report._columns import Column
 
 PHASES = ("forward", "backward", "optimizer")
 WORKSPACE, INSIDE = "library workspace", "inside the op"
-# in the order in which they are stacked: what is there all the time lies below
+# in the order in which they are stacked: categories that live all the time lie below
 CATEGORIES = (
     "parameter", "buffer", WORKSPACE, "input", "other", "optimizer state", "gradient", "activation", "recomputed", "temporary",
     "optimizer temporary", INSIDE,
@@ -29,7 +29,7 @@ class Events(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         seconds: predicted, host time of replays included.
         recomputed: 1 in a replay.
         micro_batch: counted from 0 in each step.
-        inside_bytes: what is alive at the op's peak that no storage accounts for: what its kernel takes for itself.
+        inside_bytes: bytes alive at the op's peak that belong to no storage: its kernel allocates them for itself.
     """
 
     phase: Column

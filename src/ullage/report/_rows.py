@@ -50,7 +50,7 @@ def signed(nbytes: int) -> str:
 
 
 def grouped(named: Iterable[tuple[str, str]]) -> list[str]:
-    """`name: text` per entry; neighbours of which the same is said share a line, with the first and the last name."""
+    """Return `name: text` per entry; neighbours with the same text share a line, with the first and the last name."""
     runs: list[tuple[list[str], str]] = []
     for name, text in named:
         if runs and runs[-1][1] == text:

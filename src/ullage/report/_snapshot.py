@@ -1,7 +1,7 @@
 """The timeline as PyTorch's memory snapshot, as `torch.cuda.memory._snapshot()` makes one of a real run.
 
-pytorch.org/memory_viz and `torch.cuda._memory_viz` read it. What is allocated is ours to the byte. Addresses, and with them what
-is reserved, are not predicted: storages are laid out by best fit in one segment, so that the pictures have something to show.
+pytorch.org/memory_viz and `torch.cuda._memory_viz` read it. Allocated bytes are the predicted ones. Addresses, and with them reserved
+bytes, are not predicted: storages are laid out by best fit in one segment, so that the pictures have something to show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def pickled(t: Timeline, until: int | None = None) -> bytes:
 
 
 def snapshot(t: Timeline, until: int | None = None) -> dict[str, Any]:
-    """The snapshot of both steps (None), or up to the highest moment of an event, with what is alive then as its state."""
+    """Return the snapshot of both steps (None), or up to the highest moment of an event, with the storages alive then as its state."""
     return _Writer(t).write(len(t) - 1 if until is None else until, until is not None)
 
 

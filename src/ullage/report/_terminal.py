@@ -28,7 +28,7 @@ _RECOMPUTED = "r"
 def terminal(t: Timeline, width: int = 80, height: int = 18, color: bool = False) -> str | None:
     """The step with the peak; None if plotext is not installed.
 
-    Each column shows what is alive at its highest moment, so the highest column is the peak.
+    Each column shows the bytes alive at its highest moment, so the highest column is the peak.
     """
     step = "first" if t.peak_event < t.first_events else "later"
     some = t.steps[step]

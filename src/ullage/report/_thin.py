@@ -27,10 +27,10 @@ def highest(live: Array, starts: npt.NDArray[Any], edges: npt.NDArray[Any]) -> A
 
 
 def kept_events(t: Timeline, step: str, parts: int = PARTS) -> Array:
-    """The events of "first" or "later" that a drawing of it shows, in order, as indices into the timeline.
+    """Return the events of "first" or "later" that a drawing of it shows, in order, as indices into the timeline.
 
-    All of them where they are few; else the first, the last, the timeline's peak, and the highest of each of `parts` parts
-    of equal time and of equally many ops. What is left out is nowhere higher than a neighbour that is shown.
+    All of them if they are few; otherwise the first, the last, the timeline's peak, and the highest of each of `parts` parts
+    of equal time and of equally many ops. An event that is left out is no higher than a neighbour that is shown.
     """
     some = t.steps[step]
     n = some.stop - some.start

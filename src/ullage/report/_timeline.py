@@ -66,7 +66,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         names: names of tensors that the columns index.
         events: columns with an entry per op of both steps.
         allocations: columns with an entry per storage.
-        notes: what a person should know, in sentences.
+        notes: sentences for the reader of the timeline.
         transfers: of offloaded tensors, out and back, in order; empty without offloading.
     """
 
@@ -183,10 +183,10 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sorted((self.allocation(int(k)) for k in some), key=lambda x: -x.nbytes)
 
     def holdings(self, event: int | None = None, units: bool = False) -> list[Holding]:
-        """What is alive during an event (None: the peak), the largest first; adds up to its live bytes.
+        """Return the tensors alive during an event (None: the peak), the largest first; they add up to its live bytes.
 
         Args:
-            event: which.
+            event: index of the event.
             units: by category and unit (or module outside units), as `ullage.Bounds` has it, instead of innermost module.
         """
         at = self.peak_event if event is None else range(len(self))[event]
@@ -265,7 +265,7 @@ def unit_of(module: str, units: Collection[str]) -> str:
 
 
 def phases_of(t: Timeline) -> list[PhaseFacts]:
-    """Forward, backward, optimizer and what is recomputed (which counts to no other), of the later step."""
+    """Return forward, backward, optimizer, and recomputed ops (which count in no other phase), of the later step."""
     rows, some = [], t.steps["later"]
     phase, again = t.events.phase.values[some], t.events.recomputed.values[some] == 1
     seconds, live = t.events.seconds.values[some], t.live_bytes[some]

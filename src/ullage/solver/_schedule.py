@@ -9,7 +9,7 @@ run is *recomputed*: its units run again, in order, up to the last one, as the r
 - a `Run` again holds only its first input, and is recomputed when backward reaches its last unit;
 - the last is a `Single`, whose backward is next: with recompute, only its own replay runs its forward.
 
-Five units, of which 1 to 4 are a run that holds only its first input, and 1 to 2 a run inside it (`x2` is the input of
+Five units: 1 to 4 are a run that holds only its first input, and 1 to 2 a run inside it (`x2` is the input of
 unit 2, `F`/`R`/`B`: forward, forward that records, backward; `keep` and `rec` are options)::
 
     schedule   Single(0, keep)  Run(1, 4, (Run(1, 2, (Single(1, rec), Single(2, keep))), Single(3, rec), Single(4, keep)))
@@ -49,7 +49,7 @@ class Single:
 
 @dataclass(frozen=True)
 class Run:
-    """Units `first` to `last`, of which only the first one's input is held, and the items by which they are recomputed."""
+    """Units `first` to `last`: only the first one's input is held, and `items` says how they are recomputed."""
 
     first: int
     last: int

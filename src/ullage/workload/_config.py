@@ -55,7 +55,7 @@ def workload_from_config(
 
         with _quietly(transformers), _default_dtype(DTYPES[dtype]), _weights_only_if_real():
             model = cls(config).train()
-        model.tie_weights()  # part of what was left out for fake ones; again is no harm
+        model.tie_weights()  # for fake weights the initialization, which does this, was left out; doing it twice is no harm
         return Workload(
             model,
             make_inputs(),
@@ -105,7 +105,7 @@ def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _quietly(transformers: Any) -> Iterator[None]:
-    """Its advice is about checkpoints, of which there is none."""
+    """Silence transformers' warnings: they are advice about loading checkpoints, and none is loaded."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -1,7 +1,7 @@
 """Copy a workload's objects with all they reach: models, optimizers, hooks, and functions with what these close over.
 
-`copy.deepcopy` treats functions as atoms, so that a hook or a step would write to the original; it leaves a parameter's
-hooks out, and of an optimizer whatever `Optimizer.__getstate__` does not name. What this can't reach is caught while
+`copy.deepcopy` treats functions as atoms, so a hook or a step would write to the original. It also leaves out a parameter's hooks,
+and attributes of an optimizer that `Optimizer.__getstate__` does not name. A real object that this copy misses is noticed while
 capturing: an optimizer that steps real parameters, or an op on a real parameter, is an error there.
 """
 
@@ -22,7 +22,7 @@ from ullage.runtime.state._walk import CONTAINERS, children, is_opaque
 
 _ATOMS = (int, float, complex, str, bytes, type(None), type, types.ModuleType, types.BuiltinFunctionType)
 _STATEFUL = (nn.Module, Tensor, torch.optim.Optimizer, torch.amp.GradScaler, torch.optim.lr_scheduler.LRScheduler)
-_GLOBALS = (*_STATEFUL, *CONTAINERS, types.FunctionType, functools.partial)  # plain objects there stay what they are
+_GLOBALS = (*_STATEFUL, *CONTAINERS, types.FunctionType, functools.partial)  # globals of other types are not copied
 
 
 def copied_parts(obj: Any) -> Iterator[tuple[Any, Any, Any]]:

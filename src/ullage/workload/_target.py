@@ -114,7 +114,7 @@ def _import(name: str) -> Any:
 
 @contextlib.contextmanager
 def _beside(folder: Path) -> Iterator[None]:
-    """Modules in that folder can be imported; afterwards the search path is as it was, but for what the code has added."""
+    """Make modules in a folder importable; afterwards the search path is as before, except for entries that the code has added."""
     here = str(folder.resolve())
     added = here not in sys.path
     if added:

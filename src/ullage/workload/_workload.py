@@ -204,7 +204,7 @@ class Workload:
         return Instance(work.model, work.batch, work.loss, optimizer, work.autocast, work.accumulate, work.step)
 
     def fake_instance(self, mode: FakeTensorMode, active: Callable[[], AbstractContextManager[None]]) -> Instance:
-        """A copy on fake tensors: the user's objects are not touched. `active` enters the mode and what goes with it.
+        """Return a copy on fake tensors; the user's objects are not touched. `active` enters the fake mode and its patches.
 
         Raises:
             WorkloadError: the model, optimizer or step can't be copied.

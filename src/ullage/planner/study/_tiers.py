@@ -173,7 +173,7 @@ def choose_tier(
         kind_of = type(request.feedback).__name__
         raise ArgumentError(f"feedback: expected what `Handle.report()` gives, got {kind_of}")
     if request.checksums and request.disk_budget is None:
-        raise ArgumentError("checksums: of what goes to a disk and comes back; give disk_directory and disk_budget too")
+        raise ArgumentError("checksums: only tensors on a disk have them; give disk_directory and disk_budget too")
     if not request.given:
         if request.feedback is not None:
             raise ArgumentError(

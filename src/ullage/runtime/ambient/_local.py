@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Apart:
-    """An object of ullage's that hangs on a unit's module and is no state of the unit: no replay looks at it or puts it back."""
+    """An object of ullage's that is attached to a unit's module and is no state of the unit: no replay looks at it or puts it back."""
 
 
 class Giving:

@@ -324,7 +324,7 @@ class Frame:
             pop_hooks()
 
     def finish(self) -> None:
-        """Close a forward that raised nothing: drop generators it did not draw from, note the versions of what it could read."""
+        """Close a forward that raised nothing: drop generators it did not draw from, note the versions of tensors it could read."""
         self.notes = self.noted()
         self.complete = True
         if self.late and self.digests is not None:

@@ -344,7 +344,7 @@ def changed_error(frame: Call, name: str, read: str = "") -> ReplayError:
         read: an op that reads on the host a value computed from it, if that is why the replay can't go on.
     """
     why = (
-        f", and {read} reads a value that follows from it: what the unit does next may hang on that"
+        f", and {read} reads a value that follows from it: what the unit does next may depend on that"
         if read
         else ", so the replay would give other values"
     )

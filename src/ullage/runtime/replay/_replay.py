@@ -130,7 +130,7 @@ def _usable(frame: Call) -> Selection | None:
     if known is None or not frame.complete:
         return None
     if frame.stale:
-        _note_stale(frame, "what this call saved is not what the log says")
+        _note_stale(frame, "this call saved other tensors than the log says")
         return None
     if ambient.autocasting():
         # the cast of a skipped op is a placeholder: it would stay in the autocast cache of the region around backward

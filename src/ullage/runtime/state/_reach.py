@@ -272,7 +272,7 @@ class Reached:
             if below.standing() != standing:
                 stood = iter(standing)
                 for parent, names in zip(below.parents, below.names, strict=True):
-                    dict_of = parent()._modules  # type: ignore[union-attr]  # held by what is reached
+                    dict_of = parent()._modules  # type: ignore[union-attr]  # the reached modules hold it
                     content = {name: next(stood) for name in names}
                     if list(dict_of.items()) != list(content.items()):
                         found.append((dict_of, content))

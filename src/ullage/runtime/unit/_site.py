@@ -18,7 +18,7 @@ the first replay of a kind must reproduce the digests of what its forward droppe
     frame.known         one call                       frame, learn                  pack hooks, replay
     frame.notes         one call                       learn, frame (at the end)     replay: what it must save again
 
-A call's kinds are the `training` flags, structures, flags, gradient kinds and types of what it reaches; its signature adds shapes,
+A call's kinds are the `training` flags, structures, flags, gradient kinds and types of the objects it reaches; its signature adds shapes,
 strides, dtypes and the flags around the call.
 
 Known non-optimalities: a first call holds all its saved tensors, so it saves no memory. One digest mismatch of a full replay
