@@ -127,7 +127,8 @@ def load(options: dict[str, Any]) -> Workload:
     context.with_resource(beside_target(options["target"]))
     work = load_target(**options)
     if context.find_root().obj == OWN_PROCESS:
-        gc.freeze()  # what has been imported stays: a twentieth of a large plan's time went into looking for garbage there
+        # imported objects stay until the end: a twentieth of a large plan's time went into looking for garbage among them
+        gc.freeze()
     return work
 
 
