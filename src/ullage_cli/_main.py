@@ -42,7 +42,7 @@ for verb in (profile, plan, bounds, timeline, report, frontier, fit, verify, mea
 
 
 def run(arguments: Sequence[str], process: str = "") -> int:
-    """Run the command; return its exit code. Errors are said, not raised. `process`: OWN_PROCESS, or somebody's."""
+    """Run the command; return its exit code. It prints errors and raises none. `process`: OWN_PROCESS, or the caller's."""
     try:
         return int(cli.main(list(arguments), prog_name="ullage", standalone_mode=False, obj=process) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -45,7 +45,7 @@ _META = torch.device("meta")
 def argument_key(value: Any) -> Any:
     """Return a hashable description of an op argument, in which 1, 1.0 and True differ."""
     kind = type(value)
-    if kind is FakeTensor:  # four of five arguments: this is asked millions of times
+    if kind is FakeTensor:  # the quick way for four of five arguments: this runs millions of times
         if value.layout is torch.strided and value.constant is None and not (value.is_neg() or value.is_conj()):
             return (value.shape, value.stride(), value.dtype, value.fake_device)
     elif kind in _ATOMS:
@@ -99,7 +99,7 @@ class KnownOutputs:
 
     def key(self, func: Any, signature: Any, args: Any) -> Any:
         """Return the key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
-        known = self._views.get(id(func))  # an op's own hash is Python
+        known = self._views.get(id(func))  # by id, because an op's own hash runs Python
         if known is None:
             known = self._views[id(func)] = _is_view(func), func
         view = known[0]

@@ -84,7 +84,7 @@ class Tracker(TorchDispatchMode):
         self.writes: dict[str, set[str]] = {}
         self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[Any, int] = {}
-        self._ops: dict[int, _Op] = {}  # by id, as an op's own hash is Python; each holds its op
+        self._ops: dict[int, _Op] = {}  # by id, because an op's own hash runs Python; each entry holds its op
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._queried: set[int] = set()
@@ -200,7 +200,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _op(self, func: Any) -> _Op:
-        """Return what is known of an op."""
+        """Return the facts about an op."""
         return self._ops.setdefault(id(func), _Op(func))
 
     def _advance(self, generator: torch.Generator | None) -> None:
@@ -414,7 +414,7 @@ _BATCH_NORMS |= {aten._batch_norm_with_update.default}
 
 
 class _Op:
-    """What is asked of an op each time it runs."""
+    """The facts about an op that the tracker needs each time it runs, looked up once."""
 
     __slots__ = ("func", "is_profiler", "lifts", "may_draw", "may_write")
 

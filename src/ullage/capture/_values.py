@@ -57,7 +57,7 @@ def may_follow(func: Any, outs: list[Any]) -> bool:
 
 
 def without_modes(func: Any) -> AbstractContextManager[Any]:
-    """A context to run an op on real tensors in. In one of torch's own there is no Python, so that it is enough to pass the modes by: a tenth of the time."""
+    """Return a context for an op on real tensors. torch's own ops run no Python, so it only skips the modes, in a tenth of the time."""
     context: AbstractContextManager[Any] = DisableTorchDispatch() if func.namespace == "aten" else disable_modes()
     return context
 

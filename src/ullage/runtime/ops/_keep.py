@@ -27,6 +27,8 @@ _names = (
 ATTENTION = {getattr(aten, n).default for n in _names.split() if hasattr(aten, n)}
 MATMUL = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 MATMUL |= {op.default for n in ("_grouped_mm", "_scaled_mm") if (op := getattr(aten, n, None)) is not None}
+# Kept at every level of a plan: an index that came out differently would send a token to another expert than in the forward. They are
+# small beside the activations.
 ROUTING = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argmax.default}
 ROUTING |= {aten.nonzero.default, aten.multinomial.default, aten.max.dim, aten.min.dim}
 
