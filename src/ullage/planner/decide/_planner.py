@@ -178,7 +178,6 @@ def _choose(s: Study, choices: Choices, budget: Budget | None, policy: str, expl
     assert budget is not None
     if _plain_fits(s, choices, budget):
         return plain, plain.seconds
-    _execute_choice(s, choices, budget)
     steps, added = optimal(s, choices, budget, explain)
     return steps, plain.seconds + added
 
@@ -205,13 +204,3 @@ def _unconfirmed(s: Study, choices: Choices, budget: Budget | None, policy: str,
 def smallest_bytes(s: Study) -> int:
     """Return the smallest budget, without a reserve, within which some plan's step was executed."""
     return s.execute_fresh(smallest_step(s).assignment).peak_bytes
-
-
-def _execute_choice(s: Study, choices: Choices, budget: Budget) -> None:
-    """Execute the solver's choice within a budget as a first and a later step.
-
-    `optimal` would execute it twice: one later step, and then both. Calling this first saves that one step if the choice fits,
-    which it mostly does, and all of it if another budget had the same choice.
-    """
-    if (solved := solution_of(s, choices, budget.room)) is not None:
-        s.execute_fresh(assignment_of(model_of(s, choices), solved[0].schedule))
