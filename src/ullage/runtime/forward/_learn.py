@@ -27,7 +27,6 @@ from ullage.runtime.state._reach import forget, name_in
 from ullage.runtime.state._survey import Survey
 from ullage.runtime.tensors._fills import late_kernels, mark
 from ullage.runtime.tensors._memory import Memory
-from ullage.runtime.tensors._sparse import SparseProducts
 from ullage.runtime.unit._call import Call
 from ullage.runtime.unit._site import Facts, Learnt, refused
 
@@ -114,7 +113,6 @@ def _recording(frame: Call, recorder: Recorder | None, writes: Writes | None) ->
                 stack.enter_context(Assignments(recorder.log))
         elif writes is not None and not compiled:
             stack.enter_context(writes)
-            stack.enter_context(SparseProducts())
         yield
 
 

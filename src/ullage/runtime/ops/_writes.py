@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ullage._torch import OpOverload, TorchDispatchMode, tree_flatten
-from ullage.runtime.ambient._local import local
-from ullage.runtime.tensors import _sparse as sparse
+from ullage._torch import tree_flatten
 from ullage.runtime.tensors._memory import LEAF, kind_of, storage_of
 
+_GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _BATCH_NORMS = frozenset(
     {
         "aten::native_batch_norm",
@@ -51,38 +52,28 @@ def parameters_in(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in tensors if isinstance(t, nn.Parameter) or kind_of(t) == LEAF]
 
 
-class Writes(TorchDispatchMode):
-    """Sees writes into the memory of parameters, also through an alias with a version of its own (`p.data.clamp_()`).
+class Writes(TorchFunctionMode):
+    """Sees writes into the memory of parameters through `.data`, an alias with a version of its own (`p.data.clamp_()`).
 
-    A replay would write again, and no version would tell. Values are not compared: parameters may be large.
+    A replay would write again, and the parameter's version would not tell. Values are not compared: parameters may be large. A
+    dispatch mode would see more, but under one torch makes each Python number a tensor twice: 8 bytes that no plan knows of.
 
     Args:
         tensors: all that a unit reaches; `parameters_in` them are watched.
-
-    Attributes:
-        seen: those that were written to.
     """
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """What Dynamo runs to compile is not the unit's."""
-        return True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: torch's wrapper imports Dynamo at the first call, 1.2 s. `keep_eager` marks the method instead."""
-        return False
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self._watched = {storage_of(t): t for t in parameters_in(tensors)}
-        self.seen: list[Tensor] = []
+        self._aliases: list[tuple[Tensor, Tensor, int]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not local.quiet and isinstance(func, OpOverload) and func._schema.is_mutable:
-            found = (self._watched.get(storage_of(t)) for t in written(func, args, kwargs))
-            self.seen += [t for t in found if t is not None]
-        return sparse.run(func, args, kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func == _GET_DATA and (watched := self._watched.get(storage_of(out))) is not None:
+            self._aliases.append((watched, out, out._version))
+        return out
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """The parameters that were written to."""
+        return [t for t, alias, version in self._aliases if alias._version != version]
