@@ -56,7 +56,6 @@ BREAKS: dict[str, tuple[str, ...]] = {
             "torch._C._current_autograd_node",
             "torch.ops.aten.mul.Tensor._overloadpacket",
             "torch.ops.aten.mul.Tensor._overloadname",
-            "torch.utils._python_dispatch._disable_current_modes",
             "torch._C._DisableTorchDispatch",
             "torch.optim.optimizer._foreach_supported_types",
             "torch.utils.flop_counter.flop_registry",
@@ -99,6 +98,7 @@ ELSEWHERE = {
     "torch.cuda.memory._snapshot", "torch.cuda.memory._record_memory_history", "torch._C._set_conj", "torch._C._set_neg", "torch._neg_view",
     "torch._C._functorch.get_unwrapped", "torch._has_compatible_shallow_copy_type", "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map", "torch.utils._pytree.tree_unflatten", "torch._VF",
+    "torch.utils._python_dispatch._disable_current_modes",  # ops that are not aten's, of real values within a capture
     # a selective replay without it is a full one, which a warning says
     "torch.Tensor._make_wrapper_subclass",
 }  # fmt: skip
