@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import ullage as ul
-from ullage.mechanisms import OFFLOAD
 
 CAPACITY = "32MiB"
 
@@ -72,7 +71,7 @@ def _mixed(work: ul.Workload, at: Path, size: str) -> ul.Plan:
     profile = ul.profile(work, costs="roofline")
     able = {d.unit for d in ul.plan(work, policy="every_block", profile=profile).decisions if d.action == "recompute"}
     everything = offload(work, at, size, profile=profile)
-    units = [d.unit for d in everything.decisions if d.action == OFFLOAD["disk"].name]
+    units = [d.unit for d in everything.decisions if d.action == "offload:disk"]
     pins = {u: "recompute" for u in units[1::3] if u in able}
     levels = ["addmm[0]@disk", "mm[0]@disk", "convolution[0]@disk", "bmm[0]@disk"]
     for u in units[2::3]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from msgspec import structs
 
-from ullage.mechanisms import KEEP, OFFLOAD, RECOMPUTE, Option
+from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.planner.model._with_tier import WINDOWS, Pace, events_of, solve_with_tier
 from ullage.planner.study._tiers import Disk
 from ullage.solver._channels import COMPUTE, IN, OUT, Channels, Event, overlap
@@ -174,7 +174,7 @@ def test_what_a_simulation_says() -> None:
 
 def random_model(rng: random.Random) -> tuple[StepModel, Pace]:
     n = rng.randint(2, 5)
-    kinds = [Option("select", "mm[0]@disk"), OFFLOAD["disk"], RECOMPUTE, KEEP, Option("select", "mm[0]")]
+    kinds = [Option("select", "mm[0]@disk"), Option("offload", "disk"), RECOMPUTE, KEEP, Option("select", "mm[0]")]
     facts, forward, backward = [], [], []
     for _ in range(n):
         full = 2 * rng.randint(2, 12)
@@ -187,7 +187,7 @@ def random_model(rng: random.Random) -> tuple[StepModel, Pace]:
                         option,
                         held,
                         rng.randint(0, 30),
-                        0.0 if option == OFFLOAD["disk"] else rng.randint(1, 40),
+                        0.0 if option == Option("offload", "disk") else rng.randint(1, 40),
                         None,
                         sent,
                     )

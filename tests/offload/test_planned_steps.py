@@ -25,7 +25,6 @@ from tests.offload.planned import (
     store_of,
     tower,
 )
-from ullage.mechanisms import OFFLOAD
 from ullage.runtime import Site, Tier, run_offloaded
 from ullage.workload import run_step
 
@@ -220,7 +219,7 @@ def test_chunks_with_counters_of_their_own(window: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     work = ul.Workload(nn.Sequential(*(Cells() for _ in range(4))), torch.randn(64, 64), loss=squares)
     plan = offload(work, tmp_path, units=["*"])
-    assert {d.action for d in plan.decisions} == {OFFLOAD["disk"].name} and plan.disk is not None
+    assert {d.action for d in plan.decisions} == {"offload:disk"} and plan.disk is not None
     wanted = backward(work.model, work.batch)
     wide = msgspec.structs.replace(plan, disk=msgspec.structs.replace(plan.disk, window_bytes=window))
     with wide.apply(work.model):

@@ -145,12 +145,3 @@ def tensors_of(spec: Any) -> Any:
     if isinstance(spec, tuple):
         return tuple(tensors_of(v) for v in spec)
     return spec if isinstance(spec, TensorSpec) else None
-
-
-def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return the arguments that an op writes by its schema, `out=` included."""
-    found = []
-    for position, schema in enumerate(func._schema.arguments):
-        if schema.alias_info is not None and schema.alias_info.is_write:
-            found.append(args[position] if position < len(args) else kwargs.get(schema.name))
-    return found

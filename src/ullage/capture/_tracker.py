@@ -43,9 +43,10 @@ from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
 from ullage.capture._op_values import MANY, tensors
 from ullage.capture._outputs import argument_key
-from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of, written_arguments
+from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of
 from ullage.capture._values import Values
 from ullage.runtime import draws, is_bookkeeping, recomputing_units
+from ullage.runtime.ops._writes import may_write, written
 
 aten = torch.ops.aten
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -342,11 +343,8 @@ class Tracker(TorchDispatchMode):
         if in_engine:
             sequence = node._sequence_nr() if node is not None else -1
             known = self._source_of_sequence.get(sequence)
-            if replaying:
-                stack, source = (
-                    (*replaying, *stack),
-                    source_line(),
-                )  # a replay calls the unit's forward without its hooks
+            if replaying:  # a replay calls the unit's forward without its hooks
+                stack, source = (*replaying, *stack), source_line()
             elif known is not None:
                 source, stack_id = known
                 stack = self.stacks[stack_id]
@@ -390,10 +388,7 @@ class Tracker(TorchDispatchMode):
         """Note buffers and other resident tensors that a forward writes to."""
         if self.phase != "forward":
             return
-        written = written_arguments(func, args, kwargs)
-        if func in _BATCH_NORMS and len(args) > 5 and args[5]:
-            written += [args[3], args[4]]
-        for tensor in tensors(written):
+        for tensor in written(func, args, kwargs):
             key = tensor.untyped_storage()._cdata
             name = self.resident_names.get(key)
             if name is not None and self.module_stack:
@@ -404,13 +399,9 @@ class Tracker(TorchDispatchMode):
             self.own_generators.update(self.module_stack)
 
 
-_LIFTS = {
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-}  # `torch.tensor(...)` passes a new real tensor to these
+# `torch.tensor(...)` passes a new real tensor to these
+_LIFTS = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
 _ZEROS = aten._efficientzerotensor.default  # autograd's gradient of zeros: it has a size and no memory
-_BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten._native_batch_norm_legit.default}
-_BATCH_NORMS |= {aten._batch_norm_with_update.default}
 
 
 class _Op:
@@ -423,4 +414,4 @@ class _Op:
         self.is_profiler = func.namespace == "profiler"
         self.lifts = func in _LIFTS
         self.may_draw = torch.Tag.nondeterministic_seeded in func.tags
-        self.may_write = func._schema.is_mutable or func in _BATCH_NORMS
+        self.may_write = may_write(func)

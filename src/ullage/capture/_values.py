@@ -18,7 +18,7 @@ from torch import Tensor
 from ullage._torch import DisableTorchDispatch, FakeTensor, disable_modes, tree_flatten
 from ullage.capture._assumed import Assumed
 from ullage.capture._op_values import MANY, tensors, with_tensors
-from ullage.capture._trace import written_arguments
+from ullage.runtime.ops._writes import written
 
 aten = torch.ops.aten
 _NAME = "_ullage_twin"
@@ -186,7 +186,7 @@ class Values:
         return any((known := self._drawn.get(s._cdata)) is not None and known() is s for s in storages)
 
     def _poison(self, func: Any, args: Any, kwargs: Any) -> None:
-        for tensor in tensors(written_arguments(func, args, kwargs)):
+        for tensor in written(func, args, kwargs):
             real = _twin_of(tensor)
             if real is not None:
                 self._poisoned[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())

@@ -24,11 +24,10 @@ from ullage.mechanisms.keep import KEEP
 from ullage.mechanisms.recompute import RECOMPUTE
 from ullage.mechanisms.select import SELECTIVE
 
-from ullage.mechanisms.offload import OFFLOAD  # isort: skip  (registered last: options are listed in this order)
+from ullage.mechanisms import offload  # isort: skip  # noqa: F401 (registered last: options are listed in this order)
 
 __all__ = [
     "KEEP",
-    "OFFLOAD",
     "RECOMPUTE",
     "SELECTIVE",
     "Exploration",

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 from ullage._errors import ArgumentError
-from ullage.runtime import Learnt, Options, Place, Rule, Site
+from ullage.runtime import Learnt, Options, Place, Rule, Site, checkpoint, run
 
 
 class Replays(Enum):
@@ -175,14 +175,15 @@ class Exploration(Protocol):
 class Mechanism(ABC):
     """A way to do without a unit's saved tensors until backward.
 
-    Every method has a default that suits a mechanism with one option, which runs nothing again and offloads nothing;
-    `run` is what makes it one. Its docstring says when to use it and when not to.
+    Every method has a default. A mechanism that replays gets ullage's own replay (`run`, `traced`), which `rule` may shorten; one that
+    replays nothing overrides `run`. The class's docstring says when to use the mechanism and when not to.
 
     Attributes:
         action: its name in plans, pins and messages: a lower-case identifier.
         forms: the texts that pins may give, for messages and help; the name alone if empty.
         policy: the name of the policy that gives every block its first option; "" for none.
-        replays: how much of a unit's forward runs again in backward. A mechanism that replays is not offered to units that can only be kept.
+        replays: how much of a unit's forward runs again in backward. A mechanism that replays is not offered to units that can only be
+            kept.
         sends: every option of it offloads.
         is_plain: it leaves units as they are.
     """
@@ -269,11 +270,15 @@ class Mechanism(ABC):
             kwargs: keyword arguments of the call.
             on_recompute: called at the start of every replay.
         """
-        return call(*args, **kwargs)
+        if self.replays is Replays.NOTHING:
+            return call(*args, **kwargs)
+        return run(site, options, call, args, kwargs, on_recompute)
 
     def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`run` as Dynamo can trace it in one graph; by default the plain forward, which keeps everything."""
-        return call(*args, **kwargs)
+        """Run in a form that Dynamo can trace in one graph: `checkpoint`, or the plain forward, which keeps everything."""
+        if self.replays is Replays.NOTHING:
+            return call(*args, **kwargs)
+        return checkpoint(call, *args, keep=option.level or None, **kwargs)
 
 
 _registered: dict[str, Mechanism] = {}

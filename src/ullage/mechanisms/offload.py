@@ -57,4 +57,3 @@ class Offload(Mechanism):
 
 
 register(Offload())
-OFFLOAD = {tier: Option(Offload.action, tier) for tier in TIERS}

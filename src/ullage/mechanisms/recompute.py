@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from ullage.mechanisms._mechanism import HostTimes, Mechanism, Option, Replays, register
-from ullage.runtime import Options, Site, checkpoint, run
 
 
 class Recompute(Mechanism):
@@ -29,22 +25,6 @@ class Recompute(Mechanism):
         if again is not None:
             calls, ops = max(round(again / ops), 1) * calls, again
         return host.replays(False, calls, ops)
-
-    def run(
-        self,
-        site: Site,
-        options: Options,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        on_recompute: Callable[[], None] | None,
-    ) -> Any:
-        """Run under the runtime, which replays everything."""
-        return run(site, options, call, args, kwargs, on_recompute)
-
-    def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Dynamo knows `checkpoint`."""
-        return checkpoint(call, *args, **kwargs)
 
 
 register(Recompute())

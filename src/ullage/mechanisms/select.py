@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ullage.mechanisms._mechanism import (
@@ -18,7 +18,7 @@ from ullage.mechanisms._mechanism import (
     register,
 )
 from ullage.mechanisms.recompute import RECOMPUTE
-from ullage.runtime import ATTENTION, MATMUL, Options, Rule, Site, checkpoint, run
+from ullage.runtime import ATTENTION, MATMUL, Rule
 from ullage.runtime.ops._keep import kind_of, named_rule
 
 
@@ -99,22 +99,6 @@ class Select(Mechanism):
     def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
         """Return the level's rule."""
         return named_rule(option.level, keeps_routing)
-
-    def run(
-        self,
-        site: Site,
-        options: Options,
-        call: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        on_recompute: Callable[[], None] | None,
-    ) -> Any:
-        """Run under the runtime, which keeps the outputs that the level names."""
-        return run(site, options, call, args, kwargs, on_recompute)
-
-    def traced(self, option: Option, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Dynamo knows `checkpoint`."""
-        return checkpoint(call, *args, keep=option.level, **kwargs)
 
 
 def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option | None:

@@ -17,7 +17,7 @@ from ullage.mechanisms import RECOMPUTE, Option, known_names, named
 from ullage.planner.explain._names import matching, units_of
 from ullage.planner.study._choices import ALL, Choices
 from ullage.planner.study._executed import Steps
-from ullage.planner.study._options import capture_also, capture_options, view_of
+from ullage.planner.study._options import capture_also, capture_options, views_of
 from ullage.planner.study._study import Study
 
 Options = dict[str, list[Option]]
@@ -233,10 +233,15 @@ def _offer(s: Study, action: str, fqns: Sequence[str], capture: bool) -> list[tu
     option, options = named(action).option, ALL.of(s)
     if option is None:
         return []
-    able = [u for u in s.units if u.fqn in fqns and RECOMPUTE in options[u.fqn] and (u.fqn, action) not in s.reasons]
-    new = [
-        u.fqn for u in able if option not in options[u.fqn] and option.mechanism.admits(view_of(s.session, u), option)
+    able = [
+        u
+        for u in s.units
+        if u.fqn in fqns
+        and RECOMPUTE in options[u.fqn]
+        and option not in options[u.fqn]
+        and (u.fqn, action) not in s.reasons
     ]
+    new = [view.fqn for view in views_of(s.session, able) if option.mechanism.admits(view, option)]
     if new and capture:
         capture_also(s, option, new)
     return [(f, option) for f in new if not s.explored.failed(f, option.name)]

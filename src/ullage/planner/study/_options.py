@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ullage.capture import OptionFailed, Session, UnitFacts
 from ullage.capture._trace import Signature
@@ -26,9 +27,10 @@ class Found:
 
 def find_options(session: Session, units: Sequence[UnitFacts], tier: OffloadTier | None) -> Found:
     """Find, by the plain step, the units with routing outputs, those that must be kept, and the offers of mechanisms to each."""
-    found = Found(tuple(_with_routing(session, u) for u in units), {}, {})
+    ops = _ops_of(session, {u.fqn for u in units})
+    found = Found(tuple(_with_routing(u, ops[u.fqn]) for u in units), {}, {})
     for unit in found.units:
-        _offer(found, unit, view_of(session, unit), tier)
+        _offer(found, unit, UnitView(unit.fqn, ops[unit.fqn], unit.routing), tier)
     return found
 
 
@@ -44,23 +46,25 @@ def _offer(found: Found, unit: UnitFacts, view: UnitView, tier: OffloadTier | No
             found.reasons.update({(unit.fqn, name): why for name, why in offer.reasons.items()})
 
 
-def view_of(session: Session, unit: UnitFacts) -> UnitView:
-    """Return a unit in the form that mechanisms get it."""
-    return UnitView(unit.fqn, _ops_of(session, unit.fqn), unit.routing)
+def views_of(session: Session, units: Sequence[UnitFacts]) -> list[UnitView]:
+    """Return units in the form that mechanisms get them."""
+    ops = _ops_of(session, {u.fqn for u in units})
+    return [UnitView(u.fqn, ops[u.fqn], u.routing) for u in units]
 
 
-def _ops_of(session: Session, fqn: str) -> list[Signature]:
-    stacks = {i for i, s in enumerate(session.tracker.stacks) if fqn in s}
+def _ops_of(session: Session, fqns: Collection[str]) -> dict[str, list[Signature]]:
+    """Return per module the ops of its forwards in the first step. One pass over the trace serves all modules."""
+    inside = [[fqn for fqn in stack if fqn in fqns] for stack in session.tracker.stacks]
+    found: dict[str, list[Signature]] = {fqn: [] for fqn in fqns}
     t = session.trace
-    return [
-        session.signatures[t.signature[i]]
-        for i in range(t.marks[1])
-        if t.stack[i] in stacks and t.phase[i] == "forward"
-    ]
+    for i in range(t.marks[1]):
+        if t.phase[i] == "forward":
+            for fqn in dict.fromkeys(inside[t.stack[i]]):  # once, also where a module calls itself
+                found[fqn].append(session.signatures[t.signature[i]])
+    return found
 
 
-def _with_routing(session: Session, unit: UnitFacts) -> UnitFacts:
-    ops = _ops_of(session, unit.fqn)
+def _with_routing(unit: UnitFacts, ops: Sequence[Signature]) -> UnitFacts:
     if any("c10d" in o.func.namespace for o in ops):
         return replace(unit, keep_reason=unit.keep_reason or "it runs collectives, which a replay would run again")
     return replace(unit, routing=any(o.func in ROUTING for o in ops))
@@ -87,9 +91,9 @@ class StudyExploration:
 
     s: Study
 
-    @property
+    @cached_property
     def units(self) -> Sequence[UnitView]:
-        return [view_of(self.s.session, u) for u in self.s.units]
+        return views_of(self.s.session, self.s.units)
 
     @property
     def tier(self) -> OffloadTier | None:

@@ -29,11 +29,13 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [t for t in tree_flatten(values)[0] if isinstance(t, Tensor)]
 
 
-def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Return the arguments that an op writes to, `out=` included; all of them for an op without a schema.
+def may_write(func: Any) -> bool:
+    """Does an op write to an argument? The schemas of batch norms that train do not say it of their running statistics."""
+    return bool(func._schema.is_mutable or func._schema.name in _BATCH_NORMS)
 
-    The schemas of batch norms that train do not say that they write their running statistics.
-    """
+
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the arguments that an op writes to, `out=` included; all of them for an op without a schema."""
     schema = getattr(func, "_schema", None)
     if schema is None:
         return tensors_in((args, kwargs))

@@ -52,13 +52,11 @@ def digest(t: Tensor) -> bytes | None:
 def _of_parts(t: Any) -> bytes | None:
     """Of a jagged or a sparse tensor: of the tensors it is made of, in their order."""
     with torch.no_grad():
-        found = [digest(part) for part in _PARTS[t.layout](t) if part is not None] if t.layout in _PARTS else [None]
-    if None in found:
+        parts = _PARTS[t.layout](t) if t.layout in _PARTS else ()
+        found = [d for part in parts if part is not None and (d := digest(part)) is not None]
+    if not parts or len(found) < sum(part is not None for part in parts):
         return None
-    known = hashlib.blake2b(f"{t.layout}{t.dtype}".encode(), digest_size=16)
-    for part in found:
-        known.update(part or b"")
-    return known.digest()
+    return hashlib.blake2b(f"{t.layout}{t.dtype}".encode() + b"".join(found), digest_size=16).digest()
 
 
 _PARTS: dict[torch.layout, Callable[[Any], tuple[Tensor | None, ...]]] = {

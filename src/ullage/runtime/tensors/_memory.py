@@ -82,7 +82,10 @@ def kind_of(t: Tensor) -> int:
     """
     if not t.requires_grad:
         return NO_GRADIENT
-    return IN_GRAPH if hides_graph(t) or not t.is_leaf else LEAF
+    try:
+        return LEAF if t.is_leaf else IN_GRAPH
+    except RuntimeError:
+        return IN_GRAPH
 
 
 def hides_graph(t: Tensor) -> bool:
