@@ -57,7 +57,7 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
         memory = Memory(tensors)
     host = ambient.HOST[0]() if facts is None else None
     since = mark()
-    writes = Writes(tensors) if survey is not None and recorder is None else None
+    writes = Writes(tensors, lambda: frame.count()) if survey is not None and recorder is None else None
     with _recording(frame, recorder, writes):
         out = frame.run(args, kwargs, packer_of_all(frame, recorder.saved if recorder is not None else None))
     late = late_kernels(out, since)
@@ -67,10 +67,8 @@ def learn(frame: Call, args: tuple[Any, ...], kwargs: dict[str, Any], facts: Fac
         if frame.digests is not None:  # again, as some tensors were not filled when their digests were taken
             frame.digests.update(frame.digests_of(frame.kept))
     if survey is not None:
-        seen = (
-            recorder.parameters_written(tensors) if recorder is not None else writes.seen if writes is not None else []
-        )
-        facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds), seen)
+        hidden = _hidden_writes(frame, recorder, writes, tensors)
+        facts = frame.site.facts[kinds] = _facts(frame, survey, host, frame.site.facts.get(kinds), hidden)
     assert facts is not None
     moved = frame.settle()
     if not facts.must_keep and (replacing := _replacing(frame, tensors, memory)):
@@ -148,7 +146,22 @@ def _selection(frame: Call, recorder: Recorder) -> Selection:
     return selection_of(recorder.log, rule)
 
 
-def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None, written: list[Tensor]) -> Facts:
+def _hidden_writes(frame: Call, recorder: Recorder | None, writes: Writes | None, tensors: list[Tensor]) -> str:
+    """Say why a forward that writes where no version tells can't be run again; "" if it does not."""
+    if recorder is not None:
+        written, behind = recorder.parameters_written(tensors), recorder.behind(frame.kept)
+    elif writes is not None:
+        written, behind = writes.seen, writes.behind(frame.kept)
+    else:
+        return ""
+    if written:
+        return f"its forward writes {name_in(frame.roots, written[0])} through `.data` or another alias, which a replay would write again"
+    if behind:
+        return f"its forward writes saved tensor {behind[0]} through `.data` or another alias, which a replay that ends before would not"
+    return ""
+
+
+def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None, hidden: str) -> Facts:
     with quiet():
         changing = frame.site.changing
         changes, entry = survey.changes(changing() if changing is not None else set(), swapped(frame.reached))
@@ -161,8 +174,8 @@ def _facts(frame: Call, survey: Survey, host: Any, earlier: Facts | None, writte
     must_keep = ""
     if changes.parameters:
         must_keep = f"its forward writes {changes.parameters[0]}, which a replay would write again"
-    elif written:
-        must_keep = f"its forward writes {name_in(frame.roots, written[0])} through `.data` or another alias, which a replay would write again"
+    elif hidden:
+        must_keep = hidden
     elif argument:
         must_keep = f"its forward writes {argument} in place, so a replay would start from other values"
     buffers = frame.reached.buffers()

@@ -6,7 +6,7 @@ allocation until it is freed. A log holds shapes and numbers only, no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ullage._source import source_line
 from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, tree_flatten
 from ullage.runtime.ambient._local import local
-from ullage.runtime.ops._writes import parameters_in, written
+from ullage.runtime.ops._writes import FILLS, parameters_in, written
 from ullage.runtime.tensors import _sparse as sparse
 from ullage.runtime.tensors._memory import storage_of
 from ullage.runtime.tensors._notes import lazy_bits, meta_of
@@ -197,6 +197,12 @@ class Recorder(TorchDispatchMode):
         numbers = set[int]().union(*(op.writes for op in self.log.ops))
         known = ((t, self._numbers.get(storage_of(t))) for t in parameters_in(tensors))
         return [t for t, number in known if number is not None and number[0] in numbers]
+
+    def behind(self, saved: Mapping[int, tuple[Any, int]]) -> list[int]:
+        """Return which saved tensors an op wrote to after autograd had saved them, without moving their version; see `Writes`."""
+        last = {n: at for at, op in enumerate(self.log.ops) if op.func._schema.name not in FILLS for n in op.writes}
+        same = [i for i, (t, version) in saved.items() if isinstance(t, Tensor) and t._version == version]
+        return [i for i in same if last.get(self.log.saved[i][0], -1) >= self.log.saved_at[i]]
 
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
         """Return a tensor's value; `given`: storages of the arguments of the op that just made it, which it may share."""

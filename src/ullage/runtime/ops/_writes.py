@@ -1,9 +1,10 @@
-"""Which tensors ops write to, and which parameters a forward writes where no version counter sees it."""
+"""Which tensors ops write to, and what a forward writes where no version counter sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ _BATCH_NORMS = frozenset(
         "aten::miopen_batch_norm",
     }
 )
+# These write to arguments that autograd saved just before it called them: their backward reads what they wrote.
+FILLS = _BATCH_NORMS | {"aten::rrelu_with_noise", "aten::rrelu_with_noise_"}
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -55,27 +58,52 @@ def parameters_in(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 class Writes(TorchFunctionMode):
-    """Sees writes into the memory of parameters through `.data`, an alias with a version of its own (`p.data.clamp_()`).
+    """Sees writes through `.data`, an alias with a version of its own: `p.data.clamp_()`, or `z.data.mul_()` after autograd saved `z`.
 
-    A replay would write again, and the parameter's version would not tell. Values are not compared: parameters may be large. A
-    dispatch mode would see more, but under one torch makes each Python number a tensor twice: 8 bytes that no plan knows of.
+    A replay would write a parameter again, and one that ends before would not write what autograd has saved; no version would tell.
+    Values are not compared: parameters may be large. A dispatch mode would see more, but under one torch makes each Python number a
+    tensor twice: 8 bytes that no plan knows of.
 
     Args:
         tensors: all that a unit reaches; `parameters_in` them are watched.
+        saved: gives how many tensors autograd has saved so far.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], saved: Callable[[], int]) -> None:
         super().__init__()
         self._watched = {storage_of(t): t for t in parameters_in(tensors)}
-        self._aliases: list[tuple[Tensor, Tensor, int]] = []
+        self._saved = saved
+        # weak, because a forward may make many; by address, because tensors have no equality that a dict could use
+        self._aliases: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self._last: dict[
+            int, int
+        ] = {}  # of each storage that was written to: how many tensors were saved at the last write
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func == _GET_DATA and (watched := self._watched.get(storage_of(out))) is not None:
-            self._aliases.append((watched, out, out._version))
+        kwargs = kwargs or {}
+        # most forwards never ask for `.data`, and then each op costs this one look
+        given = [t for t in tensors_in((args, kwargs)) if self._aliases.get(id(t)) is t] if self._aliases else []
+        versions = [t._version for t in given]
+        out = func(*args, **kwargs)
+        if func == _GET_DATA:
+            self._aliases[id(out)] = out
+        if given:
+            self._follow(given, versions, out)
         return out
+
+    def _follow(self, given: list[Tensor], versions: list[int], out: Any) -> None:
+        """Note what an op wrote through aliases, and its outputs that are aliases in turn."""
+        for t, version in zip(given, versions, strict=True):
+            if t._version != version:
+                self._last[storage_of(t)] = self._saved()
+        memory = {storage_of(t) for t in given} - {0}
+        self._aliases.update({id(t): t for t in tensors_in(out) if storage_of(t) in memory})
 
     @property
     def seen(self) -> list[Tensor]:
         """The parameters that were written to."""
-        return [t for t, alias, version in self._aliases if alias._version != version]
+        return [t for key, t in self._watched.items() if key in self._last]
+
+    def behind(self, saved: Mapping[int, tuple[Any, int]]) -> list[int]:
+        """Return which saved tensors, of those given with their indices, were written to after autograd had saved them."""
+        return [i for i, (t, _) in saved.items() if isinstance(t, Tensor) and i < self._last.get(storage_of(t), 0)]
