@@ -11,7 +11,7 @@ from torch import Tensor
 from ullage._source import source_line
 from ullage._torch import DataDependentOutputException, DynamicOutputShapeException, disable_modes
 from ullage.capture._fake_mode import StepMode
-from ullage.capture._outputs import KnownOutputs
+from ullage.capture._outputs import KnownCall, KnownOutputs
 from ullage.capture._values import Values, without_modes
 
 aten = torch.ops.aten
@@ -38,19 +38,19 @@ class FakeKernels:
         self.fake_mode, self.values, self.place = fake_mode, values, place
         self.known: KnownOutputs = KnownOutputs(fake_mode, None if like is None else like.known)
 
-    def call(self, key: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    def call(self, known: KnownCall, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """Return the op's outputs, and whether they may have storages that were not seen before."""
-        known = self.known.key(func, key, args)
-        if known is None:
+        func, offset = known.func, self.known.offset(known, args)
+        if offset is None:
             return self._run(func, args, kwargs), True
-        entry = self.known.entry(known)
+        entry = known.entries.get(offset)
         if entry is not None:
             out = self.known.make(entry, args)
             if entry.valued:
                 self.values.follow(func, args, kwargs, out)
             return out, entry.fresh
         out = self._run(func, args, kwargs)
-        self.known.learn(known, func, args, kwargs, out)
+        self.known.learn(known, offset, args, kwargs, out)
         return out, True
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:

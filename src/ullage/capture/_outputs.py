@@ -10,7 +10,7 @@ kernel every time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,33 +86,49 @@ class _Entry:
     fresh: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class KnownCall:
+    """What is known of calls with one signature. It stands for the signature, whose hash costs as much as a fake kernel's output.
+
+    Attributes:
+        func: the op; held, because keys have its id.
+        view: see `_is_view`.
+        entries: recipes for the outputs, by the first argument's offset for a view; None where none can be made.
+    """
+
+    func: Any
+    view: bool | None
+    entries: dict[int, _Entry | None] = field(default_factory=dict)
+
+
 class KnownOutputs:
     """Remembers, per signature, how to make an op's outputs. It shares its memory with `like`, both ways."""
 
     def __init__(self, mode: FakeTensorMode, like: KnownOutputs | None = None) -> None:
         self.mode = mode
-        self._entries: dict[Any, _Entry | None] = {} if like is None else like._entries
-        self._views: dict[int, tuple[bool | None, Any]] = {} if like is None else like._views  # by id; an op is held
+        self._calls: dict[Any, KnownCall] = {} if like is None else like._calls
         self._states: dict[torch.device, dict[str, Any]] = {}  # attributes of a new fake tensor, by device
         unsafe = getattr(mode, "_allow_unsafe_data_ptr_access", None)
         self._guard = None if unsafe is None else warn_on_data_ptr if unsafe else throw_on_data_ptr
 
-    def key(self, func: Any, signature: Any, args: Any) -> Any:
-        """Return the key of a call, or None if the op is never remembered. `signature`: `argument_key` of its arguments."""
-        known = self._views.get(id(func))  # by id, because an op's own hash runs Python
+    def call(self, func: Any, args: Any, kwargs: Any) -> KnownCall:
+        """Return what is known of calls with this signature."""
+        # the op by its id, because its own hash runs Python
+        key = (id(func), argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
+        known = self._calls.get(key)
         if known is None:
-            known = self._views[id(func)] = _is_view(func), func
-        view = known[0]
-        if view is None or not args:
-            return None
-        if not view:
-            return signature
-        first = args[0]
-        return (signature, first.storage_offset()) if isinstance(first, FakeTensor) else None
+            known = self._calls[key] = KnownCall(func, _is_view(func))
+        return known
 
-    def entry(self, key: Any) -> _Entry | None:
-        """Return the recipe for the outputs of the call with this key, or None."""
-        return self._entries.get(key)
+    @staticmethod
+    def offset(known: KnownCall, args: Any) -> int | None:
+        """Return the key of a call's recipe among those of its signature, or None if the op is never remembered."""
+        if known.view is None or not args:
+            return None
+        if not known.view:
+            return 0
+        first = args[0]
+        return int(first.storage_offset()) if isinstance(first, FakeTensor) else None
 
     def make(self, entry: _Entry, args: Any) -> Any:
         """Return a call's outputs."""
@@ -144,13 +160,13 @@ class KnownOutputs:
         vars(made).update(state)
         return made
 
-    def learn(self, key: Any, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def learn(self, known: KnownCall, offset: int, args: Any, kwargs: Any, out: Any) -> None:
         """Remember the fake kernel's outputs, if equal ones can be made without it."""
-        if key in self._entries:
-            return
-        self._entries[key] = self._entry(func, args, kwargs, out)
+        if offset not in known.entries:
+            known.entries[offset] = self._entry(known, args, kwargs, out)
 
-    def _entry(self, func: Any, args: Any, kwargs: Any, out: Any) -> _Entry | None:
+    def _entry(self, known: KnownCall, args: Any, kwargs: Any, out: Any) -> _Entry | None:
+        func, view = known.func, bool(known.view)
         if any(_special(a) for a in (*_flat(args), *_flat(tuple(kwargs.values())))):
             return None
         if func._schema.is_mutable:
@@ -162,7 +178,6 @@ class KnownOutputs:
         if not outs or not all(type(o) is FakeTensor and not _special(o) for o in outs):
             return None
         given = {a.untyped_storage()._cdata for a in _flat((args, tuple(kwargs.values()))) if isinstance(a, Tensor)}
-        view = bool(self._views[id(func)][0])
         seen: set[int] = set()
         for o in outs:
             storage = o.untyped_storage()

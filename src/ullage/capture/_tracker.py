@@ -42,7 +42,7 @@ from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
 from ullage.capture._numbers import SavedNumbers
 from ullage.capture._op_values import MANY, tensors
-from ullage.capture._outputs import argument_key
+from ullage.capture._outputs import KnownCall
 from ullage.capture._trace import Between, Signature, Storage, Trace, spec_of
 from ullage.capture._values import Values
 from ullage.runtime import draws, is_bookkeeping, recomputing_units
@@ -84,7 +84,7 @@ class Tracker(TorchDispatchMode):
         # by name of a resident tensor that a forward writes, the modules that run then
         self.writes: dict[str, set[str]] = {}
         self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
-        self._signature_ids: dict[Any, int] = {}
+        self._signature_ids: dict[int, int] = {}  # by the id of a `KnownCall`, which `kernels` holds
         self._ops: dict[int, _Op] = {}  # by id, because an op's own hash runs Python; each entry holds its op
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
@@ -188,16 +188,16 @@ class Tracker(TorchDispatchMode):
             args = self._adopted(func, args)
             if kwargs:
                 kwargs = dict(zip(kwargs, self._adopted(func, tuple(kwargs.values())), strict=True))
-        key = (func, argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
+        known = self.kernels.known.call(func, args, kwargs)
         try:
-            out, fresh = self.kernels.call(key, func, args, kwargs)
+            out, fresh = self.kernels.call(known, args, kwargs)
         except Exception as error:
             if self.failed is None or self.failed.error is not error:
                 self.failed = FailedOp(error, func, self.place(), next(iter(self.module_stack[-1:]), ""))
             raise
         if op.may_draw and draws(func, args):
             self._advance(kwargs.get("generator"))
-        self._record(key, op, args, kwargs, out, in_engine, fresh)
+        self._record(known, op, args, kwargs, out, in_engine, fresh)
         return out
 
     def _op(self, func: Any) -> _Op:
@@ -313,7 +313,9 @@ class Tracker(TorchDispatchMode):
             record.birth = -1
         return fake
 
-    def _record(self, key: Any, op: _Op, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool) -> None:
+    def _record(
+        self, known: KnownCall, op: _Op, args: Any, kwargs: Any, out: Any, in_engine: bool, fresh: bool
+    ) -> None:
         trace, func = self.trace, op.func
         before = len(trace.storages)
         if fresh:
@@ -327,9 +329,9 @@ class Tracker(TorchDispatchMode):
             self._note_generator(kwargs)
         if op.may_write and not in_engine:
             self._note_mutation(func, args, kwargs)
-        index = self._signature_ids.get(key)
+        index = self._signature_ids.get(id(known))
         if index is None:
-            index = self._signature_ids[key] = len(self.signatures)
+            index = self._signature_ids[id(known)] = len(self.signatures)
             specs = tuple(spec_of(o) for o in tensors(out))
             fixed = {k: spec_of(v) for k, v in kwargs.items()}
             allocated = sum(s.nbytes for s in trace.storages[before:] if s.booked is None)
@@ -342,11 +344,11 @@ class Tracker(TorchDispatchMode):
         node = autograd_node() if in_engine else None
         if in_engine:
             sequence = node._sequence_nr() if node is not None else -1
-            known = self._source_of_sequence.get(sequence)
+            made = self._source_of_sequence.get(sequence)
             if replaying:  # a replay calls the unit's forward without its hooks
                 stack, source = (*replaying, *stack), source_line()
-            elif known is not None:
-                source, stack_id = known
+            elif made is not None:
+                source, stack_id = made
                 stack = self.stacks[stack_id]
             if node is not None and self._nodes is not None and not replaying and not is_bookkeeping():
                 self._nodes.ran(trace, node, sequence)
