@@ -203,7 +203,7 @@ def test_targets(target: str, match: str, tmp_path: Path, plan: ul.Plan) -> None
     [
         ({}, {"seq": 65}, r"seq=65: the model has 64 positions \(n_positions in"),
         ({}, {"dtype": "int4"}, "dtype='int4': expected one of fp32"),
-        ({}, {"optimizer": "lion"}, "optimizer='lion'"),
+        ({}, {"optimizer": "lamb"}, "optimizer='lamb': expected one of adamw, adamw-fused"),
         ({"architectures": ["GPT2Model"]}, {}, "GPT2Model computes no loss; .* GPT2For"),
         ({"architectures": ["GPT99"]}, {}, "has no model class 'GPT99'"),
         ({"model_type": "gpt99"}, {}, "does not take this config"),

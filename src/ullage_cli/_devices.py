@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import click
+
 from ullage_cli._options import json_option, show, verb
 
 
@@ -9,9 +11,6 @@ from ullage_cli._options import json_option, show, verb
 @json_option
 def devices(as_json: bool) -> None:
     """List the device table; every number has its source in the package's devices.json."""
-    from rich.console import Console
-    from rich.table import Table
-
     import ullage as ul
     from ullage._bytes import format_bytes
 
@@ -19,15 +18,19 @@ def devices(as_json: bool) -> None:
     if as_json:
         show(table, True)
         return
-    view = Table("name", "device", "memory", "bandwidth", "bf16 dense", "margin")
+    rows = [("name", "memory", "bandwidth", "bf16, dense", "margin")]
     for name, d in sorted(table.items()):
         rate = d.flops.get("bfloat16") or d.flops.get("float16") or d.flops["float32"]
-        view.add_row(
-            name,
-            d.title,
-            format_bytes(d.memory_bytes),
-            f"{d.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
-            f"{rate / 1e12:,.1f} TFLOP/s",
-            f"{d.margin:.0%}",
+        rows.append(
+            (
+                name,
+                format_bytes(d.memory_bytes),
+                f"{d.memory_bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
+                f"{rate / 1e12:,.1f} TFLOP/s",
+                f"{d.margin:.0%}",
+            )
         )
-    Console().print(view)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        click.echo(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:], strict=True)))
+    click.echo("\nnames may be short: h100, rtx4090; a100 is the one with more memory")

@@ -19,30 +19,28 @@ Command = Callable[..., Any]
 SMALL_ROWS = 12
 OWN_PROCESS = "own process"  # of the command, which ends with it
 
+_OPTIMIZERS = (
+    "adamw, adamw-fused, adamw-foreach, adamw-forloop, adamw-8bit, adamw-master (float32 copies), adafactor, muon, lion, "
+    "sgd, sgd-momentum or none"
+)
+# These are for config.json targets: a factory sets its own.
 _TARGET = [
     click.argument("target"),
-    click.option("--batch", type=click.IntRange(1), help="Micro-batch size (config.json targets)."),
+    click.option("--batch", type=click.IntRange(1), help="Micro-batch size; default: 1."),
     click.option(
         "--seq",
         type=click.IntRange(1),
-        help="Sequence length (config.json targets); default: all the model's positions.",
+        help="Sequence length; default: all the model's positions, 4096 at most.",
     ),
+    click.option("--dtype", help="Parameters' dtype: fp32, bf16 or fp16; default: the config's, else fp32."),
+    click.option("--autocast", metavar="DTYPE", help="Autocast dtype."),
+    click.option("--optimizer", metavar="NAME", help=f"{_OPTIMIZERS}; default: adamw."),
+    click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per step."),
     click.option(
-        "--dtype",
-        type=click.Choice(["fp32", "bf16", "fp16"]),
-        default="fp32",
-        show_default=True,
-        help="Parameter dtype (config.json targets).",
+        "--lora",
+        metavar="SPEC",
+        help="Adapters on a frozen model: 'r=16,targets=all-linear' or 'r=8,alpha=16,targets=q_proj+v_proj'.",
     ),
-    click.option("--autocast", type=click.Choice(["bf16", "fp16"]), help="Autocast dtype (config.json targets)."),
-    click.option(
-        "--optimizer",
-        type=click.Choice(["adamw", "sgd", "none"]),
-        default="adamw",
-        show_default=True,
-        help="Optimizer (config.json targets).",
-    ),
-    click.option("--accumulate", type=click.IntRange(1), help="Micro-batches per step (config.json targets)."),
 ]
 _COSTS = click.option(
     "--costs",
@@ -66,7 +64,9 @@ class _Verb(click.Command):
             return super().invoke(ctx)
 
 
-verb = click.command(cls=_Verb)
+def verb(command: Command) -> click.Command:
+    """A verb of the command; its help is the function's docstring. (One decorator of click's keeps the first help it meets.)"""
+    return click.command(cls=_Verb)(command)
 
 
 def target_options(command: Command) -> Command:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.resources
+import re
 
 import msgspec
 
@@ -46,14 +47,32 @@ def devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device:
-    """The device of this name.
+    """The device of this name; see `device_name`."""
+    return devices()[device_name(name)]
+
+
+def device_name(name: str) -> str:
+    """The name in the table that a name means: "H100", "nvidia a100 40gb" and "rtx4090" do; of two sizes of memory, the larger.
 
     Raises:
         DeviceError: no such device; the message lists the names.
     """
     table = devices()
-    if name not in table:
-        near = difflib.get_close_matches(str(name).lower(), table, 3, 0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise DeviceError(f"device={name!r}: not in the table; {hint}known: {', '.join(sorted(table))}")
-    return table[name]
+    plain = re.sub(r"(?<=rtx)(?=\d)", "-", re.sub(r"[\s_]+", "-", str(name).strip().lower()))
+    if plain in table:
+        return plain
+    asked = set(plain.split("-")) - _VENDORS
+    meant = [known for known in table if _model(known) <= asked <= set(known.split("-"))]
+    if meant:
+        return max(meant, key=lambda known: table[known].memory_bytes)
+    near = difflib.get_close_matches(plain, table, 3, 0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise DeviceError(f"device={name!r}: not in the table; {hint}known: {', '.join(sorted(table))}")
+
+
+_VENDORS = {"nvidia", "amd", "geforce", "instinct", "tesla", "sxm", "pcie"}
+
+
+def _model(known: str) -> set[str]:
+    """The words of a name that tell the model: not its memory, nor its series."""
+    return {word for word in known.split("-") if word != "rtx" and not re.fullmatch(r"\d+gb", word)}

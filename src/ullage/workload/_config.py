@@ -3,69 +3,110 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ullage._errors import WorkloadError
 from ullage._torch import FakeTensor
 from ullage.workload._workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPTIMIZERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer] | None] = {
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-4),
-    "sgd": lambda params: torch.optim.SGD(params, lr=1e-2),
-    "none": None,
+_ALSO = {
+    "fp32": ("float32", "float", "f32"),
+    "bf16": ("bfloat16",),
+    "fp16": ("float16", "half", "f16"),
 }
-DEFAULT_SEQ = 512
-_LIMITS = ("max_position_embeddings", "n_positions", "max_target_positions")  # positions, by model type's habit
+_MAMBA = ("mamba", "mamba2", "falcon_mamba", "jamba", "zamba", "zamba2", "bamba", "nemotron_h", "granitemoehybrid")
+
+
+def dtype_named(option: str, text: str) -> torch.dtype:
+    """The dtype that a text means: "bf16", "bfloat16" and "torch.bfloat16" are one; WorkloadError if it means none."""
+    plain = str(text).lower().removeprefix("torch.")
+    for name, dtype in DTYPES.items():
+        if plain == name or plain in _ALSO[name]:
+            return dtype
+    raise WorkloadError(f"{option}={text!r}: expected one of {', '.join(DTYPES)}")
 
 
 def workload_from_config(
     target: str,
-    batch: int,
+    batch: int | None,
     seq: int | None,
-    dtype: str,
-    optimizer: str,
+    dtype: str | None,
+    optimizer: str | None,
     autocast: str | None,
-    accumulate: int,
+    accumulate: int | None,
+    lora: str | None = None,
 ) -> Workload:
     """A factory workload; what can be checked without building the model is checked at once.
+
+    Its `notes` name the defaults that were taken, and what of the config is not heeded.
 
     Raises:
         WorkloadError: not a config, of an unknown class, or one whose inputs are not known.
     """
+    from ullage.workload._inputs import Asked, inputs_of
+    from ullage.workload._lora import Lora
+    from ullage.workload._optimizers import OPTIMIZERS
+
     raw = _read(Path(target), target)
-    for option, value, known in (("dtype", dtype, DTYPES), ("optimizer", optimizer, OPTIMIZERS)):
-        if value not in known:
-            raise WorkloadError(f"{option}={value!r}: expected one of {', '.join(known)}")
-    if autocast is not None and autocast not in DTYPES:
-        raise WorkloadError(f"autocast={autocast!r}: expected one of {', '.join(DTYPES)}")
-    cls, config = _classes(raw, target)
-    make_inputs = _inputs(config, cls, batch, seq, DTYPES[dtype], target)
+    name = optimizer or "adamw"
+    if name not in OPTIMIZERS:
+        raise WorkloadError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    kind, notes = _dtype(raw, dtype)
+    computed = dtype_named("autocast", autocast) if autocast is not None else None
+    adapters = Lora(lora) if lora is not None else None
+    cls, config, said = _classes(raw, target)
+    asked = Asked(config, cls, batch or 1, seq, kind, target)
+    make_inputs, make_optimizer = inputs_of(asked), OPTIMIZERS[name]
+    notes += [*asked.notes, *said]
+    if batch is None:
+        notes.insert(0, "batch 1 is a default: --batch (batch=) sets it")
+    if optimizer is None:
+        notes.append("optimizer adamw is a default: --optimizer (optimizer=) sets it")
+    if adapters is not None:
+        notes.append(f"{adapters}: adapters are float32, all other parameters are frozen")
 
     def build() -> Workload:
         import transformers
 
-        with _quietly(transformers), _default_dtype(DTYPES[dtype]), _weights_only_if_real():
+        with _quietly(transformers), _default_dtype(kind), _weights_only_if_real():
             model = cls(config).train()
         model.tie_weights()  # for fake weights the initialization, which does this, was left out; doing it twice is no harm
-        return Workload(
-            model,
-            make_inputs(),
-            optimizer=OPTIMIZERS[optimizer],
-            autocast=DTYPES[autocast] if autocast else None,
-            accumulate=accumulate,
-        )
+        if adapters is not None:
+            adapters.put_on(model)
+        made = make_optimizer(model) if make_optimizer is not None else None
+        return Workload(model, make_inputs(), optimizer=made, autocast=computed, accumulate=accumulate or 1)
 
     build.__name__ = f"of {target}"
-    return Workload.from_factory(build)
+    return replace(Workload.from_factory(build), notes=tuple(notes))
+
+
+def _dtype(raw: dict[str, Any], asked: str | None) -> tuple[torch.dtype, list[str]]:
+    """The parameters' dtype, the config's own unless another is asked for, and sentences about it."""
+    own, quantization = raw.get("dtype") or raw.get("torch_dtype"), raw.get("quantization_config")
+    notes = []
+    if isinstance(quantization, dict):
+        how = quantization.get("quant_method", "unknown")
+        notes.append(f"the config's quantization ({how}) is left out: all weights have the parameters' dtype")
+    if asked is not None:
+        kind = dtype_named("dtype", asked)
+    elif own is not None and str(own) != "auto":
+        kind = dtype_named("the config's dtype", str(own))
+        notes.append(
+            f"parameters are {str(kind).removeprefix('torch.')}, as the config says: --dtype (dtype=) sets another"
+        )
+    else:
+        kind = torch.float32
+        notes.append("parameters in float32 are a default: --dtype (dtype=) sets it")
+    return kind, notes
 
 
 def _read(path: Path, target: str) -> dict[str, Any]:
@@ -82,8 +123,8 @@ def _read(path: Path, target: str) -> dict[str, Any]:
     return config
 
 
-def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any]:
-    """The model class and the config object."""
+def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any, list[str]]:
+    """The model class, the config object, and sentences about what is not as in the file."""
     try:
         import transformers
     except ImportError as error:
@@ -92,15 +133,25 @@ def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any]:
     cls = getattr(transformers, name, None)
     if not inspect.isclass(cls):
         raise WorkloadError(f"target={target!r}: transformers {transformers.__version__} has no model class {name!r}")
-    known = {k: v for k, v in raw.items() if k not in ("architectures", "model_type", "torch_dtype", "dtype")}
+    left = ("architectures", "model_type", "torch_dtype", "dtype", "quantization_config")
+    known = {k: v for k, v in raw.items() if k not in left}
     try:
         with _quietly(transformers):
             config = transformers.AutoConfig.for_model(raw["model_type"], **known)
     except Exception as error:  # an unknown model_type, sizes that do not fit each other
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WorkloadError(f"target={target!r}: transformers does not take this config: {reason}") from error
-    config.use_cache = False
-    return cls, config
+    notes = []
+    if raw.get("use_cache"):
+        notes.append("use_cache is switched off: training needs no key-value cache")
+    if raw["model_type"] in _MAMBA and importlib.util.find_spec("mamba_ssm") is None:
+        notes.append(
+            "Mamba's slow path is planned, plain ops of transformers, because mamba_ssm is not installed here: its fused kernels "
+            "save fewer bytes and take less time"
+        )
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+    return cls, config, notes
 
 
 @contextlib.contextmanager
@@ -131,66 +182,3 @@ def _weights_only_if_real() -> Iterator[None]:
 
     with no_init_weights() if isinstance(torch.empty(0), FakeTensor) else contextlib.nullcontext():
         yield
-
-
-def _ids(batch: int, length: int, vocabulary: int) -> Tensor:
-    return (torch.arange(batch * length) % max(vocabulary - 1, 1)).reshape(batch, length) + 1
-
-
-def _inputs(
-    config: Any, cls: Any, batch: int, seq: int | None, dtype: torch.dtype, target: str
-) -> Callable[[], dict[str, Tensor]]:
-    """A function that makes the batch (it is called where the model is built); errors are raised here, at once."""
-    takes = inspect.signature(cls.forward).parameters
-    questions = "start_positions" in takes
-    if "labels" not in takes and not questions:
-        raise WorkloadError(
-            f"target={target!r}: {cls.__name__} computes no loss; in architectures name a class with a head, such as "
-            f"{cls.__name__.removesuffix('Model')}For..., or write a factory with loss="
-        )
-    if "pixel_values" in takes and "input_ids" not in takes:
-        return _images(config, cls, batch, seq, dtype, target)
-    audio = "input_features" in takes
-    if not hasattr(config, "vocab_size") or "pixel_values" in takes or (not audio and "input_ids" not in takes):
-        raise WorkloadError(f"target={target!r}: don't know the inputs of {cls.__name__}; write a factory instead")
-    length = _length(config, seq, target)
-    ids = functools.partial(_ids, batch, length, config.vocab_size)
-    whole = cls.__name__.endswith(("ForSequenceClassification", "ForNextSentencePrediction", "ForImageClassification"))
-    if cls.__name__.endswith("ForMultipleChoice"):
-        raise WorkloadError(f"target={target!r}: don't know the inputs of {cls.__name__}; write a factory instead")
-
-    def make() -> dict[str, Tensor]:
-        if audio:
-            frames = torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions, dtype=dtype)
-            return {"input_features": frames, "labels": ids()}
-        some = torch.zeros(batch, dtype=torch.long)
-        if questions:
-            return {"input_ids": ids(), "start_positions": some, "end_positions": some.clone()}
-        per_token = cls.__name__.endswith("ForTokenClassification")
-        labels = some if whole else torch.zeros(batch, length, dtype=torch.long) if per_token else ids()
-        return {"input_ids": ids(), "labels": labels}
-
-    return make
-
-
-def _images(
-    config: Any, cls: Any, batch: int, seq: int | None, dtype: torch.dtype, target: str
-) -> Callable[[], dict[str, Tensor]]:
-    if seq is not None:
-        raise WorkloadError(f"seq={seq}: {cls.__name__} takes images of image_size, so a sequence length says nothing")
-    size = getattr(config, "image_size", None)
-    if size is None or not cls.__name__.endswith("ForImageClassification"):
-        raise WorkloadError(f"target={target!r}: don't know the inputs of {cls.__name__}; write a factory instead")
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (batch, getattr(config, "num_channels", 3), height, width)
-    return lambda: {"pixel_values": torch.zeros(shape, dtype=dtype), "labels": torch.zeros(batch, dtype=torch.long)}
-
-
-def _length(config: Any, seq: int | None, target: str) -> int:
-    name = next((n for n in _LIMITS if isinstance(getattr(config, n, None), int) and getattr(config, n) > 0), None)
-    limit = getattr(config, name) if name else None
-    if seq is not None and limit is not None and seq > limit:
-        raise WorkloadError(
-            f"seq={seq}: the model has {limit} positions ({config.attribute_map.get(name, name)} in {target}); ask for no more, or change that number"
-        )
-    return seq or limit or DEFAULT_SEQ

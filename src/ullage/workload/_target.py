@@ -24,10 +24,11 @@ def load_target(
     *,
     batch: int | None = None,
     seq: int | None = None,
-    dtype: str = "fp32",
-    optimizer: str = "adamw",
+    dtype: str | None = None,
+    optimizer: str | None = None,
     autocast: str | None = None,
     accumulate: int | None = None,
+    lora: str | None = None,
 ) -> Workload:
     """Return a workload for a target: `path/file.py:factory`, `package.module:factory`, or a Hugging Face `config.json`.
 
@@ -37,30 +38,30 @@ def load_target(
     Args:
         target: as above.
         batch: micro-batch size; this and the rest are for configs, a factory sets its own.
-        seq: sequence length; default: all positions the model has, or 512.
-        dtype: of parameters: "fp32", "bf16" or "fp16".
-        optimizer: "adamw", "sgd" or "none".
-        autocast: None, "bf16" or "fp16".
+        seq: sequence length; default: all positions the model has, but 4,096 at most, or 512 if it says nothing.
+        dtype: of parameters: "fp32", "bf16", "fp16" or torch's names; default: the config's, or "fp32".
+        optimizer: "adamw" (the default), "adamw-fused", "adamw-foreach", "adamw-forloop", "adamw-8bit", "adamw-master" (float32
+            copies of the parameters), "adafactor", "muon", "lion", "sgd", "sgd-momentum" or "none".
+        autocast: None, or a dtype as above.
         accumulate: micro-batches per step.
+        lora: None, or adapters on a frozen model: "r=16,targets=all-linear", "r=8,alpha=16,targets=q_proj+v_proj".
 
     Raises:
         WorkloadError: the target can't be found, imported or understood.
     """
     if target.endswith(".json"):
-        return workload_from_config(target, batch or 1, seq, dtype, optimizer, autocast, accumulate or 1)
-    check_factory_options(
-        target, batch=batch, seq=seq, dtype=dtype, optimizer=optimizer, autocast=autocast, accumulate=accumulate
-    )
+        return workload_from_config(target, batch, seq, dtype, optimizer, autocast, accumulate, lora)
+    given = {"batch": batch, "seq": seq, "dtype": dtype, "optimizer": optimizer, "autocast": autocast}
+    check_factory_options(target, **given, accumulate=accumulate, lora=lora)
     return Workload.from_factory(find_factory(target))
 
 
 def check_factory_options(target: str, **options: Any) -> None:
     """Raise WorkloadError for options of `load_target` that a factory would not heed."""
-    defaults = {"dtype": "fp32", "optimizer": "adamw"}
-    if any(v != defaults.get(k) for k, v in options.items()):
+    given = [f"--{k}" for k, v in options.items() if v is not None]
+    if given:
         raise WorkloadError(
-            f"target={target!r}: --batch, --seq, --dtype, --optimizer, --autocast and --accumulate are for config.json "
-            "targets; a factory sets its own"
+            f"target={target!r}: {', '.join(given)}: for config.json targets only; a factory sets its own"
         )
 
 

@@ -120,6 +120,7 @@ class Workload:
         accumulate: micro-batches per step; each loss is divided by it.
         step: instead of `loss`: `(model, batch) -> None`, one whole step its own way; the batch may be any object.
         factory: set by `from_factory`; a function that builds the workload when it is needed.
+        notes: sentences about defaults that were taken; profiles and plans repeat them.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
@@ -133,6 +134,7 @@ class Workload:
     accumulate: int = 1
     step: Callable[[nn.Module, Any], None] | None = None
     factory: Callable[[], Workload] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.factory is not None:

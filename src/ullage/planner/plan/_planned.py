@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ullage._errors import ArgumentError
+from ullage.cost import device_name
 from ullage.mechanisms import KEEP
 from ullage.planner.plan._plan import Plan
 from ullage.planner.plan._profile import Profile
@@ -54,6 +55,6 @@ def _of_plan(plan: Plan, device: str | None, costs: str) -> tuple[str | None, st
         raise ArgumentError(
             f"plan: expected a ullage.Plan, got {type(plan).__name__}; a file is read by Plan.load(path)"
         )
-    if device is not None and device != plan.device:
+    if device is not None and device != plan.device and device_name(device) != plan.device:
         raise ArgumentError(f"device={device!r}: the plan is for {plan.device}; leave it out, or plan for {device}")
     return plan.device if plan.estimate else None, "roofline" if plan.costs == "roofline" else costs

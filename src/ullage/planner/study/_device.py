@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ullage.cost import Device, devices, find_device
+from ullage.cost import Device, device_name, devices, find_device
 from ullage.workload import Workload
 
 
@@ -48,6 +48,7 @@ def choose_device(work: Workload, name: str | None) -> DeviceChoice:
     """
     here = "cpu" if work.factory is not None else work.instance_device().type
     if name is not None:
+        name = device_name(name)
         facts = find_device(name)
         return DeviceChoice(name, facts, name != here, facts.memory_bytes - facts.context_bytes, here)
     if here == "cuda":
