@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs bench clean
+.PHONY: help install demo test check docs bench gpu clean
 
 help:
 	@echo "make demo    train a small GPT: plain, every block checkpointed, and with a plan"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   format, lint, types, tests and the snippets of the docs"
 	@echo "make docs    the site, in build/site: open build/site/index.html"
 	@echo "make bench   every benchmark"
+	@echo "make gpu     on a GPU, in under 8 minutes: the tests that need one, and short benchmarks"
 	@echo "make clean   remove $(VENV) and all caches"
 
 # One installation until the dependencies or their pins change.
@@ -49,6 +50,10 @@ bench: $(STAMP)
 		test -e "$$script" || { echo "benchmarks/ is empty" >&2; exit 1; }; \
 		echo "+ $$script"; $(BIN)/python "$$script"; \
 	done
+
+# Without the pins: on a machine with a GPU the torch that is there should be used. PYTHON=python3 takes its environment.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,"$(PYTHON)") benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -18,7 +18,7 @@ def machine() -> dict[str, object]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
-    packages = {name: version(name) for name in ("ullage", "torch", "transformers")}
+    packages = {name: _version(name) for name in ("ullage", "torch", "transformers")}
     return {
         "date": str(date.today()),
         "cpu": cpu,
@@ -26,3 +26,11 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         **packages,
     }
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package; ullage may run from a clone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "of this clone" if package == "ullage" else None

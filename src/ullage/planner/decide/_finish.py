@@ -17,13 +17,14 @@ from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
 from ullage.planner.study._choices import Choices
 from ullage.planner.study._executed import Executed, StepCapture, Steps
+from ullage.planner.study._reserved import reserved_bytes
 from ullage.planner.study._study import Study
 from ullage.planner.study._tiers import Disk, Host, OffloadTier, Traffic
 from ullage.workload import note_of
 
 
-def forecast(steps: Steps) -> Forecast:
-    """Return the predictions of an executed first and later step."""
+def forecast(steps: Steps, reserved: int | None = None) -> Forecast:
+    """Return the predictions of an executed first and later step; `reserved`: what the caching allocator would hold."""
     moved, (phase, module, op) = steps.later.overlap, steps.worst.moment
     return Forecast(
         peak_bytes=steps.peak_bytes,
@@ -34,6 +35,7 @@ def forecast(steps: Steps) -> Forecast:
         module=module,
         op=op,
         traffic=Traffic.of(moved) if moved is not None else None,
+        reserved_bytes=reserved,
     )
 
 
@@ -62,7 +64,9 @@ def finish(
     if not steps.fits_tier:
         larger = max(steps.both, key=lambda e: e.offloaded_bytes)
         raise too_much_offloaded(larger, f"under policy {policy!r}{' with these pins' if pinned else ''}")
-    predicted, tier, first = forecast(steps), _tier(steps), s.capture_fresh(steps.assignment)[0]
+    tier, (first, later) = _tier(steps), s.capture_fresh(steps.assignment)
+    reserved = [reserved_bytes(s, last) if explain else None for last in (s.plain[1], later)]
+    plain, predicted = forecast(s.plain_steps, reserved[0]), forecast(steps, reserved[1])
     notes = list(s.plain_session.values.assumptions)
     notes += sorted({f"{f}: no {o}: {why}" for (f, o), why in s.reasons.items() if o != KEEP.name})[:8]
     if s.device.estimate:
@@ -79,7 +83,7 @@ def finish(
         costs=s.costs_mode,
         estimate=s.device.estimate,
         predicted=predicted,
-        baseline=forecast(s.plain_steps),
+        baseline=plain,
         lower_bound_seconds=min(bound, predicted.step_seconds),
         gap=max(predicted.step_seconds / bound - 1, 0.0) if bound else 0.0,
         decisions=_decisions(s, choices, steps, first, policy, pinned),

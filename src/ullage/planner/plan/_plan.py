@@ -43,6 +43,8 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         module: fully qualified name of the innermost module there; "" for the root.
         op: the op that runs there.
         traffic: bytes offloaded and brought back, and the seconds waited for them; None without offloading.
+        reserved_bytes: bytes that torch's CUDA caching allocator would hold after both steps, by a simulation of its rules; None on a
+            CPU, and in the points of a frontier.
     """
 
     peak_bytes: int
@@ -53,6 +55,7 @@ class Forecast(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     module: str
     op: str
     traffic: Traffic | None = None
+    reserved_bytes: int | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -277,6 +280,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             title,
             f"  budget     {budget}",
             f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
+            *_reserved(p.reserved_bytes, b.reserved_bytes),
             f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
             f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
             *([_moves(p.traffic, self.tier)] if p.traffic is not None and self.tier is not None else []),
@@ -289,6 +293,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         lines += self.bounds.summary() if self.bounds is not None else []
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)
+
+
+def _reserved(planned: int | None, plain: int | None) -> list[str]:
+    """Return the row about what the caching allocator holds, if that was simulated."""
+    if planned is None or plain is None:
+        return []
+    return [
+        f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (torch's caching allocator, simulated)"
+    ]
 
 
 def _moves(t: Traffic, tier: OffloadTier) -> str:

@@ -16,6 +16,7 @@ from ullage.planner.model._model import model_of
 from ullage.planner.study._executed import StepCapture
 from ullage.planner.study._liveness import LiveTensor, by_category, innermost, live_tensors, peak_op, totals
 from ullage.planner.study._prepare import study
+from ullage.planner.study._reserved import reserved_bytes
 from ullage.planner.study._study import Study
 from ullage.solver._instance import StepModel
 from ullage.workload import Workload, note_of
@@ -69,6 +70,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         notes: sentences for the reader of the profile.
         op_cost_table: per op signature: seconds, bytes allocated inside the kernel, bytes of the outputs; see `op_costs`.
         bounded: ops of that table whose bytes depend on values, so that theirs is an upper bound.
+        reserved_bytes: bytes that torch's CUDA caching allocator would hold after both steps, by a simulation of its rules; None on
+            a CPU.
     """
 
     device: str
@@ -91,6 +94,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     notes: list[str]
     op_cost_table: dict[str, tuple[float, int, list[int]]]
     bounded: list[str] = []
+    reserved_bytes: int | None = None
 
     @property
     def op_costs(self) -> dict[str, OpCost]:
@@ -117,8 +121,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             f"  peak {format_bytes(self.peak_bytes)} in {self.phase}, {self.module or '(root)'}, {self.op} ({self.source})",
             f"  first step {format_bytes(self.first_step_peak_bytes)}, later {format_bytes(self.later_step_peak_bytes)}; "
             f"step about {format_seconds(self.step_seconds)} (costs: {self.costs})",
-            "  alive at the peak",
         ]
+        if self.reserved_bytes is not None:
+            lines.append(f"  reserved {format_bytes(self.reserved_bytes)} (torch's caching allocator, simulated)")
+        lines.append("  alive at the peak")
         lines += [
             f"    {c:<18} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}"
             for c, n in self.by_category.items()
@@ -195,6 +201,7 @@ def _profile_of(s: Study) -> Profile:
         notes=[*s.plain_session.values.assumptions, *note_of(s.evaluation)],
         op_cost_table=_cost_table(s),
         bounded=sorted(k for k, c in s.known_costs.items() if c.bounds),
+        reserved_bytes=reserved_bytes(s, later),
     )
 
 
