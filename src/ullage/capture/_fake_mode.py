@@ -35,6 +35,9 @@ class StepMode(FakeTensorMode):
         self.beside = ""
         super().__init__(allow_non_fake_inputs=False)
 
+    def __deepcopy__(self, memo: Any) -> StepMode:
+        return self  # a fake tensor that is copied stays in its mode
+
     @property
     def in_kernel_invocation(self) -> bool:
         """Is this thread inside a fake kernel?"""

@@ -86,30 +86,9 @@ class OptionFailed(CaptureError):
         self.fqn, self.option, self.cause, self.linked = fqn, option, cause, linked
 
 
-def _plain_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    def note(value: Any) -> Any:
-        if isinstance(value, list | dict | set):
-            return (type(value), len(value), repr(value) if len(value) < 64 and not _has_tensor(value) else "")
-        return value if isinstance(value, bool | int | float | str | bytes | type(None)) else id(value)
-
-    skip = ("training", "forward")
-    return {
-        name: {
-            k: note(v)
-            for k, v in m.__dict__.items()
-            if k not in skip
-            and not k.startswith(
-                ("_parameters", "_buffers", "_modules", "_forward", "_backward", "_state_dict", "_load_state")
-            )
-        }
-        for name, m in model.named_modules()
-    }
-
-
-def _has_tensor(value: Any) -> bool:
-    return any(
-        isinstance(v, Tensor | nn.Module) for v in tree_flatten(list(value) if isinstance(value, set) else value)[0]
-    )
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, or by `module.compile()`."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class _SubstitutedUnit(Unit):
@@ -157,7 +136,6 @@ class Session:
             self.fake_mode, self.values, round_bytes, None if like is None else like.tracker, notes_nodes=not as_cuda
         )
         self.calls: list[Call] = []
-        self.mutated_modules: set[str] = set()
         self.training: dict[str, bool] = {}  # by module, its mode at its first call that builds a graph
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
         self._settings: dict[str, UnitSettings] = {}
@@ -181,6 +159,10 @@ class Session:
         finally:
             self._apart.leave()
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
+        compiled = [n or "the model" for n, m in self.inst.model.named_modules() if _is_compiled(m)]
+        if compiled:
+            note = f"{compiled[0]} is compiled and was captured as it runs without the compiler, which may save other tensors: no peak is promised under torch.compile"
+            self.values.assumptions[note] = None
 
     @property
     def trace(self) -> Trace:
@@ -211,6 +193,9 @@ class Session:
         for t in copied_tensors(inst):  # a teacher in the loss's closure, class weights
             if isinstance(t, FakeTensor) and t.is_leaf:
                 tracker.adopt(t, "other")
+        for fake, real in inst.twins:
+            self.values.seed([fake], [real])
+        inst.twins.clear()
         if work.factory is None:
             self.values.seed(tensors_of(inst.batch), tensors_of(work.batch))
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
@@ -256,7 +241,6 @@ class Session:
         for fqn, module in modules:
             kind = _SubstitutedUnit if self._as_cuda else Unit
             install(kind(fqn, module, self._settings[fqn], self._site(fqn, module)), module)
-        before = _plain_attributes(self.inst.model) if not modules else {}
         try:
             self._apart.enter()
             with self._active(), self._hooks(), warnings.catch_warnings():
@@ -283,9 +267,6 @@ class Session:
             self._apart.leave()
             self.tracker.module_stack.clear()
             self.tracker.replay_depth = 0
-        if before:
-            after = _plain_attributes(self.inst.model)
-            self.mutated_modules |= {n for n in after if after[n] != before.get(n)}
 
     def links(self, fqn: str) -> int:
         """Return how often a unit's input was left to the unit before it, and so not held."""

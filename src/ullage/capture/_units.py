@@ -13,6 +13,10 @@ from ullage._errors import WorkloadError
 from ullage.capture._session import Call, Session
 
 SMALL_SHARE = 0.01  # a module outside blocks that saves less than this share of all activations is no unit: it could free too little
+_CACHE = (
+    "{fqn} adds to the {kind} it is given, which keeps keys and values alive to the end of the step; set model.config.use_cache = False, "
+    "unless the step reads them"
+)
 
 
 @dataclass(frozen=True)
@@ -106,18 +110,10 @@ def _changes(session: Session, fqn: str, in_every_step: set[str]) -> tuple[tuple
     written = sorted(n for n, modules in tracker.writes.items() if fqn in modules)
     own_buffers = {below + n for n, _ in session.inst.model.get_submodule(fqn).named_buffers()}
     other = [n for n in written if n not in own_buffers]
-    attributes = sorted(n for n in session.mutated_modules if n == fqn or n.startswith(below))
-    again = "which a replay would change again"
     if fqn not in in_every_step:
         reason = "not every step calls it"
-    elif attributes:
-        reason = f"its forward changes attributes of {attributes[0]}, {again}"
     elif other:
         reason = f"its forward writes {other[0]}, which is not a buffer of its own"
-    elif fqn in session.changed_arguments:
-        kind = session.changed_arguments[fqn]
-        cache = "; set model.config.use_cache = False" if "Cache" in kind else ""
-        reason = f"its forward changes the {kind} it is given, {again}{cache}"
     elif fqn in tracker.own_generators:
         reason = "it draws from a torch.Generator of its own, which a replay would advance again"
     else:
@@ -152,6 +148,9 @@ def unit_facts(session: Session, saved: dict[str, int], patterns: Sequence[str] 
     for fqn in sorted(order, key=order.__getitem__):
         module = session.inst.model.get_submodule(fqn)
         buffers, reason = _changes(session, fqn, {c.fqn for c in in_every_step})
+        kind = session.changed_arguments.get(fqn, "")
+        if "Cache" in kind:
+            session.values.assumptions[_CACHE.format(fqn=fqn, kind=kind)] = None
         facts.append(
             UnitFacts(
                 fqn,

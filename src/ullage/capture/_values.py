@@ -22,6 +22,7 @@ from ullage.runtime.ops._writes import written
 
 aten = torch.ops.aten
 _NAME = "_ullage_twin"
+_STORAGES = (torch.UntypedStorage, torch.TypedStorage)  # of a file that is loaded: memory without values
 # elements of a tensor whose values are carried: enough for a mask of 512 x 512 positions. Not tuned
 MAX_NUMEL = 1 << 18
 
@@ -125,7 +126,7 @@ class Values:
             if isinstance(v, Tensor):
                 if self.get(v) is None:
                     return False
-            elif isinstance(v, MANY) and not self._known(v):
+            elif isinstance(v, _STORAGES) or (isinstance(v, MANY) and not self._known(v)):
                 return False
         return True
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ullage._errors import UllageError, WorkloadError
+from ullage._torch import FakeTensor
 from ullage.runtime.state._traverse import hooks_of, traverse
 from ullage.runtime.state._walk import CONTAINERS, children, is_opaque
 
@@ -48,6 +50,12 @@ def _is_stateful(value: Any) -> bool:
     return any(not isinstance(obj, (types.FunctionType, functools.partial, *_ATOMS)) for obj, _ in reached)
 
 
+def _stateful_below(value: Any) -> Any:
+    """A model, tensor, optimizer or the like that an object leads to, or None."""
+    reached = traverse([value], {}, copied_parts)
+    return next((obj for obj, _ in reached if isinstance(obj, _STATEFUL)), None)
+
+
 class Copier:
     """Copies things that may refer to each other; `memo` maps ids of originals to copies, as for `copy.deepcopy`."""
 
@@ -57,6 +65,10 @@ class Copier:
         self.weakly_held: list[Any] = []  # copies that may be reached through weak references alone
         self._kept: list[Any] = []  # what was copied, temporary states too: an id in `memo` stays one thing's
 
+    def twins(self) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor's copy, and the tensor."""
+        return [(self.memo[id(t)], t) for t in self._kept if isinstance(t, Tensor) and id(t) in self.memo]
+
     def __call__(self, value: Any) -> Any:
         """The copy of `value`, which may be itself."""
         if isinstance(value, _ATOMS):
@@ -65,7 +77,7 @@ class Copier:
             return self.memo[id(value)]
         self._kept.append(value)
         if isinstance(value, Tensor):
-            return self._tensor(value)
+            return value if isinstance(value, FakeTensor) else self._tensor(value)
         if isinstance(value, types.FunctionType):
             return self._function(value) if _is_stateful(value) else value
         if isinstance(value, functools.partial):
@@ -79,6 +91,10 @@ class Copier:
                 return value
             self.weakly_held.append(self(target))
             return weakref.ref(self.weakly_held[-1])
+        if isinstance(value, torch.Generator):
+            twin = self.memo[id(value)] = torch.Generator(value.device)
+            twin.set_state(value.get_state())
+            return twin
         if is_opaque(value):  # a lock, a thread, a file: what the walker does not follow
             return value
         return self._object(value)
@@ -116,8 +132,27 @@ class Copier:
             new = memo[id(value)] = object.__new__(kind)
             vars(new).update({k: self(v) for k, v in vars(value).items()})
         else:
-            new = self._reduced(value)
+            new = self._copied_or_shared(value)
         return new
+
+    def _copied_or_shared(self, value: Any) -> Any:
+        """An object that refuses to be copied (a tracker's connection, a running generator) is shared, if it leads to no state of the step.
+
+        The walker puts back what a step writes to its attributes; what it writes beyond, to a file or a service, no copy could take back.
+        """
+        try:
+            return self._reduced(value)
+        except UllageError:
+            raise
+        except Exception as error:
+            own = _stateful_below(value)
+            if own is None:
+                self.memo[id(value)] = value
+                return value
+            raise WorkloadError(
+                f"a {type(value).__qualname__} can't be copied ({type(error).__name__}: {error}), and the step reaches a {type(own).__name__} through it; "
+                "hand that to the step itself, or build the workload in a function: Workload.from_factory(fn)"
+            ) from error
 
     def _reduced(self, value: Any) -> Any:
         """The copy that `copy.deepcopy` would make, its parts by this copier."""
@@ -146,7 +181,9 @@ class Copier:
                 cell.cell_contents = self(old.cell_contents)
         new.__defaults__ = self(fn.__defaults__)
         new.__kwdefaults__ = self(fn.__kwdefaults__)
-        new.__dict__.update(fn.__dict__)
+        new.__dict__.update(
+            (k, self(v)) for k, v in fn.__dict__.items()
+        )  # `functools.wraps` leaves the wrapped function here
         new.__module__, new.__qualname__ = fn.__module__, fn.__qualname__
         return new
 

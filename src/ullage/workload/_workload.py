@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ullage._errors import UllageError, UnsupportedTorch, WorkloadError
-from ullage._torch import FakeCopyMode, FakeTensorMode
+from ullage._errors import UllageError, WorkloadError
+from ullage._torch import FakeCopyMode, FakeTensor, FakeTensorMode
 from ullage.workload._batch import check_batch, tensors_of
 from ullage.workload._copy import Copier
 
@@ -89,6 +89,9 @@ class Instance:
     accumulate: int
     step: Callable[[nn.Module, Any], None] | None
     held: list[Any] = field(default_factory=list, repr=False)  # what only weak references of a copy lead to
+    twins: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list, repr=False
+    )  # fake and real, until the values are known
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +216,9 @@ class Workload:
         """
         if self.factory is not None:
             with active():
-                return self.build().instance()
+                built = self.build().instance()
+            made = (*built.model.parameters(), *built.model.buffers(), *tensors_of(built.batch))
+            return built if all(isinstance(t, FakeTensor) for t in made) else _on_fake_tensors(built, mode)
         _refuse_uncopyable(self.model)
         memo: dict[int, Any] = {}
         try:
@@ -223,7 +228,7 @@ class Workload:
                 is_instance = isinstance(self.optimizer, torch.optim.Optimizer)
                 optimizer: Any = copied(self.optimizer) if is_instance else None
                 batch = copied(self.batch)
-        except UnsupportedTorch:
+        except UllageError:  # says it better
             raise
         except Exception as error:
             raise WorkloadError(
@@ -234,3 +239,14 @@ class Workload:
             with active():
                 optimizer = make_optimizer(self.optimizer, model)
         return Instance(model, batch, loss, optimizer, self.autocast, self.accumulate, step, copied.weakly_held)
+
+
+def _on_fake_tensors(built: Instance, mode: FakeTensorMode) -> Instance:
+    """A factory's instance with fake twins of its real tensors: a batch from outside, weights that a library read past torch (safetensors does)."""
+    with FakeCopyMode(mode):
+        copied = Copier({})
+        parts = [copied(part) for part in (built.model, built.batch, built.loss, built.optimizer, built.step)]
+    model, batch, loss, optimizer, step = parts
+    return Instance(
+        model, batch, loss, optimizer, built.autocast, built.accumulate, step, copied.weakly_held, copied.twins()
+    )
