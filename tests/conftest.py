@@ -17,10 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
 import pytest
 import torch
 
-from ullage_cli import _progress
-
 torch.set_num_threads(1)
-_progress.PATIENCE_SECONDS = 1e6  # no test reads a line that only a slow machine prints
 TIMES = os.environ.get("ULLAGE_TEST_TIMES")
 
 

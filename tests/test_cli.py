@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,42 +128,14 @@ def test_a_failed_check_and_a_failing_step(plan_file: str, monkeypatch: Any, cap
     assert "bad.py:4: the step itself raises KeyError: 'mine'" in capsys.readouterr().err
 
 
-class Timer:
-    """A `threading.Timer` whose time is over when the test says so."""
-
-    made: list[Timer]
-
-    def __init__(self, seconds: float, call: Callable[..., None], args: tuple[Any, ...] = ()) -> None:
-        self.seconds, self.call, self.args, self.cancelled, self.daemon = seconds, call, args, False, False
-        Timer.made.append(self)
-
-    def start(self) -> None:
-        pass
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    def time_is_over(self) -> None:
-        if not self.cancelled:
-            self.call(*self.args)
-
-
-def test_stages_are_said_when_they_take_long(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    Timer.made = []
-    monkeypatch.setattr(_progress.threading, "Timer", Timer)
-    monkeypatch.setattr(_progress, "PATIENCE_SECONDS", 2.0)
+def test_nothing_is_said_meanwhile_in_a_pipe_or_with_json(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with _progress.progress() as report:
-        report("quick")
-        report("slow")
-        quick, slow = Timer.made[1:]
-        quick.time_is_over()
-        slow.time_is_over()
         report("slow", 1, 2)
-        report("last")
-    Timer.made[-1].time_is_over()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with _progress.progress(as_json=True) as report:
+        report("slow")
     said = capsys.readouterr()
-    assert [line.split(" (")[0] for line in said.err.splitlines()] == ["ullage: slow ..."] and not said.out
-    assert len(Timer.made) == 4 and slow.seconds == 2.0 and all(t.cancelled for t in Timer.made[1:])
+    assert said.err == said.out == ""
 
 
 def test_a_bar_on_a_terminal(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

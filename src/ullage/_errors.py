@@ -20,7 +20,7 @@ UllageError
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch.utils.checkpoint import CheckpointError
@@ -93,15 +93,35 @@ class BudgetInfeasible(BudgetError):
         self,
         message: str,
         budget_bytes: int,
-        smallest_bytes: int,
-        bound_by: tuple[str, str, str],
+        smallest_bytes: int = 0,
+        bound_by: tuple[str, str, str] = ("", "", ""),
         bounds: WhatHoldsThePeak | None = None,
+        later: Callable[[], BudgetInfeasible] | None = None,
     ) -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
-        self.smallest_bytes = smallest_bytes
-        self.bound_by = bound_by
-        self.bounds = bounds
+        self._found = smallest_bytes, bound_by, bounds
+        self._later = later  # finds these three when one of them is asked for
+
+    def _facts(self) -> tuple[int, tuple[str, str, str], WhatHoldsThePeak | None]:
+        if self._later is not None:
+            self._found, self._later = self._later()._facts(), None
+        return self._found
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest peak any plan reaches."""
+        return self._facts()[0]
+
+    @property
+    def bound_by(self) -> tuple[str, str, str]:
+        """Phase, module and op of the moment that holds that peak."""
+        return self._facts()[1]
+
+    @property
+    def bounds(self) -> WhatHoldsThePeak | None:
+        """What is alive then."""
+        return self._facts()[2]
 
 
 class PlanError(UllageError):

@@ -20,6 +20,6 @@ def bounds(as_json: bool, plan_path: str | None, device: str | None, costs: str,
     import ullage as ul
 
     work, plan = load_with_plan(options, plan_path)
-    with progress() as report:
+    with progress(as_json) as report:
         result = ul.bounds(work, plan, device, costs, progress=report)
     show(result, as_json)

@@ -56,7 +56,7 @@ def check(
     if max_peak is None and max_slowdown is None and against is None and budget is None:
         raise click.UsageError("nothing to check: give --max-peak, --max-slowdown, --budget or --against")
     work, plan = load_with_plan(options, plan_path)
-    with progress() as report:
+    with progress(as_json) as report:
         gate = ul.check(
             work,
             max_peak=budget_value(max_peak) if max_peak is not None else None,

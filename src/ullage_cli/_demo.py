@@ -36,7 +36,7 @@ def demo(context: click.Context, /, steps: int, budget: str, output: str, as_jso
     from ullage._bytes import format_bytes
     from ullage.demo import run_demo
 
-    with progress() as report:
+    with progress(as_json) as report:
         result = run_demo(steps, budget, output, report)
     if as_json:
         show(result, True)

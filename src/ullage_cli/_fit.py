@@ -67,7 +67,7 @@ def fit(
     from ullage.workload import beside_target, target_along
 
     tier = taken_tier(options)
-    with progress() as report, beside_target(target):
+    with progress(as_json) as report, beside_target(target):
         result = ul.fit(
             target_along(target, axis, **options),
             budget_value(budget),

@@ -53,7 +53,7 @@ def frontier(
     from ullage.planner.answers._draw import terminal
 
     tier = taken_tier(options)
-    with progress() as report:
+    with progress(as_json) as report:
         result = ul.frontier(load(options), points, device, costs=costs, progress=report, **tier)
     if output is not None:
         result.save(output)

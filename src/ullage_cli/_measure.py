@@ -26,7 +26,7 @@ def measure(as_json: bool, plan_path: str | None, steps: int, snapshot: str | No
     import ullage as ul
 
     given, plan = load_with_plan(options, plan_path)
-    with progress() as report:
+    with progress(as_json) as report:
         report("building the model")
         work = given.build()
         result = ul.measure(work, plan, steps, progress=report)

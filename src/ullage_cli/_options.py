@@ -81,6 +81,11 @@ def cost_options(command: Command) -> Command:
     return _DEVICE(_COSTS(command))
 
 
+def verbose_option(command: Command) -> Command:
+    """--verbose."""
+    return click.option("-v", "--verbose", is_flag=True, help="Name the ops of each action, too.")(command)
+
+
 def json_option(command: Command) -> Command:
     """--json."""
     return _JSON(command)
@@ -170,11 +175,14 @@ def page_option(command: Command) -> Command:
     )(command)
 
 
-def show(value: Any, as_json: bool) -> None:
+def show(value: Any, as_json: bool, verbose: bool = False) -> None:
     """Print a result on stdout."""
     import msgspec
 
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode() if as_json else str(value))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=1).decode())
+    else:
+        click.echo(value.describe(verbose=True) if verbose else str(value))
 
 
 def small_plot(s: Study, plan: Plan | None, say: Callable[[str], None]) -> Callable[[int, bool], str | None]:

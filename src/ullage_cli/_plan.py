@@ -19,13 +19,14 @@ from ullage_cli._options import (
     target_options,
     tier_options,
     verb,
+    verbose_option,
 )
 from ullage_cli._progress import progress
 
 
 @verb
 @target_options
-@click.option("--budget", help="Bytes, '6GiB', '6 GB', '60% of plain' or '90% of device'.")
+@click.option("--budget", help="Bytes, '6GiB', '6 GB', '60% of plain', '90% of device' or 'smallest'.")
 @click.option(
     "--policy",
     default="optimal",
@@ -47,9 +48,11 @@ from ullage_cli._progress import progress
 @tier_options
 @cost_options
 @click.option("-o", "--output", type=click.Path(dir_okay=False), callback=output_file, help="Write the plan there.")
+@verbose_option
 @json_option
 def plan(
     as_json: bool,
+    verbose: bool,
     budget: str | None,
     policy: str,
     pins: tuple[str, ...],
@@ -72,7 +75,7 @@ def plan(
     tier = TierRequest(**taken_tier(options))
     work = load(options)  # its file may register a mechanism that the overrides name
     overrides = Overrides(_pins(pins), forbid, _size(headroom), simple)
-    with progress() as report:
+    with progress(as_json) as report:
         study, result = study_and_plan(
             work,
             _size(budget),
@@ -86,7 +89,7 @@ def plan(
         if output is not None:
             result.save(output)
         plot = small_plot(study, result, report) if not as_json else None
-    show(result, as_json)
+    show(result, as_json, verbose)
     if plot is not None:
         show_plot(plot)
     if output is not None and not as_json:

@@ -1,20 +1,14 @@
-"""Progress on stderr: a bar with stage and elapsed time on a terminal; elsewhere a line for a stage of over two seconds."""
+"""Progress on stderr: a bar with stage and elapsed time, on a terminal only."""
 
 from __future__ import annotations
 
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-import click
-
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-PATIENCE_SECONDS = 2.0
 
 
 class Report(Protocol):
@@ -32,37 +26,15 @@ class _Bar:
         self.progress.update(self.task, description=text, completed=done, total=total)
 
 
-class _Lines:
-    """A timer waits beside each stage, because the stage itself does not come back before it is done."""
-
-    def __init__(self) -> None:
-        self.text, self.timer, self.start = "", threading.Timer(0, lambda: None), time.monotonic()
-
-    def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
-        if text == self.text:
-            return
-        self.stop()
-        self.text = text
-        self.timer = threading.Timer(PATIENCE_SECONDS, self._say, (text,))
-        self.timer.daemon = True
-        self.timer.start()
-
-    def _say(self, text: str) -> None:
-        click.echo(f"ullage: {text} ... ({time.monotonic() - self.start:.0f} s so far)", err=True)
-
-    def stop(self) -> None:
-        self.timer.cancel()
+def _silent(text: str, done: int = 0, total: int | None = None, /) -> None:
+    """Nobody reads it."""
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """Return the callback that is called with stages while something runs."""
-    if not sys.stderr.isatty():
-        lines = _Lines()
-        try:
-            yield lines
-        finally:
-            lines.stop()
+def progress(as_json: bool = False) -> Iterator[Report]:
+    """Return the callback that is called with stages while something runs. With --json, and where stderr is piped, it says nothing."""
+    if as_json or not sys.stderr.isatty():
+        yield _silent
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

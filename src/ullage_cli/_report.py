@@ -54,7 +54,7 @@ def report(
     if output is None and not as_json:
         raise click.UsageError("name the file with -o, such as -o report.html")
     work, plan = load_with_plan(options, plan_path)
-    with progress() as say:
+    with progress(as_json) as say:
         result = ul.report(
             work,
             plan,

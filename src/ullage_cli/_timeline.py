@@ -62,7 +62,7 @@ def timeline(
     from ullage.report._terminal import terminal
 
     work, plan = load_with_plan(options, plan_path)
-    with progress() as report:
+    with progress(as_json) as report:
         result = ul.timeline(work, plan, device=device, costs=costs, progress=report)
         report("writing")
         if output is not None:

@@ -33,7 +33,7 @@ def verify(context: click.Context, /, as_json: bool, plan_path: str, steps: int,
 
     work, plan = load_with_plan(options, plan_path)
     assert plan is not None  # it is required
-    with progress() as report:
+    with progress(as_json) as report:
         report("building the model")
         check = ul.verify(work.build(), plan, steps, scope, progress=report)
     show(check, as_json)

@@ -133,10 +133,10 @@ def test_forbidden_actions(free: ul.Plan) -> None:
 
 def test_the_smallest_peak_obeys_too() -> None:
     with pytest.raises(ul.BudgetInfeasible, match="select forbidden") as caught:
-        planned("1KiB", forbid=["select", "recompute"])
+        planned("300KiB", forbid=["select", "recompute"])
     assert caught.value.smallest_bytes == planned(policy="none").predicted.peak_bytes
     with pytest.raises(ul.BudgetInfeasible, match="blocks.0 pinned to keep") as caught:
-        planned("1KiB", pin={"blocks.0": "keep"})
+        planned("300KiB", pin={"blocks.0": "keep"})
     smallest = caught.value.smallest_bytes
     plan = planned(smallest, pin={"blocks.0": "keep"})
     assert plan.predicted.peak_bytes <= smallest and plan.decisions[0].action == "keep"

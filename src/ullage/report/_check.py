@@ -10,6 +10,7 @@ import msgspec
 
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetInfeasible, PlanError
+from ullage._progress import Progress, callback, shows_progress
 from ullage.capture import UnitFacts
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP, Option
@@ -110,6 +111,7 @@ def _changed(r: Row) -> str:
     return f"{signed(r.change)} ({before} -> {now})"
 
 
+@shows_progress
 @captures
 def check(
     work: Workload,
@@ -123,7 +125,7 @@ def check(
     device: str | None = None,
     costs: str = "auto",
     profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> CheckResult:
     """Judge a step by its predicted peak and time: the plain step, the step under a plan, or the best within a budget.
 
@@ -141,7 +143,7 @@ def check(
         device: None (where the model is) or a name of the device table; a plan has its own.
         costs: "auto" or "roofline", as in `ullage.plan`; a plan has its own.
         profile: take op costs from this profile instead of measuring again.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: both `plan` and `budget`, nothing to judge by, or a limit that means nothing.
@@ -149,6 +151,7 @@ def check(
         PlanError: the baseline can't be read, or is of another device, of other costs, or
             of a plain step where this is of a plan. PlanMismatch: the plan is for another model.
     """
+    progress = callback(progress)
     before = Baseline.load(against) if isinstance(against, str | Path) else against
     _check_arguments(max_slowdown, plan, budget, before)
     growth = 0 if allow_growth == 0 else parse_budget(allow_growth, "allow_growth").bytes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ullage._progress import Progress, callback, shows_progress
 from ullage._torch import tree_flatten
 from ullage.capture import Session
 from ullage.measure._reach import optimizers_of
@@ -24,6 +24,7 @@ from ullage.report._timeline import VERSION, Timeline
 from ullage.workload import Workload
 
 
+@shows_progress
 @captures
 def timeline(
     work: Workload,
@@ -32,7 +33,7 @@ def timeline(
     device: str | None = None,
     costs: str = "auto",
     profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> Timeline:
     """Run a first and a later step on fake tensors, and list the storages alive at every op.
 
@@ -42,13 +43,14 @@ def timeline(
         device: as in `ullage.plan`; a plan has its own.
         costs: "auto" or "roofline"; a plan has its own.
         profile: take op costs from this profile instead of measuring again.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: `plan` is not a plan, or `device` is given beside one.
         PlanMismatch: the plan is for another model.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    progress = callback(progress)
     s = study_plan(work, plan, device, costs, profile, progress)
     s.progress("running the step")
     return timeline_of(s, execute_plan(s, plan), plan)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError
+from ullage._progress import Progress, callback, shows_progress
 from ullage.measure._measure import Measurement
 from ullage.measure._state import captures
 from ullage.planner import Plan, Profile
@@ -22,6 +23,7 @@ from ullage.workload import Workload
 Given = Measurement | str | Path
 
 
+@shows_progress
 @captures
 def report(
     work: Workload,
@@ -34,7 +36,7 @@ def report(
     device: str | None = None,
     costs: str = "auto",
     profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> StepReport:
     """Gather timeline, plan, frontier and measurements of a step for a page: `report(work, budget="6GiB").export("report.html")`.
 
@@ -51,7 +53,7 @@ def report(
         device: None (where the model is) or a name of the device table; a plan has its own.
         costs: "auto" or "roofline", as in `ullage.plan`; a plan has its own.
         profile: take op costs from this profile instead of measuring again.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: both a plan and a budget, a number of points that means nothing, or a measurement that is none or is
@@ -62,6 +64,7 @@ def report(
         PlanError: the measurement can't be read.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    progress = callback(progress)
     if plan is not None and budget is not None:
         raise ArgumentError("plan and budget: give one of them; a plan has its own budget")
     if points is not None:

@@ -10,6 +10,7 @@ import msgspec
 
 from ullage._bytes import Size, format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, UllageError, WorkloadError
+from ullage._progress import Progress, callback, shows_progress
 from ullage._told import tells_of
 from ullage.measure._state import leaves_rng
 from ullage.planner.decide._planner import decide
@@ -205,6 +206,7 @@ class _Search:
         return self.least[value]
 
 
+@shows_progress
 @tells_of(CaptureError)
 @leaves_rng
 def fit(
@@ -222,7 +224,7 @@ def fit(
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
     checksums: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> Fit:
     """Find the largest value of `axis` that fits the budget with its best plan, and the tried one that is fastest.
 
@@ -246,7 +248,7 @@ def fit(
         disk_budget: bytes or a string: size of the file that is made there.
         host_budget: bytes or a string: pinned host memory, instead of a disk.
         checksums: see `plan`.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: no such axis, a number that is not a whole one above zero, or a tier that is only half named.
@@ -254,6 +256,7 @@ def fit(
         BudgetInfeasible: the smallest value does not fit.
         CaptureError, WorkloadError, DeviceError, OffloadError: as `plan`, at the smallest value.
     """
+    progress = callback(progress)
     check_axis(make_work, axis)
     for name, given in (("step", step), ("at_least", at_least), ("at_most", at_most)):
         if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):

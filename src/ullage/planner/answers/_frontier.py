@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds, parse_budget
 from ullage._errors import ArgumentError, BudgetError, BudgetInfeasible, CaptureError, PlanError
 from ullage._files import write_whole
+from ullage._progress import Progress, callback, shows_progress
 from ullage._writers import write
 from ullage.measure._state import captures
 from ullage.planner.decide._planner import decide, smallest_bytes
@@ -146,6 +147,7 @@ def _row(peak: int, seconds: float, fastest: float) -> str:
     return f"{format_bytes(peak):>12}  {format_seconds(seconds):>10}  {slower:>+8.1%}"
 
 
+@shows_progress
 @captures
 def frontier(
     work: Workload,
@@ -159,7 +161,7 @@ def frontier(
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
     checksums: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> Frontier:
     """Plan for budgets from the smallest that is possible to the plain step's peak.
 
@@ -178,12 +180,13 @@ def frontier(
         disk_budget: bytes or a string: size of the file that is made there.
         host_budget: bytes or a string: pinned host memory, instead of a disk.
         checksums: see `plan`.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: `points` is not a whole number of 2 or more, or a tier is only half named.
         CaptureError, WorkloadError, DeviceError, OffloadError: see their docstrings.
     """
+    progress = callback(progress)
     check_points(points)
     tier = choose_tier(
         TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums), work, device, progress

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ullage._progress import Progress, callback, shows_progress
 from ullage.measure._state import captures
 from ullage.planner.explain._levers import MOST_RUNS
 from ullage.planner.explain._peak import Bounds, bounds_of
@@ -14,6 +13,7 @@ from ullage.planner.study._choices import ALL
 from ullage.workload import Workload
 
 
+@shows_progress
 @captures
 def bounds(
     work: Workload,
@@ -22,7 +22,7 @@ def bounds(
     costs: str = "auto",
     *,
     profile: Profile | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> Bounds:
     """Find the tensors that hold the peak of a plan's step, or of the plain one, and the levers that would lower it.
 
@@ -32,13 +32,14 @@ def bounds(
         device: as in `ullage.plan`; a plan has its own.
         costs: "auto" or "roofline"; a plan has its own.
         profile: take op costs from this profile instead of measuring again.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         ArgumentError: `plan` is not a plan, or `device` is given beside one.
         PlanMismatch: the plan is for another model.
         CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    progress = callback(progress)
     s = study_plan(work, plan, device, costs, profile, progress)
     s.progress("running the step")
     return bounds_of(s, ALL, execute_plan(s, plan), runs=MOST_RUNS)

@@ -12,6 +12,7 @@ from ullage._errors import BudgetError
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
 from ullage.planner.explain._peak import bounds_of
+from ullage.planner.explain._words import words_of
 from ullage.planner.model._model import model_of
 from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
@@ -74,6 +75,11 @@ def finish(
             f"estimate for {s.device.facts.title}, margin {s.device.facts.margin:.0%}: its kernels were not run"
         )
     notes += note_of(s.evaluation)
+    memory = s.device.memory_bytes
+    if budget is not None and memory is not None and budget.total > memory:
+        notes.append(
+            f"the budget of {format_bytes(budget.total)} is above the memory of {s.device.name}, {format_bytes(memory)}"
+        )
     model = first.session.inst.model if s.work.factory is not None else s.work.model
     return Plan(
         version=VERSION,
@@ -96,6 +102,7 @@ def finish(
         disk=tier if isinstance(tier, Disk) else None,
         host=tier if isinstance(tier, Host) else None,
         evaluation=list(s.evaluation),
+        setup=s.setup,
     )
 
 
@@ -112,6 +119,7 @@ def _decisions(
 ) -> list[Decision]:
     """Return each unit's decision: its option, the bytes it frees, the seconds it costs, and the reason."""
     facts = model_of(s, choices) if len(s.captures) > 1 else None
+    later = s.capture_fresh(steps.assignment)[1]
     rows = []
     for index, u in enumerate(s.units):
         option = steps.assignment[u.fqn]
@@ -134,6 +142,7 @@ def _decisions(
                 keeps_routing=u.routing,
                 input_elements=_elements(shape.shapes) if shape else 0,
                 place=option.place,
+                words=words_of(s, later, u.fqn, option, u.routing),
             )
         )
     return rows

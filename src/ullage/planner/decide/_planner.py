@@ -9,11 +9,13 @@ from msgspec import structs
 
 from ullage._bytes import format_bytes, parse_budget
 from ullage._errors import ArgumentError, BudgetError
+from ullage._progress import Progress, callback, shows_progress
 from ullage.apply import HandleReport
 from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
 from ullage.planner.decide._confirm import infeasible, optimal, smallest_step, solution_of
 from ullage.planner.decide._finish import finish
+from ullage.planner.decide._floor import floor_of, hopeless
 from ullage.planner.decide._simple import fewer_actions
 from ullage.planner.decide._window import choose_window
 from ullage.planner.model._model import model_of
@@ -32,7 +34,10 @@ from ullage.planner.study._tiers import TierRequest, choose_tier
 from ullage.solver._solve import smallest
 from ullage.workload import Workload
 
+SMALLEST = "smallest"  # as a budget
 
+
+@shows_progress
 @captures
 def plan(
     work: Workload,
@@ -52,13 +57,14 @@ def plan(
     host_budget: int | str | None = None,
     checksums: bool = False,
     feedback: HandleReport | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute, select or offload so that the step's peak stays within `budget`.
 
     Args:
         work: what is trained; left as found.
-        budget: bytes or a string (see `ullage.parse_budget`); may be None for a named policy.
+        budget: bytes or a string (see `ullage.parse_budget`), or "smallest": the smallest for which there is a plan. May be None for a
+            named policy.
         device: None (where the model is) or a name of the device table; one that is not here makes it an estimate.
         policy: "optimal" or a named policy.
         costs: "auto" (ops are timed here) or "roofline" (times of the device table, the same on any machine). Bytes are
@@ -78,13 +84,14 @@ def plan(
         checksums: compare the bytes that come back from the disk with those sent; the plan is for the speeds with checksums.
         feedback: the report (`Handle.report()`) of an earlier plan with this tier. If its steps waited longer for transfers than
             predicted, transfers are taken to be slower than measured by the same factor.
-        progress: called with a line at each stage.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
         BudgetError: the budget or the headroom can't be read.
         BudgetInfeasible: no plan fits it.
         ArgumentError, CaptureError, WorkloadError, DeviceError: see their docstrings.
     """
+    progress = callback(progress)
     overrides, tier = (
         Overrides(pin or {}, forbid, headroom, simple),
         TierRequest(disk_directory, disk_budget, host_budget, feedback, checksums),
@@ -115,8 +122,9 @@ def study_and_plan(
             f"{sends}: offloads tensors, and neither disk_directory with disk_budget nor host_budget says where to"
         )
     overrides.check(policy, budget is not None)
-    wanted = parse_budget(budget) if budget is not None else None
-    if wanted is None and policy == "optimal":
+    least = isinstance(budget, str) and budget.strip() == SMALLEST
+    wanted = parse_budget(budget) if budget is not None and not least else None
+    if wanted is None and not least and policy == "optimal":
         raise BudgetError("budget: policy 'optimal' needs one; or name a policy, such as policy='every_block'")
     chosen = choose_tier(tier, work, device, progress)
     if chosen is not None:
@@ -125,8 +133,16 @@ def study_and_plan(
     plain = s.plain_steps.peak_bytes
     reserve = overrides.headroom_bytes(plain, s.device.memory_bytes)
     asked = Budget(wanted.resolve(plain, s.device.memory_bytes), reserve) if wanted is not None else None
-    restriction = overrides.restrict(s, solver=asked is not None)
-    return s, decide(s, asked, policy, restriction, choices=restriction.choices(s), explain=True)
+
+    def decided() -> Plan:
+        restriction = overrides.restrict(s, solver=asked is not None or least)
+        choices = restriction.choices(s)
+        found = Budget(_least(s, choices) + reserve, reserve) if least else asked
+        return decide(s, found, policy, restriction, choices=choices, explain=True)
+
+    if asked is not None and asked.room < floor_of(s):
+        raise hopeless(s, asked, captures(decided))
+    return s, decided()
 
 
 @without_failures
@@ -200,7 +216,11 @@ def _unconfirmed(s: Study, choices: Choices, budget: Budget | None, policy: str,
     return s.execute_fresh(assignment_of(model, solution.schedule), window)
 
 
-@without_failures
 def smallest_bytes(s: Study) -> int:
     """Return the smallest budget, without a reserve, within which some plan's step was executed."""
-    return s.execute_fresh(smallest_step(s).assignment).peak_bytes
+    return _least(s, ALL)
+
+
+@without_failures
+def _least(s: Study, choices: Choices) -> int:
+    return s.execute_fresh(smallest_step(s, choices).assignment).peak_bytes

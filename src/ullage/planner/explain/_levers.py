@@ -114,7 +114,9 @@ def _gradients(p: PeakFacts) -> Iterator[Lever]:
 
 
 def _optimizer_state(p: PeakFacts) -> Iterator[Lever]:
-    how = "an optimizer with less state (SGD, 8-bit or factored Adam), or state sharded over ranks (FSDP, ZeRO)"
+    trained, held = max(p.s.setup.trained, 1), p.s.setup.optimizer_bytes
+    smaller = "an optimizer with less state (SGD, 8-bit or factored Adam), or " if held > 3 * trained else ""
+    how = f"{smaller}state sharded over ranks (FSDP, ZeRO)"
     yield from p.taken_out("optimizer state", p.ledger.category == "optimizer state", how)
 
 

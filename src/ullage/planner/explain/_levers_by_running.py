@@ -110,7 +110,7 @@ def kept(p: PeakFacts, runs: int) -> Iterator[Lever]:
     for u in p.s.units:
         option = p.assignment.get(u.fqn, KEEP)
         if option.replays is not Replays.WHOLE and RECOMPUTE in options[u.fqn]:
-            groups.setdefault((u.class_name, option.name), []).append(u.fqn)
+            groups.setdefault((u.class_name, option.action), []).append(u.fqn)
     forward = (ledger.category == "") & (ledger.birth >= 0) & (ledger.phase[ledger.birth] == "forward")
     found = []
     for (kind, action), fqns in groups.items():

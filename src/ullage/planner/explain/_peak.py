@@ -81,8 +81,12 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def hint(self) -> str:
-        """The two levers that would lower the peak most, if by 2 % or more, as the end of a sentence."""
-        best = [x for x in self.levers if x.peak_bytes < 0.98 * self.peak_bytes][:2]
+        """The two levers that would lower the peak most, if by 2 % or more, as the end of a sentence.
+
+        It follows a budget that is too small already, so a smaller one is no advice.
+        """
+        able = [x for x in self.levers if not x.how.startswith("a smaller budget")]
+        best = [x for x in able if x.peak_bytes < 0.98 * self.peak_bytes][:2]
         return "".join(f"; without {x.what} {format_bytes(x.peak_bytes)} ({x.how})" for x in best)
 
     def summary(self) -> list[str]:

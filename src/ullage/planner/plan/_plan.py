@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -21,7 +21,9 @@ from ullage._version import __version__
 from ullage.mechanisms import UnitSettings, option_from_name
 from ullage.offload import endurance_note
 from ullage.planner.explain._peak import Bounds
+from ullage.planner.plan._grouped import rows_of, wrapped
 from ullage.planner.plan._overrides import PinCost, describe
+from ullage.planner.study._setup import Setup
 from ullage.planner.study._tiers import Disk, Host, OffloadTier, Traffic
 from ullage.runtime import Place
 
@@ -72,6 +74,7 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         keeps_routing: whether the unit makes indices (topk, sort, ...); these are always kept, so that a replay routes the same way.
         input_elements: elements of the unit's input tensors, by which a larger batch is noticed.
         place: the unit's place among units that are recomputed together; None if it is alone.
+        words: what the option does, by modules and meaning: "keeps q, k, v projections and attention; recomputes norms".
     """
 
     unit: str
@@ -84,6 +87,7 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     keeps_routing: bool
     input_elements: int
     place: Place | None = None
+    words: str = ""
 
     @property
     def label(self) -> str:
@@ -151,6 +155,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         bounds: the tensors that hold the predicted peak, and levers that would lower it.
         disk: the file for offloaded tensors; None if the plan uses none.
         host: the pinned memory for offloaded tensors; None if the plan uses none.
+        setup: the facts that these numbers depend on; None in a file of an older version.
         evaluation: modules in evaluation mode in the planned step, of those whose code reads the mode.
     """
 
@@ -176,6 +181,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     disk: Disk | None = None
     host: Host | None = None
     evaluation: list[str] = []
+    setup: Setup | None = None
 
     @property
     def tier(self) -> OffloadTier | None:
@@ -268,31 +274,38 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
         return apply_plan(self, model)
 
-    def __str__(self) -> str:
-        p, b = self.predicted, self.baseline
-        title = (
-            f"plan ({self.policy}) for {self.device}{', an ESTIMATE: this device is not here' if self.estimate else ''}"
-        )
+    def describe(self, verbose: bool = False) -> str:
+        """The plan in words, at most 80 columns wide where names allow it; `verbose` adds the ops of each action."""
+        p, b, by, bound = self.predicted, self.baseline, self.setup, self.lower_bound_seconds
+        title = f"plan ({self.policy}) for {self.device}{', an ESTIMATE: it is not here' if self.estimate else ''}"
         budget = "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)
         budget += f", of which {format_bytes(self.headroom_bytes)} are headroom" if self.headroom_bytes else ""
         slower = p.step_seconds / b.step_seconds - 1 if b.step_seconds else 0.0
         lines = [
             title,
+            *([str(by)] if by is not None else []),
             f"  budget     {budget}",
-            f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}   in {p.phase}, {p.module or '(root)'}, {p.op}",
+            f"  peak       {format_bytes(p.peak_bytes)}   plain {format_bytes(b.peak_bytes)}",
+            f"             in {p.phase}, {p.module or '(root)'}, {p.op}",
             *_reserved(p.reserved_bytes, b.reserved_bytes),
+            *([f"  fits       {by.fits(p.peak_bytes)}"] if by is not None else []),
             f"  step time  {format_seconds(p.step_seconds)}   plain {format_seconds(b.step_seconds)} ({slower:+.1%}, costs: {self.costs})",
-            f"  bound      at least {format_seconds(self.lower_bound_seconds)}, gap {self.gap:.2%}",
+            *([f"  bound      at least {format_seconds(bound)}, gap {self.gap:.2%}"] if bound else []),
             *([_moves(p.traffic, self.tier)] if p.traffic is not None and self.tier is not None else []),
             *([f"  endurance  {self.endurance}"] if self.endurance else []),
             "  decisions",
         ]
-        lines += [f"    {row}" for row in _grouped(self.decisions)]
+        lines += [f"    {row}" for row in rows_of(self.decisions, verbose)]
         lines += [f"  pin {describe(cost)}" for cost in self.pins]
         lines += [f"  forbidden: {', '.join(self.forbidden)}"] if self.forbidden else []
-        lines += self.bounds.summary() if self.bounds is not None else []
-        lines += [f"  note: {n}" for n in self.notes]
+        for line in self.bounds.summary() if self.bounds is not None else []:
+            lines += wrapped(line)
+        for note in [*(by.defaults if by is not None else []), *self.notes]:
+            lines += wrapped(f"  note: {note}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
 
 
 def _reserved(planned: int | None, plain: int | None) -> list[str]:
@@ -300,7 +313,7 @@ def _reserved(planned: int | None, plain: int | None) -> list[str]:
     if planned is None or plain is None:
         return []
     return [
-        f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (torch's caching allocator, simulated)"
+        f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (simulated caching allocator)"
     ]
 
 
@@ -320,32 +333,3 @@ def check_actions(plan: Plan, where: str) -> None:
         raise PlanError(
             f"{where}: unknown action {error}; known: keep, recompute, offload:host, offload:disk, select:LEVEL or calls of ops such as select:mm[0,2]@host"
         ) from error
-
-
-def _grouped(decisions: list[Decision]) -> list[str]:
-    """Return one row per group of neighbours with the same action and effect."""
-    rows: list[list[Any]] = []
-    for d in decisions:
-        if d.place is not None and d.place.depth:  # one row per run
-            rows[-1][1], rows[-1][2] = d, rows[-1][2] + 1
-            continue
-        same = (
-            rows
-            and d.place is None
-            and rows[-1][0].place is None
-            and rows[-1][0].action == d.action
-            and abs(rows[-1][0].bytes_freed - d.bytes_freed) <= 0.02 * max(d.bytes_freed, 1)
-        )
-        if same and rows[-1][0].reason == d.reason:
-            rows[-1][1] = d
-            rows[-1][2] += 1
-        else:
-            rows.append([d, d, 1])
-    out = []
-    for first, last, n in rows:
-        name = first.unit if n == 1 else f"{first.unit} .. {last.unit} ({n})"
-        action = first.label
-        out.append(
-            f"{name:<44} {action:<30} frees {format_bytes(first.bytes_freed):>10}  adds {format_seconds(first.seconds_added):>9} each  {first.reason}"
-        )
-    return out

@@ -10,16 +10,21 @@ import msgspec
 from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
+from ullage._progress import Progress, callback, shows_progress
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import captures
 from ullage.planner.model._model import model_of
+from ullage.planner.plan._grouped import natural, template, together, wrapped
 from ullage.planner.study._executed import StepCapture
 from ullage.planner.study._liveness import LiveTensor, by_category, innermost, live_tensors, peak_op, totals
 from ullage.planner.study._prepare import study
 from ullage.planner.study._reserved import reserved_bytes
+from ullage.planner.study._setup import Setup
 from ullage.planner.study._study import Study
 from ullage.solver._instance import StepModel
 from ullage.workload import Workload, note_of
+
+_ROWS = 12
 
 
 class OptionProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,6 +74,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         timeline: (phase, module, op, live bytes at the op's own peak) of every op of the later step.
         notes: sentences for the reader of the profile.
         op_cost_table: per op signature: seconds, bytes allocated inside the kernel, bytes of the outputs; see `op_costs`.
+        setup: the facts that these numbers depend on; None in a file of an older version.
         bounded: ops of that table whose bytes depend on values, so that theirs is an upper bound.
         reserved_bytes: bytes that torch's CUDA caching allocator would hold after both steps, by a simulation of its rules; None on
             a CPU.
@@ -95,6 +101,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     op_cost_table: dict[str, tuple[float, int, list[int]]]
     bounded: list[str] = []
     reserved_bytes: int | None = None
+    setup: Setup | None = None
 
     @property
     def op_costs(self) -> dict[str, OpCost]:
@@ -114,32 +121,66 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         except (OSError, msgspec.DecodeError) as error:
             raise PlanError(f"profile {path}: {error}") from error
 
-    def __str__(self) -> str:
-        label = ", an ESTIMATE: this device is not here" if self.estimate else ""
+    def describe(self, verbose: bool = False) -> str:
+        """The profile in words; `verbose` lists the options of each kind of unit."""
+        label, by = ", an ESTIMATE: it is not here" if self.estimate else "", self.setup
+        place = f" ({self.source})" if self.source else ""
         lines = [
             f"profile on {self.device}{label}",
-            f"  peak {format_bytes(self.peak_bytes)} in {self.phase}, {self.module or '(root)'}, {self.op} ({self.source})",
-            f"  first step {format_bytes(self.first_step_peak_bytes)}, later {format_bytes(self.later_step_peak_bytes)}; "
-            f"step about {format_seconds(self.step_seconds)} (costs: {self.costs})",
+            *([str(by)] if by is not None else []),
+            f"  peak       {format_bytes(self.peak_bytes)} in {self.phase}, {self.module or '(root)'}, {self.op}{place}",
+            *([f"  fits       {by.fits(self.peak_bytes)}"] if by is not None else []),
+            f"  steps      first {format_bytes(self.first_step_peak_bytes)}, later {format_bytes(self.later_step_peak_bytes)}; "
+            f"about {format_seconds(self.step_seconds)} (costs: {self.costs})",
         ]
         if self.reserved_bytes is not None:
-            lines.append(f"  reserved {format_bytes(self.reserved_bytes)} (torch's caching allocator, simulated)")
+            lines.append(f"  reserved   {format_bytes(self.reserved_bytes)} (torch's caching allocator, simulated)")
         lines.append("  alive at the peak")
         lines += [
-            f"    {c:<18} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}"
+            f"    {c:<20} {format_bytes(n):>12}  {n / max(self.peak_bytes, 1):6.1%}"
             for c, n in self.by_category.items()
         ]
         lines.append("  by module")
-        lines += [f"    {m or '(root)':<40} {format_bytes(n):>12}" for m, n in list(self.by_module.items())[:12]]
+        lines += [f"    {m:<40} {format_bytes(n):>12}" for m, n in self._modules()[:_ROWS]]
         lines.append("  units")
-        for u in self.units:
-            lines.append(
-                f"    {u.fqn:<32} {u.class_name:<24} saves {format_bytes(u.saved_bytes):>11}  {format_seconds(u.seconds):>10}  {', '.join(o.name for o in u.options)} {u.reason}"
-            )
-        lines += [f"  note: {n}" for n in self.notes]
+        lines += [f"    {row}" for row in self._units(verbose)]
+        for note in [*(by.defaults if by is not None else []), *self.notes]:
+            lines += wrapped(f"  note: {note}")
         return "\n".join(lines)
 
+    def _modules(self) -> list[tuple[str, int]]:
+        """Bytes per module, the sum of equal layers in one row, the most first."""
+        groups: dict[str, list[tuple[str, int]]] = {}
+        for name, nbytes in self.by_module.items():
+            groups.setdefault(template(name), []).append((name or "(root)", nbytes))
+        rows = [(together(sorted((n for n, _ in g), key=natural)), sum(b for _, b in g)) for g in groups.values()]
+        return sorted(rows, key=lambda row: -row[1])
 
+    def _units(self, verbose: bool) -> list[str]:
+        """A row per kind of unit: equal layers share one."""
+        groups: dict[tuple[str, str, int, str], list[UnitProfile]] = {}
+        for u in self.units:
+            groups.setdefault((template(u.fqn), u.class_name, u.saved_bytes, u.reason), []).append(u)
+        lines = []
+        for (_, kind, saved, reason), alike in groups.items():
+            each = " each" if len(alike) > 1 else ""
+            lines.append(f"{together([u.fqn for u in alike])}: {kind}")
+            seconds = sum(u.seconds for u in alike) / len(alike)
+            lines.append(
+                f"  saves {format_bytes(saved)}, takes {format_seconds(seconds)}{each}{'; ' if reason else ''}{reason}"
+            )
+            if verbose:
+                lines += [
+                    f"    {o.name}: frees {format_bytes(o.bytes_freed)}, adds {format_seconds(o.seconds_added)}"
+                    for o in alike[0].options
+                ]
+        return lines
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+@shows_progress
 @captures
 def profile(
     work: Workload,
@@ -147,7 +188,8 @@ def profile(
     costs: str = "auto",
     *,
     units: Sequence[str] | None = None,
-    progress: Callable[[str], None] | None = None,
+    options: bool = True,
+    progress: Progress = None,
 ) -> Profile:
     """Run a first and a later step on fake tensors and report which tensors are alive when.
 
@@ -156,9 +198,12 @@ def profile(
         device: None (where the model is) or a name of the device table.
         costs: "auto" (single ops are timed) or "roofline" (times of the device table; bytes are the same).
         units: FQN globs, instead of the blocks the architecture shows.
-        progress: called with a line at each stage.
+        options: also capture a step per option of the units, for `UnitProfile.options`, and so that planning from this profile measures
+            nothing; it takes most of the time.
+        progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
     """
-    return study_and_profile(work, device, costs, units, progress)[1]
+    progress = callback(progress)
+    return study_and_profile(work, device, costs, units, progress, options)[1]
 
 
 @captures
@@ -168,13 +213,14 @@ def study_and_profile(
     costs: str = "auto",
     units: Sequence[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    options: bool = True,
 ) -> tuple[Study, Profile]:
     """Do `profile`'s work, and also return the study, for reports."""
     s = study(work, device, costs, units, None, progress)
-    return s, _profile_of(s)
+    return s, _profile_of(s, options)
 
 
-def _profile_of(s: Study) -> Profile:
+def _profile_of(s: Study, options: bool) -> Profile:
     steps, later = s.plain_steps, s.plain[1]
     worst = s.plain[not steps.first_is_worst]
     at = peak_op(s.timeline(s.plain_session), worst.ops)
@@ -196,10 +242,11 @@ def _profile_of(s: Study) -> Profile:
         by_category=by_category(live, steps.peak_bytes, s.device.facts.blas_workspace_bytes),
         by_module=totals([(t.module, t.nbytes) for t in live]),
         largest=sorted(live, key=lambda t: -t.nbytes)[:50],
-        units=_unit_profiles(s),
+        units=_unit_profiles(s, options),
         timeline=_bytes_over_time(s, later),
         notes=[*s.plain_session.values.assumptions, *note_of(s.evaluation)],
         op_cost_table=_cost_table(s),
+        setup=s.setup,
         bounded=sorted(k for k, c in s.known_costs.items() if c.bounds),
         reserved_bytes=reserved_bytes(s, later),
     )
@@ -214,8 +261,8 @@ def _bytes_over_time(s: Study, step: StepCapture) -> list[tuple[str, str, str, i
     ]
 
 
-def _unit_profiles(s: Study) -> list[UnitProfile]:
-    seconds, model = _unit_seconds(s), model_of(s)
+def _unit_profiles(s: Study, options: bool) -> list[UnitProfile]:
+    seconds, model = _unit_seconds(s), model_of(s) if options else None
     return [
         UnitProfile(
             fqn=u.fqn,
@@ -224,7 +271,7 @@ def _unit_profiles(s: Study) -> list[UnitProfile]:
             calls=u.calls,
             saved_bytes=u.saved_bytes,
             seconds=seconds.get(u.fqn, 0.0),
-            options=_options(model, u.fqn),
+            options=_options(model, u.fqn) if model is not None else [],
             reason=u.keep_reason,
         )
         for u in s.units

@@ -29,6 +29,7 @@ from ullage.planner.study._executed import Executed, Key, StepCapture, Steps, ke
 from ullage.planner.study._explored import Explored
 from ullage.planner.study._liveness import Ledger, moment, peak_op
 from ullage.planner.study._nodes import book_nodes, upper_bound
+from ullage.planner.study._setup import Setup, setup_of
 from ullage.planner.study._tiers import OffloadTier
 from ullage.planner.study._transfers import events_of, largest_sent, offloaded_bytes, senders_of, transfers_of
 from ullage.workload import Workload
@@ -81,6 +82,11 @@ class Study:
     _executed: dict[Key, Executed] = field(default_factory=dict, init=False)
     _steps: dict[Key, Steps] = field(default_factory=dict, init=False)
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def setup(self) -> Setup:
+        """The facts that the step's numbers depend on."""
+        return setup_of(self.plain_session.inst, self.device, self.work.notes)
 
     @property
     def session(self) -> Session:
