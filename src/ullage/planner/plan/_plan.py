@@ -312,7 +312,7 @@ def _reserved(planned: int | None, plain: int | None) -> list[str]:
     """Return the row about what the caching allocator holds, if that was simulated."""
     if planned is None or plain is None:
         return []
-    return [f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (torch's caching allocator, simulated)"]
+    return [f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (torch's allocator, simulated)"]
 
 
 def _moves(t: Traffic, tier: OffloadTier) -> str:
