@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,3 +135,57 @@ def test_what_no_forward_takes_is_refused_by_name() -> None:
 def test_what_is_no_batch_is_refused(batch: Any) -> None:
     with pytest.raises(ul.WorkloadError, match=f"^batch: expected .*, got {type(batch).__name__}"):
         ul.Workload(OnlyX(lambda x: x), batch)
+
+
+class Masked(OnlyX):
+    """Its second argument is no target."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x if mask is None else x * mask)
+
+
+class Focal(nn.Module):
+    """A loss module of one's own."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target).square()
+
+
+LOSSES: dict[str, Callable[[], ul.Workload]] = {
+    "a module and a tuple": lambda: ul.Workload(OnlyX(lambda x: x), (X, Y), loss=nn.CrossEntropyLoss()),
+    "a function": lambda: ul.Workload(OnlyX(lambda x: x), [X, Y], loss=F.cross_entropy),
+    "a partial": lambda: ul.Workload(
+        OnlyX(lambda x: x), [X, Y], loss=functools.partial(F.cross_entropy, label_smoothing=0.1)
+    ),
+    "a module of one's own": lambda: ul.Workload(OnlyX(lambda x: x), (X, Y), loss=Focal()),
+    "a dict": lambda: ul.Workload(OnlyX(lambda x: x), {"x": X, "name": "a", "y": Y}, loss=nn.CrossEntropyLoss()),
+    "an input of several": lambda: ul.Workload(
+        OnlyX(lambda x: x), {"x": X, "labels": Y, "weights": X}, loss=nn.CrossEntropyLoss()
+    ),
+    "inputs": lambda: ul.Workload(
+        Masked(lambda x: x), (X, Y), loss=nn.CrossEntropyLoss(), inputs=lambda batch: batch[0]
+    ),
+    "inputs by name": lambda: ul.Workload(
+        Masked(lambda x: x),
+        {"image": X, "y": Y},
+        loss=lambda out, b: F.cross_entropy(out, b["y"]),
+        inputs=lambda batch: {"x": batch["image"]},
+    ),
+    "the batch itself": lambda: ul.Workload(
+        nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16)), X, loss=nn.MSELoss()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_take_targets(name: str) -> None:
+    work = LOSSES[name]()
+    assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
+
+
+def test_a_target_that_the_forward_takes_is_explained() -> None:
+    with pytest.raises(
+        ul.WorkloadError,
+        match=r"CrossEntropyLoss takes .*Masked.forward\(x, mask\) .* inputs=lambda batch: batch\[0\]",
+    ):
+        ul.measure(ul.Workload(Masked(lambda x: x), (X, X), loss=nn.CrossEntropyLoss()), steps=1)

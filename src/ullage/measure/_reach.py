@@ -19,7 +19,7 @@ MOST_NODES = 2_000_000  # a walk goes through data in memory, too; a bound again
 
 
 def _roots(inst: Instance | Workload) -> list[Any]:
-    return [inst.model, inst.optimizer, inst.batch, inst.loss, inst.step]
+    return [inst.model, inst.optimizer, inst.batch, inst.loss, inst.step, inst.inputs]
 
 
 def _with_attributes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:

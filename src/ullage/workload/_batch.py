@@ -86,25 +86,33 @@ def _taken(
         signature.bind(*args, **kwargs)
     except TypeError as error:
         if for_loss:
-            args, kwargs = _without_surplus(signature, args, kwargs)
+            args, kwargs = without_surplus(model, args, kwargs)[:2]
             if _binds(signature, args, kwargs):
                 return args, kwargs
         form = "*batch" if given[0] else "**batch"
         raise WorkloadError(
             f"batch: the model is called as model({form}), which {type(model).__name__}.forward({', '.join(signature.parameters)}) does not take: {error}. "
-            "With loss=callable(output, batch) what forward has no argument for goes to the loss alone; "
+            "With loss=callable(output, batch) what forward has no argument for goes to the loss alone; inputs=callable(batch) says what goes to the model; "
             "step=callable(model, batch) calls the model its own way"
         ) from error
     return args, kwargs
 
 
-def _without_surplus(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def without_surplus(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments that `forward` has names for, and those that it has none for."""
+    signature = _signature(model.forward)
+    if signature is None:
+        return args, kwargs, (), {}
     by = signature.parameters.values()
     positional = [p for p in by if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     named = {p.name for p in by if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return args[: len(positional)], {k: v for k, v in kwargs.items() if k in named}
+    kinds = {p.kind for p in by}
+    most = len(args) if inspect.Parameter.VAR_POSITIONAL in kinds else len(positional)
+    takes = {k for k in kwargs if k in named or inspect.Parameter.VAR_KEYWORD in kinds}
+    left = {k: v for k, v in kwargs.items() if k not in takes}
+    return args[:most], {k: v for k, v in kwargs.items() if k in takes}, args[most:], left
 
 
 def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

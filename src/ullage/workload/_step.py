@@ -9,11 +9,14 @@ from torch import Tensor
 
 from ullage._errors import WorkloadError
 from ullage.workload._batch import call_on
+from ullage.workload._targets import takes_targets, targets_of
 from ullage.workload._workload import Instance
 
 
 def forward(inst: Instance) -> Any:
     """Call the model on the batch as the workload says."""
+    if inst.inputs is not None:
+        return call_on(inst.model, inst.inputs(inst.batch), for_loss=False)
     return call_on(inst.model, inst.batch, for_loss=inst.loss is not None)
 
 
@@ -25,7 +28,14 @@ def compute_loss(inst: Instance) -> Tensor:
     """
     with torch.autocast(inst.device.type, inst.autocast, enabled=inst.autocast is not None):
         output = forward(inst)
-        loss = inst.loss(output, inst.batch) if inst.loss is not None else getattr(output, "loss", output)
+        if inst.loss is None:
+            loss = getattr(output, "loss", output)
+        elif takes_targets(inst.loss):
+            loss = inst.loss(
+                getattr(output, "logits", output), *targets_of(inst.model, inst.batch, inst.inputs, inst.loss)
+            )
+        else:
+            loss = inst.loss(output, inst.batch)
     if isinstance(output, dict) and loss is output:
         loss = dict(output).get("loss", output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -89,9 +89,9 @@ class Instance:
     accumulate: int
     step: Callable[[nn.Module, Any], None] | None
     held: list[Any] = field(default_factory=list, repr=False)  # what only weak references of a copy lead to
-    twins: list[tuple[Tensor, Tensor]] = field(
-        default_factory=list, repr=False
-    )  # fake and real, until the values are known
+    # fake and real tensors, until the values are known
+    twins: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
+    inputs: Callable[[Any], Any] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +116,8 @@ class Workload:
         batch: one micro-batch as a loader gives it: the items of a list or tuple are the model's positional arguments,
             those of a mapping keywords; a tensor or another object is the one argument.
         loss: `(output, batch) -> scalar`. Without it a scalar output or an HF-style `.loss` is used. With it, items of the
-            batch that `forward` has no argument for (labels) are the loss's alone.
+            batch that `forward` has no argument for (labels) are the loss's alone. A loss module (`nn.CrossEntropyLoss()`) or a function of
+            `torch.nn.functional` is called on the output and those items.
             The output is released before backward starts; use `step` for a loop that keeps it.
         optimizer: an instance, a callable from parameters to one, or None (forward and backward only).
         autocast: a dtype, or None.
@@ -124,6 +125,7 @@ class Workload:
         step: instead of `loss`: `(model, batch) -> None`, one whole step its own way; the batch may be any object.
         factory: set by `from_factory`; a function that builds the workload when it is needed.
         notes: sentences about defaults that were taken; profiles and plans repeat them.
+        inputs: `(batch) -> what the model is called on`, as `batch` itself is without it; `lambda batch: batch[0]`.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
@@ -138,6 +140,7 @@ class Workload:
     step: Callable[[nn.Module, Any], None] | None = None
     factory: Callable[[], Workload] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
+    inputs: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.factory is not None:
@@ -151,7 +154,9 @@ class Workload:
             raise WorkloadError(f"autocast: expected a torch.dtype or None, got {self.autocast!r}")
         if self.step is not None and (self.loss is not None or self.optimizer is not None or self.accumulate != 1):
             raise WorkloadError("step: does the whole step itself; leave loss, optimizer and accumulate out")
-        for name in ("loss", "step"):
+        if self.step is not None and self.inputs is not None:
+            raise WorkloadError("step: calls the model itself; leave inputs out")
+        for name in ("loss", "step", "inputs"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise WorkloadError(f"{name}: expected a callable, got {getattr(self, name)!r}")
         opt = self.optimizer
@@ -206,7 +211,9 @@ class Workload:
         """The real thing: the user's own objects (or a fresh build of the factory)."""
         work = self.build()
         optimizer = make_optimizer(work.optimizer, work.model)
-        return Instance(work.model, work.batch, work.loss, optimizer, work.autocast, work.accumulate, work.step)
+        return Instance(
+            work.model, work.batch, work.loss, optimizer, work.autocast, work.accumulate, work.step, inputs=work.inputs
+        )
 
     def fake_instance(self, mode: FakeTensorMode, active: Callable[[], AbstractContextManager[None]]) -> Instance:
         """Return a copy on fake tensors; the user's objects are not touched. `active` enters the fake mode and its patches.
@@ -225,6 +232,7 @@ class Workload:
             with FakeCopyMode(mode):
                 copied = Copier(memo)
                 model, loss, step = copied(self.model), copied(self.loss), copied(self.step)
+                inputs = copied(self.inputs)
                 is_instance = isinstance(self.optimizer, torch.optim.Optimizer)
                 optimizer: Any = copied(self.optimizer) if is_instance else None
                 batch = copied(self.batch)
@@ -238,15 +246,36 @@ class Workload:
         if not is_instance:
             with active():
                 optimizer = make_optimizer(self.optimizer, model)
-        return Instance(model, batch, loss, optimizer, self.autocast, self.accumulate, step, copied.weakly_held)
+        return Instance(
+            model,
+            batch,
+            loss,
+            optimizer,
+            self.autocast,
+            self.accumulate,
+            step,
+            copied.weakly_held,
+            inputs=inputs,
+        )
 
 
 def _on_fake_tensors(built: Instance, mode: FakeTensorMode) -> Instance:
     """A factory's instance with fake twins of its real tensors: a batch from outside, weights that a library read past torch (safetensors does)."""
     with FakeCopyMode(mode):
         copied = Copier({})
-        parts = [copied(part) for part in (built.model, built.batch, built.loss, built.optimizer, built.step)]
-    model, batch, loss, optimizer, step = parts
+        parts = [
+            copied(part) for part in (built.model, built.batch, built.loss, built.optimizer, built.step, built.inputs)
+        ]
+    model, batch, loss, optimizer, step, inputs = parts
     return Instance(
-        model, batch, loss, optimizer, built.autocast, built.accumulate, step, copied.weakly_held, copied.twins()
+        model,
+        batch,
+        loss,
+        optimizer,
+        built.autocast,
+        built.accumulate,
+        step,
+        copied.weakly_held,
+        copied.twins(),
+        inputs,
     )
