@@ -186,6 +186,6 @@ def test_losses_that_take_targets(name: str) -> None:
 def test_a_target_that_the_forward_takes_is_explained() -> None:
     with pytest.raises(
         ul.WorkloadError,
-        match=r"CrossEntropyLoss takes .*Masked.forward\(x, mask\) .* inputs=lambda batch: batch\[0\]",
+        match=r"CrossEntropyLoss takes .*Masked.forward\(x, mask\) .*inputs=lambda batch: batch\[0\]",
     ):
         ul.measure(ul.Workload(Masked(lambda x: x), (X, X), loss=nn.CrossEntropyLoss()), steps=1)

@@ -92,7 +92,7 @@ def _taken(
         form = "*batch" if given[0] else "**batch"
         raise WorkloadError(
             f"batch: the model is called as model({form}), which {type(model).__name__}.forward({', '.join(signature.parameters)}) does not take: {error}. "
-            "With loss=callable(output, batch) what forward has no argument for goes to the loss alone; inputs=callable(batch) says what goes to the model; "
+            "With loss=callable(output, batch) what forward has no argument for goes to the loss alone; inputs=callable(batch) returns the arguments of the model; "
             "step=callable(model, batch) calls the model its own way"
         ) from error
     return args, kwargs

@@ -46,5 +46,5 @@ def targets_of(model: nn.Module, batch: Any, inputs: Any, loss: Callable[..., An
     raise WorkloadError(
         f"loss: {name} takes an output and its target, and no item of the batch is left for it: "
         f"{type(model).__name__}.forward({', '.join(inspect.signature(model.forward).parameters)}) is called on the batch. "
-        "inputs=callable(batch) says what goes to the model (inputs=lambda batch: batch[0]), or give loss=lambda output, batch: ..."
+        "inputs=callable(batch) returns the arguments of the model (inputs=lambda batch: batch[0]), or give loss=lambda output, batch: ..."
     )
