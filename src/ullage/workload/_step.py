@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ullage._errors import WorkloadError
-from ullage.workload._batch import call_on
-from ullage.workload._targets import takes_targets, targets_of
+from ullage.workload._batch import call_on, takes_targets, targets_of
 from ullage.workload._workload import Instance
 
 
