@@ -108,8 +108,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "an error": (_raises, "module 1: the step itself raises KeyError: 'mine'"),
     "a wrong call": (lambda h: torch.cat(h.shape), "module 1: the step itself raises TypeError"),
-    "control flow": (lambda h: h if h.sum() > 0 else -h, "steers the step.*keep that value a tensor"),
-    "a shape": (lambda h: h[h > 0], "in module 1: .*shape depends on values.*torch.where"),
     "nested": (
         lambda h: torch.nested.nested_tensor_from_jagged(h, offsets=torch.tensor([0, 1, 4])).sin().values(),
         "nested .jagged. tensors can't be planned.*pad",

@@ -12,6 +12,7 @@ from ullage_cli._options import (
     json_option,
     output_file,
     show,
+    taken_reads,
     taken_tier,
     target_options,
     tier_options,
@@ -66,7 +67,7 @@ def fit(
     import ullage as ul
     from ullage.workload import beside_target, target_along
 
-    tier = taken_tier(options)
+    tier = taken_tier(options) | taken_reads(options)
     with progress(as_json) as report, beside_target(target):
         result = ul.fit(
             target_along(target, axis, **options),

@@ -49,6 +49,21 @@ _COSTS = click.option(
     show_default=True,
     help="Time single ops here, or estimate them from the device table.",
 )
+_READS = (
+    click.option(
+        "--values",
+        type=click.Choice(["auto", "assumed", "run"]),
+        default="auto",
+        show_default=True,
+        help="Values that depend on activations and that the step reads: made up, those of two real steps, or as fits.",
+    ),
+    click.option(
+        "--assume",
+        multiple=True,
+        metavar="NAME=NUMBER",
+        help="Take this for them: mask=0.15, unique=0.5 (shares), or model.py:41=3 for the read at a line.",
+    ),
+)
 _DEVICE = click.option("--device", help="A name of `ullage devices`; default: where the model is.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, errors too.")
 
@@ -77,8 +92,10 @@ def target_options(command: Command) -> Command:
 
 
 def cost_options(command: Command) -> Command:
-    """--device and --costs."""
-    return _DEVICE(_COSTS(command))
+    """--device, --costs, --values and --assume; `load` and `taken_reads` read the latter two."""
+    for option in reversed((_DEVICE, _COSTS, *_READS)):
+        command = option(command)
+    return command
 
 
 def verbose_option(command: Command) -> Command:
@@ -120,17 +137,28 @@ def taken_tier(options: dict[str, Any]) -> dict[str, Any]:
     return found | {name: _value(options.pop(name)) for name in ("disk_budget", "host_budget")}
 
 
+def taken_reads(options: dict[str, Any]) -> dict[str, Any]:
+    """Take `--values` and `--assume` out of a command's options: keywords of `ullage.plan` and others."""
+    pairs = [text.rpartition("=")[::2] for text in options.pop("assume", ())]
+    try:
+        assume = {name: float(number) for name, number in pairs}
+    except ValueError:
+        raise click.BadParameter("expected NAME=NUMBER, such as mask=0.15", param_hint="--assume") from None
+    return {"values": options.pop("values", "auto"), "assume": assume}
+
+
 def _value(text: str | None) -> int | str | None:
     return budget_value(text) if text is not None else None
 
 
 def load(options: dict[str, Any]) -> Workload:
     """The workload that the options of `target_options` name; until the command ends its steps can import what lies beside it."""
-    from ullage.workload import beside_target, load_target
+    from ullage.workload import beside_target, load_target, reading
 
+    reads = taken_reads(options)
     context = click.get_current_context()
     context.with_resource(beside_target(options["target"]))
-    work = load_target(**options)
+    work = reading(load_target(**options), **reads)
     if context.find_root().obj == OWN_PROCESS:
         # imported objects stay until the end: a twentieth of a large plan's time went into looking for garbage among them
         gc.freeze()

@@ -23,7 +23,7 @@ from ullage.planner.answers._draw import terminal
 from ullage.planner.answers._frontier import curve, spread
 from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._policies import named_policies
-from ullage.planner.study import _prepare, _study
+from ullage.planner.study import _plain, _prepare, _study
 from ullage.planner.study._study import Study
 
 POLICIES = named_policies(offloads=False)
@@ -93,7 +93,7 @@ def test_one_study_and_no_assignment_twice(monkeypatch: pytest.MonkeyPatch) -> N
         return wrapped
 
     monkeypatch.setattr(_prepare, "study", counted(studies, _prepare.study))
-    for module in (_prepare, _study):
+    for module in (_plain, _study):
         monkeypatch.setattr(module, "Session", counted(sessions, module.Session))
     before = Study.capture_fresh
 

@@ -19,8 +19,10 @@ import torch.optim.optimizer as optim
 from torch import Tensor
 
 from ullage._errors import CaptureError
+from ullage._source import source_line
 from ullage._torch import FakeTensor, Missing, disable_modes, foreach_types, recurrent, recurrent_module
 from ullage.capture._host_rng import own_host_rng
+from ullage.capture._op_values import NUMPY
 from ullage.capture._recurrent import Pack, dense_lstm, packed, padded, takes_onednn
 from ullage.measure._state import unless_seeded
 from ullage.measure._turns import one_at_a_time
@@ -30,7 +32,9 @@ from ullage.runtime import rng_states_from
 def _one_hot(values: Any, index: Tensor, classes: int) -> Tensor:
     """Run the ops of `at::one_hot` on a CPU: a check of the range, zeros, a scatter (aten/native/Onehot.cpp)."""
     low, high = torch.aminmax(index)
-    if classes < 0 or values.get(high) is not None:  # the check needs values: without them it is skipped
+    if (
+        classes < 0 or values.get(high) is not None or values.assumed.taking.recording is not None
+    ):  # the check needs values: without them it is skipped
         low.item()
         largest = int(high.item())
         classes = classes if classes >= 0 else largest + 1
@@ -226,6 +230,9 @@ def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
             )
         with disable_modes():
             known = values.get(tensor)
+            taken = values.assumed.recorded(NUMPY, source_line(), known=known is not None)
+            if taken is not None and taken.value.shape == tuple(tensor.shape):
+                return taken.value.copy()
             return values.assumed.array(tensor, tracker.place()) if known is None else known.clone().numpy()
 
     for name, value in (("__format__", written), ("numpy", numpy)):

@@ -59,7 +59,8 @@ def _cause(error: Exception, op: FailedOp | None) -> str:
         return str(error)
     if isinstance(error, NeedsValues):
         return (
-            f"{error}, which a step on fake tensors does not have; use a form of fixed shape (torch.where or a factor of 0 "
+            f"{error}, which a step on fake tensors does not have; take the size of a real step (values='run') or an assumed one "
+            f"(values='assumed', or assume={{'{error.place.rpartition('/')[2] or 'mask'}': number}}), use a form of fixed shape (torch.where or a factor of 0 "
             "instead of x[mask], topk with a fixed k), or give the mask or the index with the batch"
         )
     said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

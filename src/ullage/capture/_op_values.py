@@ -1,4 +1,4 @@
-"""Flatten arguments and outputs of ops: tensors, numbers, and lists or tuples of these.
+"""Flatten arguments and outputs of ops: tensors, numbers, and lists or tuples of these; and find ops that ask for values.
 
 torch's own `tree_flatten` asks every leaf whether it is a named tuple, a dict or one of a dozen registered types. For each op
 of a step this took a fifth of a capture's time.
@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+NUMPY = "numpy"  # how a read of a whole tensor is named
+MASKS = (torch.bool, torch.uint8)
+_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 MANY = (list, tuple)  # not `list | tuple`: `isinstance` would build that union again at each of a million calls
 
 
@@ -39,3 +43,16 @@ def with_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)([with_tensors(change, v) for v in value])
     return value
+
+
+def asks_for_values(func: Any, args: Any) -> bool:
+    """Does an op's result, or its shape, depend on values? An index of integers has a shape that does not."""
+    if not any(tag in func.tags for tag in _TAGS):
+        return False
+    return func is not torch.ops.aten.index.Tensor or any(i is not None and i.dtype in MASKS for i in args[1])
+
+
+def name_of(func: Any) -> str:
+    """The op as a profile names it."""
+    name = str(func._overloadpacket).removeprefix("aten.")
+    return "item" if name == "_local_scalar_dense" else name.lstrip("_")

@@ -28,7 +28,7 @@ from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, Ullag
 from ullage._torch import FakeTensor, graph_task, notes, sequence_number, tree_flatten
 from ullage.apply._wrap import Unit, install, uninstall
 from ullage.capture._arguments import contents
-from ullage.capture._checks import raised_on_purpose
+from ullage.capture._assumed import Assumed, Position, Taking
 from ullage.capture._environment import unnoticed
 from ullage.capture._explain import explained
 from ullage.capture._fake_mode import StepMode
@@ -91,17 +91,21 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-class _SubstitutedUnit(Unit):
-    """A unit that substitutes ops in its replay, too, because function modes are off inside backward."""
+class _CapturedUnit(Unit):
+    """A unit whose replays substitute ops, because function modes are off inside backward, and read what their forward has read."""
+
+    as_cuda = False
+    assumed: Assumed
 
     def run(self, plain: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def substituted(*args: Any, **kwargs: Any) -> Any:
-            if not is_recomputing():  # the step's own substitutions are on
-                return plain(*args, **kwargs)
-            with as_on_cuda():
+        position, as_cuda = Position(self.assumed), self.as_cuda
+
+        def captured(*args: Any, **kwargs: Any) -> Any:
+            # in the forward the step's own substitutions are on
+            with as_on_cuda() if as_cuda and is_recomputing() else contextlib.nullcontext(), position.read():
                 return plain(*args, **kwargs)
 
-        return super().run(substituted, module, args, kwargs)
+        return super().run(captured, module, args, kwargs)
 
 
 class Session:
@@ -114,6 +118,7 @@ class Session:
         explores: many assignments will run, so each uses what the runtime has learnt of a unit under another.
         like: a session of the same workload, to share known outputs of fake kernels with.
         trial: the set of made-up values, see `Assumed`.
+        taking: where values come from that the step reads; default: as for `like`.
     """
 
     def __init__(
@@ -124,13 +129,14 @@ class Session:
         explores: bool = False,
         like: Session | None = None,
         trial: int = 0,
+        taking: Taking | None = None,
     ) -> None:
         self._as_cuda = as_cuda
         self.fake_mode = StepMode()
         # torch's cache of fake kernels forgets that two outputs share a storage, so a warm cache would give other bytes;
         # `KnownOutputs` does not forget it
         self.fake_mode.cache_enabled = False
-        self.values = Values(trial)
+        self.values: Values = Values(trial, taking or (None if like is None else like.values.assumed.taking))
         self.values.assumptions.update(dict.fromkeys(notes()))
         self.tracker: Tracker = Tracker(
             self.fake_mode, self.values, round_bytes, None if like is None else like.tracker, notes_nodes=not as_cuda
@@ -199,6 +205,7 @@ class Session:
         if work.factory is None:
             self.values.seed(tensors_of(inst.batch), tensors_of(work.batch))
             self.values.seed(list(inst.model.buffers()), list(work.model.buffers()))
+            self._seed_copied(work)
             tracker.real_parameters = {id(p): p for p in work.model.parameters()}
             for p in work.model.parameters():
                 if p.grad is not None:  # the user holds it during the step, beside the step's own gradients
@@ -209,6 +216,14 @@ class Session:
                 for fake, real in states:
                     keys = [k for k in real if isinstance(real[k], Tensor) and real[k].numel() == 1]
                     self.values.seed([fake[k] for k in keys], [real[k] for k in keys])
+
+    def _seed_copied(self, work: Workload) -> None:
+        """Carry the values of tensors outside the model that were copied with the step, such as an average's counter."""
+        own = {id(p) for p in self.inst.model.parameters()}
+        fakes, reals = copied_tensors(self.inst), copied_tensors(work)
+        if [(t.shape, t.dtype) for t in fakes] == [(t.shape, t.dtype) for t in reals]:
+            pairs = [(f, r) for f, r in zip(fakes, reals, strict=True) if id(f) not in own and not r.requires_grad]
+            self.values.seed([f for f, _ in pairs], [r for _, r in pairs])
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
@@ -239,8 +254,7 @@ class Session:
         self._settings = dict(settings or {})
         modules = [(f, self.inst.model.get_submodule(f)) for f, s in self._settings.items() if not s.option.is_plain]
         for fqn, module in modules:
-            kind = _SubstitutedUnit if self._as_cuda else Unit
-            install(kind(fqn, module, self._settings[fqn], self._site(fqn, module)), module)
+            install(self._unit(fqn, module), module)
         try:
             self._apart.enter()
             with self._active(), self._hooks(), warnings.catch_warnings():
@@ -272,6 +286,14 @@ class Session:
         """Return how often a unit's input was left to the unit before it, and so not held."""
         return sum(site.links for (f, _), site in self._sites.items() if f == fqn)
 
+    def _unit(self, fqn: str, module: nn.Module) -> Unit:
+        settings, site = self._settings[fqn], self._site(fqn, module)
+        if not self._as_cuda and self.values.assumed.taking.recording is None:
+            return Unit(fqn, module, settings, site)
+        unit = _CapturedUnit(fqn, module, settings, site)
+        unit.as_cuda, unit.assumed = self._as_cuda, self.values.assumed
+        return unit
+
     def _site(self, fqn: str, module: nn.Module) -> Site:
         settings = self._settings[fqn]
         site = self._sites.get((fqn, settings))
@@ -285,6 +307,7 @@ class Session:
                 if p.grad is not None:
                     self.tracker.adopt(p.grad, "gradient")
 
+        self.values.assumed.begin()
         run_step(inst, gradients)
         self.fake_mode.check()
         if inst.optimizer is not None:
@@ -296,6 +319,8 @@ class Session:
         """Return the error to raise: in a step with wrapped units the one of a unit's option, because the plain step has run before."""
         stack = self.tracker.module_stack
         wrapped = [f for f, s in self._settings.items() if not s.option.is_plain]
+        from ullage.capture._checks import raised_on_purpose
+
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
         if self.fake_mode.beside and not isinstance(ours, CaptureError):  # ops of another thread are the likely cause

@@ -70,6 +70,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.round_bytes = round_bytes
         self.kernels: FakeKernels = FakeKernels(fake_mode, values, None if like is None else like.kernels, self.place)
+        values.assumed.module = lambda: self.module_stack[-1] if self.module_stack else ""
         self.trace = Trace()
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]

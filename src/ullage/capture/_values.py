@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ullage._torch import DisableTorchDispatch, FakeTensor, disable_modes, tree_flatten
-from ullage.capture._assumed import Assumed
+from ullage.capture._assumed import Assumed, Taking
 from ullage.capture._op_values import MANY, tensors, with_tensors
 from ullage.runtime.ops._writes import written
 
@@ -41,6 +41,11 @@ def _against(bound: Any, above: bool) -> bool | None:
     if not isinstance(bound, int | float) or abs(bound) < _LARGE:
         return None
     return (bound < 0) == above
+
+
+def _has(storages: dict[int, weakref.ref[Any]], reals: tuple[Any, Any]) -> bool:
+    given = [t.untyped_storage() for t in tensors((reals[0], tuple(reals[1].values())))]
+    return any((known := storages.get(s._cdata)) is not None and known() is s for s in given)
 
 
 def _twin_of(fake: Tensor) -> Tensor | None:
@@ -82,11 +87,15 @@ class Values:
     A fake tensor holds its twin as an attribute: with a weak reference to the fake one, `swap_tensors` (and `Module.to`) would fail.
     """
 
-    def __init__(self, trial: int = 0) -> None:
+    def __init__(self, trial: int = 0, taking: Taking | None = None) -> None:
         self._poisoned: dict[int, weakref.ref[Any]] = {}
         self._drawn: dict[int, weakref.ref[Any]] = {}
+        self._made_up: dict[int, weakref.ref[Any]] = {}
         self.assumptions: dict[str, None] = {}
-        self.assumed = Assumed(trial, self.assumptions)  # makes up values that are unknown and read all the same
+        self.assumed = Assumed(
+            trial, self.assumptions, taking or Taking()
+        )  # gives values that are unknown and read all the same
+        self._recorded = self.assumed.taking.recording is not None
         self.generator = torch.Generator()  # real draws use it, not the user's generator
 
     def get(self, fake: Any) -> Tensor | None:
@@ -136,6 +145,10 @@ class Values:
         mutates = func._schema.is_mutable
         if not outs and not mutates:
             return
+        if self._recorded and torch.Tag.nondeterministic_seeded in func.tags:
+            if mutates:  # the real step drew other numbers, and what it read of them was written down
+                self._poison(func, args, kwargs)
+            return
         if func in _KEEPS_VALUES:
             self.assumptions["all gradients are finite"] = None
             return
@@ -145,17 +158,20 @@ class Values:
         if given is None:
             if mutates:
                 self._poison(func, args, kwargs)
-            elif func in _ASSUMED:
+            elif func in _ASSUMED and not self._recorded:
                 self._assume(func, args, outs)
             return
         with without_modes(func), torch.no_grad():
             given_kwargs = {**given[1], "device": "cpu"} if given[1].get("device") is not None else given[1]
             real = self._run(func, given[0], given_kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags or self.are_drawn(given)
+        made_up = self.are_made_up(given)
         for f, r in zip(outs, tensors(real), strict=True):
             self.attach(f, r)
             if drawn:
                 self._drawn[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
+            if made_up:
+                self._made_up[r.untyped_storage()._cdata] = weakref.ref(r.untyped_storage())
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an op for real; random draws come from `generator`."""
@@ -183,8 +199,11 @@ class Values:
 
     def are_drawn(self, reals: tuple[Any, Any]) -> bool:
         """Does the value of one of an op's arguments come from a random draw?"""
-        storages = [t.untyped_storage() for t in tensors((reals[0], tuple(reals[1].values())))]
-        return any((known := self._drawn.get(s._cdata)) is not None and known() is s for s in storages)
+        return bool(self._drawn) and _has(self._drawn, reals)
+
+    def are_made_up(self, reals: tuple[Any, Any]) -> bool:
+        """Does it come from indices that were assumed, such as balanced routing?"""
+        return bool(self._made_up) and _has(self._made_up, reals)
 
     def _poison(self, func: Any, args: Any, kwargs: Any) -> None:
         for tensor in written(func, args, kwargs):
@@ -203,6 +222,7 @@ class Values:
                 with disable_modes():
                     real = (torch.arange(index.numel()) % max(size, 1)).reshape(index.shape)
                 self.attach(index, real)
+                self._made_up[real.untyped_storage()._cdata] = weakref.ref(real.untyped_storage())
                 self.assumptions[f"balanced routing: indices of {func} spread evenly"] = None
             return
         constant: bool | None = None

@@ -41,7 +41,7 @@ def copied_with(inst: Instance | Workload) -> list[Any]:
     return [obj for obj, _ in traverse(_roots(inst), {}, copied_parts, most=MOST_NODES)]
 
 
-def copied_tensors(inst: Instance) -> list[Tensor]:
+def copied_tensors(inst: Instance | Workload) -> list[Tensor]:
     """Its tensors: a teacher in the loss's closure, class weights."""
     return [obj for obj in copied_with(inst) if isinstance(obj, Tensor)]
 

@@ -16,6 +16,7 @@ from ullage._errors import UllageError, WorkloadError
 from ullage._torch import FakeCopyMode, FakeTensor, FakeTensorMode
 from ullage.workload._batch import check_batch, tensors_of
 from ullage.workload._copy import Copier
+from ullage.workload._reads import Reads
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
 
@@ -126,6 +127,7 @@ class Workload:
         factory: set by `from_factory`; a function that builds the workload when it is needed.
         notes: sentences about defaults that were taken; profiles and plans repeat them.
         inputs: `(batch) -> what the model is called on`, as `batch` itself is without it; `lambda batch: batch[0]`.
+        reads: set by `ullage.plan(values=..., assume=...)` and the like: how values are found that the step reads.
 
     Raises:
         WorkloadError: an argument is of the wrong kind.
@@ -141,6 +143,7 @@ class Workload:
     factory: Callable[[], Workload] | None = field(default=None, repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
     inputs: Callable[[Any], Any] | None = None
+    reads: Reads = field(default_factory=Reads, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.factory is not None:

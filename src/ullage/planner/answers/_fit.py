@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ullage.planner.study._prepare import prepare
 from ullage.planner.study._study import Study
 from ullage.planner.study._tiers import TierRequest, choose_tier
 from ullage.solver._solve import smallest
-from ullage.workload import Workload, check_axis
+from ullage.workload import Reads, Workload, check_axis, reading
 
 STEPS = {"batch": 1, "seq": 128}  # kernels tile a sequence by 128 or a divisor of it
 MOST = {"batch": 2**16, "seq": 2**20}  # far above any model's use, so that doubling ends: 16 and 13 doublings
@@ -112,8 +112,15 @@ class _Search:
     """Tries values and remembers the results."""
 
     def __init__(
-        self, make: Callable[..., Workload], axis: str, budget: Size, request: TierRequest, given: dict[str, Any]
+        self,
+        make: Callable[..., Workload],
+        axis: str,
+        budget: Size,
+        request: TierRequest,
+        given: dict[str, Any],
+        reads: Reads,
     ) -> None:
+        self.reads = reads
         self.make, self.axis, self.budget, self.request, self.given = make, axis, budget, request, given
         self.say: Callable[[str], None] = given.pop("progress") or (lambda _: None)
         self.tried: dict[int, Tried] = {}
@@ -167,7 +174,7 @@ class _Search:
             raise WorkloadError(f"make_work({self.axis}={value}) raised {type(error).__name__}: {error}") from error
         if not isinstance(work, Workload):
             raise ArgumentError(f"make_work: expected it to return a ullage.Workload, got {type(work).__name__}")
-        return work
+        return reading(work, self.reads.values, self.reads.assume)
 
     def largest(self, first: int, last: int, step: int) -> tuple[int, str]:
         """Return the largest value that fits, and the reason that no larger one does: double, then close the gap.
@@ -224,6 +231,8 @@ def fit(
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
     checksums: bool = False,
+    values: str = "auto",
+    assume: Mapping[str, float] | None = None,
     progress: Progress = None,
 ) -> Fit:
     """Find the largest value of `axis` that fits the budget with its best plan, and the tried one that is fastest.
@@ -247,7 +256,9 @@ def fit(
         disk_directory: where saved tensors may be offloaded to, see `plan`.
         disk_budget: bytes or a string: size of the file that is made there.
         host_budget: bytes or a string: pinned host memory, instead of a disk.
-        checksums: see `plan`.
+        checksums: see `plan`, as for `values` and `assume`.
+        values: "auto", "assumed" or "run".
+        assume: what to take for values that depend on activations.
         progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
@@ -273,7 +284,12 @@ def fit(
         raise ArgumentError(f"{axis}: no multiple of step={step} lies from {at_least or step} to {at_most}")
     alike = {"device": device, "costs": costs, "units": units, "progress": progress}
     search = _Search(
-        make_work, axis, wanted, TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums), alike
+        make_work,
+        axis,
+        wanted,
+        TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums),
+        alike,
+        Reads(values, assume or {}),
     )
     value, bound_by = search.largest(first, last, step)
     rates = {v: t.throughput for v, t in sorted(search.tried.items()) if t.throughput is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from ullage.planner.plan._profile import Profile
 from ullage.planner.study._prepare import prepare
 from ullage.planner.study._study import Study
 from ullage.planner.study._tiers import TierRequest, choose_tier
-from ullage.workload import Workload
+from ullage.workload import Workload, reading
 
 VERSION = 1
 
@@ -161,6 +161,8 @@ def frontier(
     disk_budget: int | str | None = None,
     host_budget: int | str | None = None,
     checksums: bool = False,
+    values: str = "auto",
+    assume: Mapping[str, float] | None = None,
     progress: Progress = None,
 ) -> Frontier:
     """Plan for budgets from the smallest that is possible to the plain step's peak.
@@ -179,7 +181,9 @@ def frontier(
         disk_directory: where saved tensors may be offloaded to, see `plan`; with a tier the policy `offload` is shown too.
         disk_budget: bytes or a string: size of the file that is made there.
         host_budget: bytes or a string: pinned host memory, instead of a disk.
-        checksums: see `plan`.
+        checksums: see `plan`, as for `values` and `assume`.
+        values: "auto", "assumed" or "run".
+        assume: what to take for values that depend on activations.
         progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
@@ -188,6 +192,7 @@ def frontier(
     """
     progress = callback(progress)
     check_points(points)
+    work = reading(work, values, assume)
     tier = choose_tier(
         TierRequest(disk_directory, disk_budget, host_budget, checksums=checksums), work, device, progress
     )

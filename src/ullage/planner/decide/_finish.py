@@ -103,6 +103,8 @@ def finish(
         host=tier if isinstance(tier, Host) else None,
         evaluation=list(s.evaluation),
         setup=s.setup,
+        values=s.work.reads.values,
+        assume=dict(s.work.reads.assume),
     )
 
 

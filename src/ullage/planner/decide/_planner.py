@@ -32,7 +32,7 @@ from ullage.planner.study._prepare import prepare
 from ullage.planner.study._study import Study
 from ullage.planner.study._tiers import TierRequest, choose_tier
 from ullage.solver._solve import smallest
-from ullage.workload import Workload
+from ullage.workload import Workload, reading
 
 SMALLEST = "smallest"  # as a budget
 
@@ -57,6 +57,8 @@ def plan(
     host_budget: int | str | None = None,
     checksums: bool = False,
     feedback: HandleReport | None = None,
+    values: str = "auto",
+    assume: Mapping[str, float] | None = None,
     progress: Progress = None,
 ) -> Plan:
     """Decide per unit what to keep, recompute, select or offload so that the step's peak stays within `budget`.
@@ -84,6 +86,12 @@ def plan(
         checksums: compare the bytes that come back from the disk with those sent; the plan is for the speeds with checksums.
         feedback: the report (`Handle.report()`) of an earlier plan with this tier. If its steps waited longer for transfers than
             predicted, transfers are taken to be slower than measured by the same factor.
+        values: how values are found that depend on activations and that the step reads, in an `if`, a mask or an index. "assumed": numbers
+            of a healthy step (finite, about 1), and for sizes bounds or what `assume` says. "run": two real steps write them down, and
+            everything is put back. "auto": assumed where only logs and guards depend on them, else run, where the device is here
+            and `assume` is empty. Notes name each line.
+        assume: by "mask" (share of its elements that a mask selects), "unique" (share that is distinct) or the line of a read
+            ("model.py:41": its number, or the share or number of its elements), what to take.
         progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
 
     Raises:
@@ -96,6 +104,7 @@ def plan(
         Overrides(pin or {}, forbid, headroom, simple),
         TierRequest(disk_directory, disk_budget, host_budget, feedback, checksums),
     )
+    work = reading(work, values, assume)
     return study_and_plan(work, budget, device, policy, costs, profile, units, overrides, tier, progress)[1]
 
 

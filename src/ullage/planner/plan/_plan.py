@@ -157,6 +157,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         host: the pinned memory for offloaded tensors; None if the plan uses none.
         setup: the facts that these numbers depend on; None in a file of an older version.
         evaluation: modules in evaluation mode in the planned step, of those whose code reads the mode.
+        values: "auto", "assumed" or "run", as in `ullage.plan`; the notes name what the step reads.
+        assume: what was assumed for values that depend on activations.
     """
 
     version: int
@@ -182,6 +184,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     host: Host | None = None
     evaluation: list[str] = []
     setup: Setup | None = None
+    values: str = "auto"
+    assume: dict[str, float] = {}
 
     @property
     def tier(self) -> OffloadTier | None:

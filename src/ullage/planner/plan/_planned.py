@@ -12,7 +12,7 @@ from ullage.planner.plan._profile import Profile
 from ullage.planner.study._executed import Steps
 from ullage.planner.study._prepare import study, with_units
 from ullage.planner.study._study import Study
-from ullage.workload import Workload
+from ullage.workload import Reads, Workload, reading
 
 
 def study_plan(
@@ -32,6 +32,8 @@ def study_plan(
     """
     if plan is not None:
         device, costs = _of_plan(plan, device, costs)
+        if isinstance(work, Workload) and work.reads == Reads():
+            work = reading(work, plan.values, plan.assume)
     known = profile.op_costs if profile is not None else None
     s = study(work, device, costs, None, known, progress, plan.tier if plan is not None else None)
     if plan is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,6 +11,7 @@ from ullage._bytes import format_bytes, format_seconds
 from ullage._errors import PlanError
 from ullage._files import write_whole
 from ullage._progress import Progress, callback, shows_progress
+from ullage.capture._assumed import Read
 from ullage.capture._timeline import OpCost
 from ullage.measure._state import captures
 from ullage.planner.model._model import model_of
@@ -22,7 +23,7 @@ from ullage.planner.study._reserved import reserved_bytes
 from ullage.planner.study._setup import Setup
 from ullage.planner.study._study import Study
 from ullage.solver._instance import StepModel
-from ullage.workload import Workload, note_of
+from ullage.workload import Workload, note_of, reading
 
 _ROWS = 12
 
@@ -75,6 +76,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         notes: sentences for the reader of the profile.
         op_cost_table: per op signature: seconds, bytes allocated inside the kernel, bytes of the outputs; see `op_costs`.
         setup: the facts that these numbers depend on; None in a file of an older version.
+        reads: where the step reads values that depend on activations, and what was taken for them.
         bounded: ops of that table whose bytes depend on values, so that theirs is an upper bound.
         reserved_bytes: bytes that torch's CUDA caching allocator would hold after both steps, by a simulation of its rules; None on
             a CPU.
@@ -102,6 +104,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     bounded: list[str] = []
     reserved_bytes: int | None = None
     setup: Setup | None = None
+    reads: list[Read] = []
 
     @property
     def op_costs(self) -> dict[str, OpCost]:
@@ -144,6 +147,10 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         lines += [f"    {m:<40} {format_bytes(n):>12}" for m, n in self._modules()[:_ROWS]]
         lines.append("  units")
         lines += [f"    {row}" for row in self._units(verbose)]
+        if self.reads:
+            lines.append("  values read that depend on activations")
+        for r in self.reads:
+            lines += wrapped(f"    {r.line} in {r.module or 'the step'}: {r.what} {r.taken} ({r.how})")
         for note in [*(by.defaults if by is not None else []), *self.notes]:
             lines += wrapped(f"  note: {note}")
         return "\n".join(lines)
@@ -188,22 +195,26 @@ def profile(
     costs: str = "auto",
     *,
     units: Sequence[str] | None = None,
+    values: str = "auto",
+    assume: Mapping[str, float] | None = None,
     options: bool = True,
     progress: Progress = None,
 ) -> Profile:
     """Run a first and a later step on fake tensors and report which tensors are alive when.
 
     Args:
-        work: the workload; left as found, the model itself never runs.
+        work: the workload; left as found. The model itself only runs if values of real steps are taken, see `values`.
         device: None (where the model is) or a name of the device table.
         costs: "auto" (single ops are timed) or "roofline" (times of the device table; bytes are the same).
         units: FQN globs, instead of the blocks the architecture shows.
+        values: see `plan`, as for `assume`.
+        assume: what to take for values that depend on activations.
         options: also capture a step per option of the units, for `UnitProfile.options`, and so that planning from this profile measures
             nothing; it takes most of the time.
         progress: called with a line at each stage; None shows one on a terminal after 2 s, False nothing.
     """
     progress = callback(progress)
-    return study_and_profile(work, device, costs, units, progress, options)[1]
+    return study_and_profile(reading(work, values, assume), device, costs, units, progress, options)[1]
 
 
 @captures
@@ -247,6 +258,7 @@ def _profile_of(s: Study, options: bool) -> Profile:
         notes=[*s.plain_session.values.assumptions, *note_of(s.evaluation)],
         op_cost_table=_cost_table(s),
         setup=s.setup,
+        reads=s.plain_session.values.assumed.reads,
         bounded=sorted(k for k, c in s.known_costs.items() if c.bounds),
         reserved_bytes=reserved_bytes(s, later),
     )

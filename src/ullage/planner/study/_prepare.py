@@ -8,8 +8,6 @@ from typing import Protocol
 
 from ullage._errors import ArgumentError
 from ullage.apply._existing import refuse_existing
-from ullage.capture import Session
-from ullage.capture._assumed import check_assumed
 from ullage.capture._timeline import OpCost, effective_bytes
 from ullage.capture._units import UnitFacts, unit_facts
 from ullage.mechanisms import KEEP
@@ -68,12 +66,9 @@ def study(
     mode = "roofline" if costs == "roofline" or choice.estimate else "measured"
     say = progress or (lambda _: None)
     say("capturing the plain step")
-    session = Session(work, choice.round_bytes, choice.as_cuda, explores=True)
-    refuse_existing(session.inst.model)
-    session.run(steps=2)
-    check_assumed(
-        session, lambda trial: Session(work, choice.round_bytes, choice.as_cuda, like=session, trial=trial), 2
-    )
+    from ullage.planner.study._plain import plain_session
+
+    session = plain_session(work, choice, say)
     plain = both_steps(session, {})
     result = Study(
         work,
