@@ -307,9 +307,7 @@ def test_rounding_to_what_the_allocator_gives() -> None:
     )
     # an attention's output, and its logsumexp
     width = 4 * 128 * 128 * 4
-    assert {g.call: g.nbytes for g in exact.groups}["_scaled_dot_product_flash_attention_for_cpu", 0] == (
-        width + 4 * 4 * 128 * 4
-    )
+    assert {g.call: g.nbytes for g in exact.groups}["scaled_dot_product_attention", 0] == (width + 4 * 4 * 128 * 4)
 
 
 # --- real units --------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def indices_of(log: Log, graph: Graph, kept: Sequence[int] | frozenset[int]) -> 
     named = set()
     for k, op in enumerate(log.ops):
         name = str(op.func).removeprefix("aten.").removesuffix(".default")
+        name = "scaled_dot_product_attention" if name.startswith("_scaled_dot_product") else name
         seen[name] = seen.get(name, -1) + 1
         if (name, seen[name]) in calls:
             named.add(k)

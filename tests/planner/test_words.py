@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import nn
 
 import ullage as ul
@@ -160,3 +161,35 @@ def test_rows_say_totals() -> None:
         "h.1,3 (2): recomputes everything",
         "  frees 2.00 MiB, adds 0.00 ms in all; fits",
     ]
+
+
+def test_plans_name_ops_that_every_device_has() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).view(2, 64, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 64, 32)
+            return x + torch.tanh(self.out(torch.sigmoid(torch.tanh(y))))
+
+    model = nn.Sequential(*(Attention() for _ in range(3)))
+    work = ul.Workload(model, torch.randn(2, 64, 32), loss=lambda y, x: y.sum())
+    pins = {"*": "select:scaled_dot_product_attention[0]"}
+    for device in (None, "h200"):
+        found = ul.profile(work, device, **ROOFLINE).units[0].options
+        named = [o.name for o in found if "attention[" in o.name]
+        assert named and not any("_for_cpu" in name or "flash" in name for name in named)
+    plan = ul.plan(work, None, policy="every_block", pin=pins, **ROOFLINE)
+    assert plan.decisions[0].words.startswith("keeps attention; recomputes")
+    assert ul.verify(work, plan, steps=1).ok and ul.measure(work, plan, steps=1).peak_bytes == plan.predicted.peak_bytes
+    with plan.apply(model) as handle:
+        model(work.batch).sum().backward()
+        assert not any(u.note for u in handle.report().units)
+    first, *rest = plan.decisions
+    edited = [structs.replace(first, action="select:gelu[0]+scaled_dot_product_attention[1]"), *rest]
+    other = structs.replace(plan, decisions=edited)
+    text = r"0: its forward does not run gelu\[0\]\+scaled_dot_product_attention\[1\], which it was told to keep"
+    with other.apply(model), pytest.warns(ul.UllageWarning, match=text):
+        model(work.batch)

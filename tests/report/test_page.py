@@ -47,7 +47,8 @@ def test_the_peak_and_the_units(opened: Opened, overview: StepReport) -> None:
     assert len(rows) == len(overview.plan.decisions) == 3
     for row, d in zip(rows, overview.plan.decisions, strict=True):
         cells = row.locator("td").all_inner_texts()
-        assert (cells[0], cells[1], cells[4]) == (d.unit, d.label, d.reason)
+        action = d.words if ":" not in d.label else f"{d.words}\n{d.label}"
+        assert (cells[0], cells[1], cells[4]) == (d.unit, action, d.reason)
         assert row.locator("td").nth(2).get_attribute("title") == f"{d.bytes_freed} bytes"
     assert overview.frontier is not None
     drawn = opened.js("() => document.getElementById('frontier').data.map((t) => [t.name, t.x])")
@@ -119,7 +120,47 @@ def test_no_button_sends_anything(opened: Opened) -> None:
     links = opened.js(
         "() => [...document.querySelectorAll('[href], [src], [action]')].map((x) => x.getAttribute('href'))"
     )
-    assert set(links) == {"data:,", "#main"}
+    plan = {link for link in links if link is not None and link.startswith("data:application/json;base64,")}
+    assert set(links) - plan == {"data:,", "#main"} and len(plan) == 1
+
+
+def test_the_answer_comes_first_and_the_plan_can_be_saved(opened: Opened, overview: StepReport, tmp_path: Path) -> None:
+    answer = opened.page.locator(".lede strong").inner_text()
+    assert answer == overview.answer and answer.endswith(" gradients the same bit for bit.")
+    facts = opened.page.locator(".facts").inner_text()
+    assert all(text in facts for text in ("GPT", "AdamW", "cpu", "yes, "))
+    with opened.page.expect_download() as saved:
+        opened.page.get_by_role("link", name="Save plan.json").click()
+    saved.value.save_as(tmp_path / "plan.json")
+    assert ul.Plan.load(tmp_path / "plan.json").digest == overview.plan.digest
+    assert (
+        opened.page.locator("#use-title ~ .scroll pre").inner_text().splitlines()[1]
+        == 'plan = ul.Plan.load("plan.json")'
+    )
+    assert opened.page.locator("#levers-title ~ ul li").count() == len(overview.plan.bounds.levers) > 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(scheme: str, opened: Opened) -> None:
+    opened.page.emulate_media(color_scheme=scheme)
+    opened.page.set_viewport_size({"width": 390, "height": 844})
+    opened.page.reload()
+    opened.page.wait_for_selector(".plot .main-svg")
+    wide = opened.js("() => document.documentElement.scrollWidth")
+    seen = opened.js(
+        "() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('pre')).color]"
+    )
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
+    opened.page.emulate_media(color_scheme="light")
+    opened.page.reload()
+    opened.page.wait_for_selector(".plot .main-svg")
+    assert wide == 390
+    assert (
+        seen
+        == {"light": ["rgb(246, 247, 249)", "rgb(27, 31, 36)"], "dark": ["rgb(20, 23, 27)", "rgb(232, 234, 237)"]}[
+            scheme
+        ]
+    )
     opened.check()
 
 
@@ -132,7 +173,7 @@ def test_tables_sort_and_filter(opened: Opened) -> None:
     assert (opened.js(first), head.get_attribute("aria-sort")) == ("norm", "descending")
     opened.page.locator("#filter").fill("blocks.0")
     assert opened.page.locator("#units tbody tr:visible").all_inner_texts()[0].startswith("blocks.0")
-    assert opened.page.locator("#units-said").inner_text() == "1 of 3 units."
+    assert opened.page.locator("#units-said").inner_text() == "1 of 3 rows."
     opened.page.locator("#filter").fill("")
     assert opened.page.locator("#units tbody tr:visible").count() == 3
     head.locator("button").click()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from ullage._portable import PortableRule, portable_name
 from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
-from ullage.runtime.ops._keep import OpsRule, Rule, op_name
+from ullage.runtime.ops._keep import OpsRule, Rule
 from ullage.runtime.ops._log import Log, Op, Value
 from ullage.runtime.ops._select import Flow, selection_of
 
@@ -31,7 +32,7 @@ def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rul
 
 def rule_for(graph: Graph, kept: Collection[int], routing: bool = False) -> OpsRule:
     """Return the rule by which the runtime keeps exactly these groups, and routing outputs if asked to."""
-    return OpsRule(frozenset(graph.groups[g].call for g in kept), routing)
+    return PortableRule(frozenset(graph.groups[g].call for g in kept), routing)
 
 
 class _Maker:
@@ -62,7 +63,7 @@ class _Maker:
     def _group(self) -> None:
         calls: dict[str, int] = {}
         for k, op in enumerate(self.log.ops):
-            name = op_name(op.func)
+            name = portable_name(op.func)
             calls[name] = calls.get(name, -1) + 1
             returned = {v[0] for v, _ in op.outputs if v is not None}
             able = sorted(s for s in returned if self.flow.can_hand(s))

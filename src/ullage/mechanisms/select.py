@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ullage._portable import rule_named
 from ullage.mechanisms._mechanism import (
     Exploration,
     HostTimes,
@@ -19,7 +20,7 @@ from ullage.mechanisms._mechanism import (
 )
 from ullage.mechanisms.recompute import RECOMPUTE
 from ullage.runtime import ATTENTION, MATMUL, Rule
-from ullage.runtime.ops._keep import kind_of, named_rule
+from ullage.runtime.ops._keep import kind_of
 
 
 class Select(Mechanism):
@@ -41,7 +42,7 @@ class Select(Mechanism):
         """Read a level's name, or single calls of ops."""
         if not level:
             raise ValueError
-        named_rule(level)
+        rule_named(level)
         return Option(self.action, level)
 
     def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
@@ -55,7 +56,7 @@ class Select(Mechanism):
 
     def admits(self, unit: UnitView, option: Option) -> bool:
         """Admit any level that would keep something."""
-        rule, counts = named_rule(option.level, False), Counter[Any]()
+        rule, counts = rule_named(option.level, False), Counter[Any]()
         for op in unit.ops:
             kind = kind_of(op.func, rule)
             if rule(op.func, counts[kind]):
@@ -98,7 +99,7 @@ class Select(Mechanism):
 
     def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
         """Return the level's rule."""
-        return named_rule(option.level, keeps_routing)
+        return rule_named(option.level, keeps_routing)
 
 
 def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option | None:

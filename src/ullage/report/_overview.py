@@ -57,15 +57,33 @@ class StepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return self.judged.step_seconds / plain - 1 if plain else 0.0
 
     @property
+    def answer(self) -> str:
+        """The one sentence: what the step needs, and what it needs and costs with the plan."""
+        plain = format_bytes(self.plain.peak_bytes)
+        if self.planned is None:
+            return f"This step needs {plain}."
+        less = 1 - self.planned.peak_bytes / max(self.plain.peak_bytes, 1)
+        if not less:
+            return f"This step needs {plain}; the plan keeps everything."
+        slower = f"{abs(self.slowdown) * 100:.1f} % {'slower' if self.slowdown >= 0 else 'faster'}"
+        return (
+            f"This step needs {plain}; with this plan {format_bytes(self.planned.peak_bytes)}, {less * 100:.0f} % less, {slower}, "
+            "gradients the same bit for bit."
+        )
+
+    @property
     def lede(self) -> list[str]:
-        """The answer in sentences: the peak, what holds it, the budget, the time."""
-        t, at, budget = self.judged, self.judged.peak, self.plan.budget_bytes
+        """The answer in sentences: what the step needs, whether that fits, what holds the peak, the budget, the time."""
+        t, at, budget, setup = self.judged, self.judged.peak, self.plan.budget_bytes, self.plan.setup
         what = "planned" if self.planned is not None else "plain"
         source = f", {at.source}" if at.source else ""
         holders = sorted(at.by_category.items(), key=lambda row: -row[1])[:_HOLDERS]
         held = ", ".join(f"{c} {format_bytes(n)} ({n / max(t.peak_bytes, 1):.0%})" for c, n in holders)
-        said = [
-            f"The {what} step peaks at {format_bytes(t.peak_bytes)} ({t.peak_bytes:,} bytes), in {where(at)}{source}.",
+        said = [self.answer]
+        if setup is not None and setup.memory_bytes is not None:
+            said.append(f"Fits: {setup.fits(t.peak_bytes)} ({format_bytes(setup.memory_bytes)}).")
+        said += [
+            f"The {what} step peaks at {t.peak_bytes:,} bytes, in {where(at)}{source}.",
             f"At that moment it holds {held}.",
         ]
         if budget is not None:
@@ -75,12 +93,8 @@ class StepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             )
             said.append(f"The budget is {format_bytes(budget)}: {room}.")
         time = f"A step takes about {format_seconds(t.step_seconds)}"
-        if self.planned is not None:
-            said.append(
-                f"{time}, {self.slowdown:+.1%} against the plain step's {format_seconds(self.plain.step_seconds)}."
-            )
-        else:
-            said.append(f"{time}.")
+        against = f" ({format_seconds(self.plain.step_seconds)} plain)" if self.planned is not None else ""
+        said.append(f"{time}{against}.")
         return said
 
     def export(self, path: str | Path) -> None:
@@ -94,6 +108,7 @@ class StepReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def __str__(self) -> str:
         label = ", an ESTIMATE: this device is not here" if self.plain.estimate else ""
         lines = [f"report on {self.title}, {self.plain.device}{label} (costs: {self.plain.costs})"]
+        lines += [str(self.plan.setup)] if self.plan.setup is not None else []
         lines += [f"  {sentence}" for sentence in self.lede]
         for m in self.measured:
             t = self.planned if m.planned and self.planned is not None else self.plain

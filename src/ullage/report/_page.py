@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,7 @@ from ullage.planner.plan._plan import environment
 from ullage.report._compare import LETTERS, Comparison, said_of_units
 from ullage.report._drawn import drawn_comparison, drawn_overview
 from ullage.report._overview import StepReport
-from ullage.report._rows import by_module, signed
+from ullage.report._rows import by_module, signed, unit_rows
 from ullage.report._sides import NO_MODULE
 from ullage.report._tables import frontier_rows, measured_rows
 from ullage.report._timeline import phases_of
@@ -52,6 +53,10 @@ def overview_page(o: StepReport, path: str | Path) -> None:
         "views": [(name, t, t.holdings(units=True), phases_of(t)) for name, t in shown],
         "frontier": frontier_rows(o.frontier) if o.frontier is not None else [],
         "measured": measured_rows(o),
+        "units": unit_rows(o.plan.decisions),
+        "setup": o.plan.setup,
+        "levers": o.plan.bounds.levers if o.plan.bounds is not None else [],
+        "plan_file": _plan_link(o),
         "lanes": o.planned is not None and bool(o.planned.transfers),
     }
     _write(path, "report", drawn_overview(o), said)
@@ -93,6 +98,13 @@ def _write(path: str | Path, name: str, data: dict[str, Any], said: dict[str, An
         no_module=NO_MODULE,
     )
     write_whole(path, text.encode())
+
+
+def _plan_link(o: StepReport) -> str:
+    """The plan's file as a link's target, so that the page can save it; "" without a plan."""
+    if o.planned is None:
+        return ""
+    return f"data:application/json;base64,{base64.b64encode(o.plan.text()).decode()}"
 
 
 def _json(data: dict[str, Any]) -> str:

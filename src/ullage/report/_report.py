@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import structs
+
 from ullage._bytes import format_bytes
 from ullage._errors import ArgumentError
 from ullage._progress import Progress, callback, shows_progress
@@ -14,7 +16,9 @@ from ullage.planner import Plan, Profile
 from ullage.planner.answers._frontier import check_points, frontier_of
 from ullage.planner.decide._planner import decide, study_and_plan
 from ullage.planner.decide._restate import restate
-from ullage.planner.plan._planned import study_plan
+from ullage.planner.explain._peak import bounds_of
+from ullage.planner.plan._planned import execute_plan, study_plan
+from ullage.planner.study._choices import ALL
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._overview import Measured, StepReport
 from ullage.report._sides import read
@@ -76,6 +80,8 @@ def report(
     else:
         s = study_plan(work, plan, device, costs, profile, progress)
         made = restate(s, plan) if plan is not None else decide(s, None, "none")
+    if made.bounds is None:
+        made = structs.replace(made, bounds=bounds_of(s, ALL, execute_plan(s, plan)))
     s.progress("laying out the timelines")
     plain = plain_timeline_of(s)
     planned = planned_timeline_of(s, made) if plan is not None or budget is not None else None
@@ -89,7 +95,7 @@ def report(
         planned=planned,
         frontier=frontier_of(s, points) if points is not None else None,
         measured=runs,
-        notes=[*notes, *made.notes, *filter(None, [made.endurance])],
+        notes=[*notes, *s.setup.defaults, *made.notes, *filter(None, [made.endurance])],
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from ullage._bytes import format_bytes
-from ullage.planner import Holding
+from ullage.planner import Decision, Holding
+from ullage.planner.plan._grouped import template, together
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +49,36 @@ def by_module(holdings: Sequence[Holding]) -> dict[str, int]:
 def signed(nbytes: int) -> str:
     """A change in bytes."""
     return f"{'+' if nbytes >= 0 else '-'}{format_bytes(abs(nbytes))}"
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """Units of one template with one action and one reason; bytes and seconds are of all of them."""
+
+    name: str
+    words: str
+    ops: str
+    nbytes: int
+    seconds: float
+    reason: str
+
+
+def unit_rows(decisions: Iterable[Decision]) -> list[UnitRow]:
+    """A row per group of equal units."""
+    groups: dict[tuple[str, str, str, str], list[Decision]] = {}
+    for d in decisions:
+        groups.setdefault((template(d.unit), d.words or d.label, d.label, d.reason), []).append(d)
+    return [
+        UnitRow(
+            together([d.unit for d in alike]),
+            words,
+            label if ":" in label and label != words else "",
+            sum(d.bytes_freed for d in alike),
+            sum(d.seconds_added for d in alike),
+            reason,
+        )
+        for (_, words, label, reason), alike in groups.items()
+    ]
 
 
 def grouped(named: Iterable[tuple[str, str]]) -> list[str]:

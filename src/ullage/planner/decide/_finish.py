@@ -12,7 +12,6 @@ from ullage._errors import BudgetError
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import BLOCK
 from ullage.planner.explain._peak import bounds_of
-from ullage.planner.explain._words import words_of
 from ullage.planner.model._model import model_of
 from ullage.planner.plan._budget import Budget
 from ullage.planner.plan._plan import VERSION, Decision, Forecast, Plan, environment, fingerprint
@@ -120,6 +119,8 @@ def _decisions(
     s: Study, choices: Choices, steps: Steps, first: StepCapture, policy: str, pinned: Mapping[str, str]
 ) -> list[Decision]:
     """Return each unit's decision: its option, the bytes it frees, the seconds it costs, and the reason."""
+    from ullage.planner.explain._words import words_of  # an import of ullage does not need it
+
     facts = model_of(s, choices) if len(s.captures) > 1 else None
     later = s.capture_fresh(steps.assignment)[1]
     rows = []

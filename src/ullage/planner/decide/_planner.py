@@ -15,7 +15,6 @@ from ullage.measure._state import captures
 from ullage.mechanisms import KEEP
 from ullage.planner.decide._confirm import infeasible, optimal, smallest_step, solution_of
 from ullage.planner.decide._finish import finish
-from ullage.planner.decide._floor import floor_of, hopeless
 from ullage.planner.decide._simple import fewer_actions
 from ullage.planner.decide._window import choose_window
 from ullage.planner.model._model import model_of
@@ -148,6 +147,8 @@ def study_and_plan(
         choices = restriction.choices(s)
         found = Budget(_least(s, choices) + reserve, reserve) if least else asked
         return decide(s, found, policy, restriction, choices=choices, explain=True)
+
+    from ullage.planner.decide._floor import floor_of, hopeless  # an import of ullage does not need it
 
     if asked is not None and asked.room < floor_of(s):
         raise hopeless(s, asked, captures(decided))

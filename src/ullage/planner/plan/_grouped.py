@@ -50,7 +50,7 @@ def rows_of(decisions: Iterable[Decided], verbose: bool = False) -> list[str]:
         lines += textwrap.wrap(
             f"{effect}{reason}", WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False
         )
-        lines += [f"  {raw}"] if raw and raw != words else []
+        lines += [f"  {raw}"] if ":" in raw and raw != words else []
     return lines
 
 

@@ -209,9 +209,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
+        write_whole(path, self.text())
+
+    def text(self) -> bytes:
+        """The JSON that `save` writes."""
         data = msgspec.to_builtins(self) | {"digest": self.digest}
-        text = msgspec.json.format(msgspec.json.encode(data), indent=1)
-        write_whole(path, text + b"\n")
+        return msgspec.json.format(msgspec.json.encode(data), indent=1) + b"\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -254,10 +254,10 @@ function showView() {
 choice("view", shown.view, (value) => { shown.view = value; showView(); drawTimeline(); drawLanes(); drawTree(); });
 choice("step", shown.step, (value) => { shown.step = value; drawTimeline(); drawLanes(); });
 choice("axis", shown.axis, (value) => { shown.axis = value; drawTimeline(); });
-document.getElementById("filter").addEventListener("input", (event) => {
+document.getElementById("filter")?.addEventListener("input", (event) => {
   const wanted = event.target.value.toLowerCase(), rows = [...document.querySelectorAll("#units tbody tr")];
   rows.forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
-  document.getElementById("units-said").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} units.`;
+  document.getElementById("units-said").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows.`;
 });
 redraws.push(drawTimeline, drawLanes, drawTree);
 if (data.frontier) redraws.push(drawFrontier);
