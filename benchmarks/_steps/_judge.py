@@ -50,6 +50,7 @@ def _judge(work: ul.Workload, row: Row) -> None:
     profile = ul.profile(work, costs="roofline")
     row["units"] = [u.fqn for u in profile.units if len(u.options) > 1]
     row["notes"] = [str(n) for n in profile.notes]
+    row["bound"] = any("upper bound" in n for n in row["notes"])
     row["stage"] = "measure"
     wrong = []
     plain = ul.measure(work, steps=1).step_peaks
@@ -64,7 +65,7 @@ def _judge(work: ul.Workload, row: Row) -> None:
         promised = plan.predicted
         compared += [(promised.first_step_peak_bytes, peaks[0]), (promised.later_step_peak_bytes, peaks[-1])]
         row["stage"] = f"verify at {label}"
-        check = ul.verify(work, plan)
+        check = ul.verify(work, plan, steps=2)
         if max(peaks) > budget:
             wrong.append(f"{label}: measured {max(peaks):,} bytes, over the budget of {budget:,}")
         if not check.ok:

@@ -170,7 +170,7 @@ class Trainer:
         self.model = net()
         self.opt = adamw(self.model)
         self.global_step, self.log = 0, logging.getLogger("trainer")
-        self.losses: deque[Tensor] = deque(maxlen=2)
+        self.losses: deque[Tensor] = deque(maxlen=1)
 
     def loss(self, batch: Any) -> Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1], weight=self.weights)
