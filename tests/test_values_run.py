@@ -57,6 +57,13 @@ def _early_exit(s: Head, h: Tensor) -> Tensor:
     return h.square().mean()
 
 
+def _halves(s: Head, h: Tensor) -> Tensor:
+    upper = h.sum(-1) > 0
+    out = torch.zeros_like(h)
+    out[upper] = s.b(h[upper]) * 2
+    return nn.utils.rnn.pad_sequence([out[upper], h[~upper]], batch_first=True).square().mean()
+
+
 def _lists(s: Head, h: Tensor) -> Tensor:
     sizes = h.detach()[:, :3].argmax(-1).bincount().tolist()
     return sum((s.b(part).square().sum() for part in h.split(sizes)), h.new_zeros(()))
@@ -67,6 +74,7 @@ SIZES = {
     "levels": _levels,
     "dropping": _dropping,
     "early exit": _early_exit,
+    "halves": _halves,
     "lists": _lists,
 }
 
@@ -101,7 +109,7 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Routed(32) for _ in range(3))
+        self.blocks = nn.ModuleList(Routed(16) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -110,9 +118,9 @@ class Twice(nn.Module):
 
 
 def test_a_replay_reads_what_its_forward_has_read() -> None:
-    work = ul.Workload(Twice(), torch.randn(64, 32), optimizer=lambda p: torch.optim.AdamW(p, lr=0.0), accumulate=2)
+    work = ul.Workload(Twice(), torch.randn(64, 16), optimizer=lambda p: torch.optim.AdamW(p, lr=0.0), accumulate=2)
     plan = ul.plan(work, policy="every_block")
-    assert plan.counts() == {"recompute": 3}
+    assert plan.counts() == {"recompute": 2}
     assert plan.predicted.peak_bytes == ul.measure(work, plan, steps=1).peak_bytes < ul.profile(work).peak_bytes
     assert ul.verify(work, plan).ok
 
@@ -156,6 +164,27 @@ def test_everything_is_put_back_bit_for_bit() -> None:
     assert torch.equal(before[1], after[1])
     assert before[2:] == after[2:]
     assert [r.how for r in found.reads] == ["run"] * len(found.reads) != []
+
+
+def test_guards_are_taken_to_hold_and_nothing_is_run() -> None:
+    def guarded(s: Head, h: Tensor) -> Tensor:
+        bad = torch.isnan(h).any() or torch.isinf(h).any()
+        return (torch.nan_to_num(h) if bad else h).square().mean()
+
+    found = ul.profile(ul.Workload(Head(guarded), torch.randn(64, 16)), costs="roofline")
+    assert found.reads == [] and any("finite" in n for n in found.notes)
+
+
+def test_two_conditions_that_only_differ_together_are_seen() -> None:
+    def either(s: Head, h: Tensor) -> Tensor:
+        same = torch.equal(h, h.detach())
+        near = (h * 1.5 - h).abs().max() < 1e-6
+        return (h if same and not near else torch.tanh(h)).square().mean()
+
+    work = ul.Workload(Head(either), torch.randn(64, 16))
+    found = ul.profile(work)
+    assert {r.how for r in found.reads} == {"run"}
+    assert found.peak_bytes == ul.measure(work, steps=1).peak_bytes
 
 
 def test_a_step_that_only_logs_is_not_run() -> None:
@@ -222,10 +251,10 @@ def test_the_share_of_a_mask_may_be_assumed() -> None:
     quarter = _of(lambda h: torch.arange(64) % 4 == 0)
     unknown = _of(lambda h: h.sum(-1) > 0)
     for assume in ({"mask": 0.25}, {f"{HERE}:{_of.__code__.co_firstlineno + 1}": 16}):
-        found = ul.profile(unknown, assume=assume)
-        assert found.peak_bytes == ul.profile(quarter).peak_bytes
+        found = ul.profile(unknown, assume=assume, costs="roofline")
+        assert found.peak_bytes == ul.profile(quarter, costs="roofline").peak_bytes
         assert [(r.what, r.taken, r.how) for r in found.reads] == [("index", "16 of 64", "given")]
-    bound = ul.profile(unknown, values="assumed")
+    bound = ul.profile(unknown, values="assumed", costs="roofline")
     assert any("takes 64 of 64" in n or "64 of 64 elements, which is a bound" in n for n in bound.notes)
     assert bound.peak_bytes > found.peak_bytes
 

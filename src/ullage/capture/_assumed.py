@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ullage._errors import CaptureError
+from ullage._source import source_line
 from ullage.capture._op_values import NUMPY
 from ullage.capture._trace import tensors_of
 from ullage.runtime import Apart, is_recomputing
@@ -66,9 +67,13 @@ class Taking:
 
 
 class Assumed:
-    """Gives values that a step reads. A plan uses those of `trial` 0, and the captures of trials 1 and 2 are compared with it."""
+    """Gives values that a step reads. A plan uses those of `trial` 0, and the captures of the others are compared with it."""
 
-    TRIALS = (1, 2)
+    TRIALS = (
+        1,
+        2,
+        3,
+    )  # the last one only where several values are read: their signs and truth alternate the other way round
 
     def __init__(self, trial: int, notes: dict[str, None], taking: Taking) -> None:
         self.trial, self._notes, self.taking = trial, notes, taking
@@ -103,22 +108,22 @@ class Assumed:
         lines = [line for line, *_, how in self._shown if how == "given"]
         return [k for k in self.taking.reads.assume if ":" in k and not any(Reads(assume={k: 1}).at(x) for x in lines)]
 
-    def recorded(self, what: str, line: str, known: bool) -> Taken | None:
+    def recorded(self, what: str, place: Callable[[], str], known: bool) -> Taken | None:
         """Return what a real step has read at this place; None if there is no recording, or nothing more in it.
 
         Args:
             what: the op.
-            line: the line that asks, "" in torch's own code.
+            place: says the line that asks, or in backward the one whose gradient is computed.
             known: the values do not depend on activations, so only the place in the recording moves on.
         """
         if self.taking.recording is None:
             return None
-        key = line, what
+        key = source_line(), what
         at = self.position[key] = self.position.get(key, -1) + 1
         if known:
             return None
         taken = self.taking.recording.find(self._step, key, at)
-        where = line or "the optimizer's step"
+        where = place()
         if taken is None:
             self._notes[
                 f"{where}: the real steps read {'nothing' if at == 0 else f'only {at} values'} there, so the rest is assumed"
@@ -158,11 +163,11 @@ class Assumed:
         self._note(where)
         k = self._count
         if dtype is torch.bool:
-            value = (False, True, k % 2 == 0)[self.trial]
+            value = (False, True, k % 2 == 0, k % 2 == 1)[self.trial]
         elif not dtype.is_floating_point and not dtype.is_complex:
-            value = (1, 3 + k % 3, 0)[self.trial]
+            value = (1, 3 + k % 3, 0, 5 * (k % 2))[self.trial]
         else:  # no two alike, for steps that compare them
-            value = _as(dtype, (1.0, 100.0 + k, -100.0 - k)[self.trial])
+            value = _as(dtype, (1.0, 100.0 + k, -100.0 - k, (100.0 + k) * (-1.0) ** k)[self.trial])
         self._show(where, "item", str(value), "assumed")
         return value
 
@@ -183,8 +188,8 @@ class Assumed:
             return np.ones(tuple(tensor.shape), kind)
         ramp = np.arange(tensor.numel()).reshape(tuple(tensor.shape))
         if kind == np.bool_:
-            return np.asarray(ramp % 2 == self.trial - 1)
-        values = ramp % 5 if np.issubdtype(kind, np.integer) else (ramp + 100 if self.trial == 1 else -100 - ramp)
+            return np.asarray(ramp % 2 == self.trial % 2)
+        values = ramp % 5 if np.issubdtype(kind, np.integer) else (-100 - ramp if self.trial == 2 else ramp + 100)
         return np.asarray(values, kind)
 
     def chosen(self, what: str, kind: str, numel: int, where: str) -> int | None:
@@ -288,7 +293,7 @@ def steers(session: Any, another: Callable[[int], Any], steps: int) -> bool:
     """
     if not session.values.assumed.read:
         return False
-    for trial in Assumed.TRIALS:
+    for trial in Assumed.TRIALS if len(session.values.assumed.read) > 1 else Assumed.TRIALS[:2]:
         other = another(trial)
         try:
             other.run(steps=steps)

@@ -19,7 +19,6 @@ import torch.optim.optimizer as optim
 from torch import Tensor
 
 from ullage._errors import CaptureError
-from ullage._source import source_line
 from ullage._torch import FakeTensor, Missing, disable_modes, foreach_types, recurrent, recurrent_module
 from ullage.capture._host_rng import own_host_rng
 from ullage.capture._op_values import NUMPY
@@ -230,7 +229,7 @@ def _read_values(stack: contextlib.ExitStack, tracker: Any) -> None:
             )
         with disable_modes():
             known = values.get(tensor)
-            taken = values.assumed.recorded(NUMPY, source_line(), known=known is not None)
+            taken = values.assumed.recorded(NUMPY, tracker.place, known=known is not None)
             if taken is not None and taken.value.shape == tuple(tensor.shape):
                 return taken.value.copy()
             return values.assumed.array(tensor, tracker.place()) if known is None else known.clone().numpy()

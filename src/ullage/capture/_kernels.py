@@ -78,7 +78,7 @@ class FakeKernels:
             given = None  # is it only for a log?
         if given is not None and self._is_assumed_instead(func, given):
             given = None
-        taken = self.values.assumed.recorded(name_of(func), source_line(), known=given is not None)
+        taken = self.values.assumed.recorded(name_of(func), self.place, known=given is not None)
         if taken is not None:
             return self._as_taken(taken, tensors(args)[0].device)
         if given is None:

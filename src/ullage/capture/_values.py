@@ -28,7 +28,8 @@ MAX_NUMEL = 1 << 18
 
 _INDEX_OUTPUTS = {aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim}
 _INDEX_OUTPUTS |= {aten.argmax.default}
-_COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.isnan.default}
+_NOT_FINITE = {aten.isnan.default, aten.isinf.default, aten.isposinf.default, aten.isneginf.default}
+_COMPARISONS = {aten.eq.Scalar, aten.ne.Scalar, aten.ne.Tensor, aten.eq.Tensor} | _NOT_FINITE
 _ABOVE, _BELOW = {aten.gt.Scalar, aten.ge.Scalar}, {aten.lt.Scalar, aten.le.Scalar}
 _COMPARISONS |= _ABOVE | _BELOW
 _ASSUMED = _INDEX_OUTPUTS | _COMPARISONS
@@ -232,7 +233,7 @@ class Values:
             constant = True
         elif func in (aten.ne.Tensor, aten.eq.Tensor) and args[0] is args[1]:
             constant = func is aten.eq.Tensor
-        elif func is aten.isnan.default:
+        elif func in _NOT_FINITE:
             constant = False
         elif func in _ABOVE or func in _BELOW:
             constant = _against(args[1], func in _ABOVE)
