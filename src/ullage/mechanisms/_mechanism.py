@@ -165,6 +165,9 @@ class Exploration(Protocol):
         An option that fails on a unit is taken from it, and the step is run without it.
         """
 
+    def show(self, fqns: Sequence[str], option: Option, by: str) -> None:
+        """Tell that the step of unit `by` with an option stands for those of equal units, which have not run with it."""
+
     def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
         """Return the op log of one call of a unit that was run selectively, and the seconds of each of its ops."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ullage._portable import rule_named
 from ullage.mechanisms._mechanism import (
@@ -21,6 +21,9 @@ from ullage.mechanisms._mechanism import (
 from ullage.mechanisms.recompute import RECOMPUTE
 from ullage.runtime import ATTENTION, MATMUL, Rule
 from ullage.runtime.ops._keep import kind_of
+
+if TYPE_CHECKING:
+    from ullage.mechanisms._levels import Levels
 
 
 class Select(Mechanism):
@@ -77,7 +80,14 @@ class Select(Mechanism):
         x.capture(SELECTIVE.name, lambda fqn: SELECTIVE if x.may(fqn, SELECTIVE) else None)
         able = [u.fqn for u in x.units if x.has(u.fqn, RECOMPUTE)]
         found = find_levels(x, able, action)
-        ladders = [("", {fqn: list(levels.options) for fqn, levels in found.items()})]
+        for fqn, levels in found.items():
+            x.add(fqn, levels.options)
+        classes = _classes(found)
+        if all(len(fqns) >= EQUAL_PER_LEVEL * len(levels.options) for levels, fqns in classes):
+            _capture_shared(x, classes)
+            ladders = []
+        else:
+            ladders = [("", {fqn: list(levels.options) for fqn, levels in found.items()})]
         if (tier := x.tier) is not None:
             whole = {f: sent(levels, tier, lambda calls: calls, action) for f, levels in found.items()}
             speed = tier.write_bytes_per_second
@@ -102,11 +112,36 @@ class Select(Mechanism):
         return rule_named(option.level, keeps_routing)
 
 
+def _classes(found: Mapping[str, Levels]) -> list[tuple[Levels, list[str]]]:
+    """Return the units that have the same levels because their op logs are the same, in forward order."""
+    classes: dict[int, tuple[Levels, list[str]]] = {}
+    for fqn, levels in found.items():
+        classes.setdefault(id(levels), (levels, []))[1].append(fqn)
+    return list(classes.values())
+
+
+def _capture_shared(x: Exploration, classes: Sequence[tuple[Levels, list[str]]]) -> None:
+    """Run all levels in one step, each on a stretch of equal units; the middle one of a stretch shows the level for all of them."""
+    mine: dict[str, Option] = {}
+    for levels, fqns in classes:
+        mine |= {f: levels.options[k * len(levels.options) // len(fqns)] for k, f in enumerate(fqns)}
+    x.capture("levels", lambda fqn: mine[fqn] if fqn in mine and x.has(fqn, mine[fqn]) else None)
+    for levels, fqns in classes:
+        for option in levels.options:
+            ran = [f for f in fqns if mine[f] == option and x.has(f, option)]
+            if ran:
+                x.show([f for f in fqns if f not in ran], option, ran[len(ran) // 2])
+
+
 def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option | None:
     """Return the k-th of the options that the unit still has, or the last one."""
     left = [o for o in options if x.has(fqn, o)]
     return left[min(k, len(left) - 1)] if left else None
 
+
+# Equal units that a level needs, if all levels are to run in one step: one in the middle, whose neighbours have the same level, and
+# one on either side. A model with fewer has each level run in a step of its own.
+EQUAL_PER_LEVEL = 3
 
 register(Select())
 SELECTIVE = Option(Select.action, "matmul_attention")

@@ -1,6 +1,7 @@
 """Compose homogeneous captures into the timeline of any mixed assignment.
 
-Idea: one step is captured per option, with that option on every unit. For every segment k (a maximal range of ops of one unit
+Idea: one step is captured per option, with that option on every unit (levels of many equal units share a step, and a unit that ran with
+one stands for the others). For every segment k (a maximal range of ops of one unit
 call, or of none), with base[k] the live bytes at its start when every unit is recomputed:
 
     peak(k, a) = base[k] + sum over units w active at k, w != own:  held[w][a_w]  +  own[k][a_own]
@@ -22,9 +23,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ullage.capture._timeline import segment_keys
 from ullage.mechanisms import KEEP, RECOMPUTE, Option
 from ullage.offload import whole_blocks
+from ullage.planner.model._tables import Segment, Tables
 from ullage.planner.model._with_tier import Pace
 from ullage.planner.study._choices import ALL, Choices, Options
 from ullage.planner.study._executed import StepCapture
@@ -32,30 +33,6 @@ from ullage.planner.study._options import capture_options
 from ullage.planner.study._study import Study
 from ullage.planner.study._transfers import largest_sent, transfers_of
 from ullage.solver._instance import NEVER_FITS, OptionFacts, StepModel
-
-
-@dataclass
-class _Segment:
-    start: int
-    peak: int
-    seconds: float
-
-
-def _segments(s: Study, capture: StepCapture, units: frozenset[str]) -> list[tuple[Any, _Segment]]:
-    session = capture.session
-    calls = sorted(
-        (c for c in session.calls if c.fqn in units and capture.ops.start <= c.first_op < capture.ops.stop),
-        key=lambda c: c.first_sequence,
-    )
-    seen: dict[str, int] = {}
-    for i, c in enumerate(calls):  # calls are numbered within the step, so that captures of different steps compare
-        seen[c.fqn] = seen.get(c.fqn, -1) + 1
-        calls[i] = replace(c, index=seen[c.fqn])
-    t = s.timeline(session)
-    return [
-        (key, _Segment(int(t.before[a]), int(t.peak[a:b].max()), float(t.seconds[a:b].sum())))
-        for key, a, b in segment_keys(session.trace, capture.ops, session.tracker.stacks, units, calls)
-    ]
 
 
 @dataclass(frozen=True)
@@ -83,47 +60,27 @@ def _compose(s: Study, choices: Choices) -> Composed:
     options = choices.of(s)
     order = tuple(u.fqn for u in s.units)
     rank = {f: i for i, f in enumerate(order)}
-    names = [KEEP.name, *(n for n in s.captures if n != KEEP.name)]
-    captured = {n: _segments(s, s.captures[n], frozenset(order)) for n in names}
-    keys = [k for k, _ in captured[KEEP.name]]
-    table = {n: _align(keys, captured[n]) for n in names}
-    base_name = RECOMPUTE.name if RECOMPUTE.name in s.captures else KEEP.name  # keep, if no unit can be recomputed
-    base = [table[base_name][k].start for k in keys]
-    delta = {n: [table[n][k].start - b for k, b in zip(keys, base, strict=True)] for n in names}
-    held = {n: _held(keys, delta[n], rank) for n in names}
-    active = _active(keys, rank)
-    workspace = s.device.facts.blas_workspace_bytes
+    tables = Tables(s)
     facts: list[dict[str, OptionFacts]] = [{} for _ in order]
-    outside = [0] * (len(order) + 1)
-    own_peak: dict[tuple[int, str], int] = {}
-    sent = {n: _sent(s, s.captures[n], order) for n in names}
-    for i, key in enumerate(keys):
-        unit = rank.get(key[1])
-        for n in names:
-            rest = table[n][key].peak - sum(held[n][w] for w in active[i] if w != unit)
-            if unit is None:
-                prefix = max(active[i], default=-1) + 1
-                outside[prefix] = max(outside[prefix], rest + workspace)
-            else:
-                later = sum(max(held[m][w] for m in names) for w in active[i] if w > unit)
-                own_peak[unit, n] = max(own_peak.get((unit, n), 0), rest + later + workspace)
+    sent = {n: _sent(s, s.captures[n], order) for n in tables.names}
     for u, fqn in enumerate(order):
         for option in options[fqn]:
-            n = next((n for n in names if _runs(s.captures[n], fqn) == option and (u, n) in own_peak), "")
-            if not n:
+            v = rank[s.explored.shown.get((fqn, option), fqn)]  # the unit that ran with the option
+            n = next((n for n in tables.names if _runs(s.captures[n], order[v]) == option), "")
+            if not n or not tables.matches(u, v):
                 continue
-            seconds = sum(table[n][k].seconds - table[KEEP.name][k].seconds for k in keys if k[1] == fqn)
+            seconds = tables.added_seconds(v, n)
             seconds = 0.0 if option == KEEP else max(seconds, 1e-9) + s.replay_seconds(fqn, option)
             # in a run a unit is recomputed or keeps all its saved tensors: a sweep of the runtime has no selective kind
-            record = _needed(table[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
-            facts[u][option.name] = OptionFacts(
-                option, held[n][u], own_peak[u, n], seconds, record, sent[n].get(fqn, 0)
-            )
+            record = _needed(tables.of[n], fqn) if option == KEEP else 0 if option == RECOMPUTE else NEVER_FITS
+            own, leaves = tables.own_peak(u, v, n), sent[n].get(order[v], 0)
+            facts[u][option.name] = OptionFacts(option, tables.held[n][v], own, seconds, record, leaves)
     nothing = OptionFacts(KEEP, 0, 0, 0.0)  # a unit that this step does not call
     pruned = tuple(tuple(_prune(list(f.values()))) or (nothing,) for f in facts)
-    links = _run_facts(s, options, order, table[base_name], {n: held[n] for n in names if n.startswith("pairs")})
-    model = StepModel(order, pruned, tuple(outside), s.plain_steps.seconds, **links)
-    return Composed(model if choices.together else replace(model, linked=()), _pace(s, order, table[KEEP.name]))
+    pairs = {n: tables.held[n] for n in tables.names if n.startswith("pairs")}
+    links = _run_facts(s, options, order, tables.of[tables.base_name], pairs)
+    model = StepModel(order, pruned, tuple(tables.outside_peaks()), s.plain_steps.seconds, **links)
+    return Composed(model if choices.together else replace(model, linked=()), _pace(s, order, tables.of[KEEP.name]))
 
 
 def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, int]:
@@ -136,7 +93,7 @@ def _sent(s: Study, capture: StepCapture, order: tuple[str, ...]) -> dict[str, i
     return sent
 
 
-def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
+def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, Segment]) -> Pace:
     """Return the compute times of the plain step, from its segments in their order."""
     seconds = {(phase, f): 0.0 for phase in ("forward", "backward") for f in order}
     middle = rest = 0.0
@@ -154,13 +111,13 @@ def _pace(s: Study, order: tuple[str, ...], plain: dict[Any, _Segment]) -> Pace:
     return Pace(forward, backward, middle, rest, s.plain_session.inst.accumulate, largest)
 
 
-def _needed(table: dict[Any, _Segment], fqn: str) -> int:
+def _needed(table: dict[Any, Segment], fqn: str) -> int:
     """Return the bytes that a unit's forward needs on top of those alive at its start."""
     return max((g.peak - g.start for k, g in table.items() if k[:2] == ("forward", fqn)), default=0)
 
 
 def _run_facts(
-    s: Study, options: Options, order: tuple[str, ...], base: dict[Any, _Segment], held: dict[str, list[int]]
+    s: Study, options: Options, order: tuple[str, ...], base: dict[Any, Segment], held: dict[str, list[int]]
 ) -> dict[str, Any]:
     """Return the model's facts about runs of units: see `StepModel`."""
     freed = [0] * len(order)
@@ -172,7 +129,7 @@ def _run_facts(
             if able and place is not None and place.depth and s.captures[label].session.links(fqn):
                 freed[u] = max(-of_units[u], 0)
 
-    def over(phase: str, fqn: str) -> list[_Segment]:
+    def over(phase: str, fqn: str) -> list[Segment]:
         return [g for k, g in base.items() if k[:2] == (phase, fqn)]
 
     return {
@@ -189,59 +146,6 @@ def _run_facts(
 
 def _runs(capture: StepCapture, fqn: str) -> Option:
     return capture.assignment.get(fqn, KEEP)
-
-
-def _align(keys: list[Any], segments: list[tuple[Any, _Segment]]) -> dict[Any, _Segment]:
-    """Return segments by the plain step's keys; a segment without a counterpart is merged into the one before."""
-    wanted, found, last = set(keys), {}, None
-    for key, segment in segments:
-        if key in wanted:
-            found[key] = segment
-            last = key
-        elif last is not None:
-            f = found[last]
-            found[last] = _Segment(f.start, max(f.peak, segment.peak), f.seconds + segment.seconds)
-    before = _Segment(segments[0][1].start, segments[0][1].start, 0.0)
-    for key in keys:  # a segment without ops in this capture starts and peaks where the one before starts
-        before = found.setdefault(key, _Segment(before.start, before.start, 0.0))
-    return found
-
-
-def _held(keys: list[Any], delta: list[int], rank: dict[str, int]) -> list[int]:
-    """Return, per unit, the bytes that its forward adds to the difference from the base, summed over a micro-batch's calls.
-
-    Growth outside units, before their backward starts, is charged to the unit before: it holds an output that the base has
-    released by then (kept logits, for example).
-    """
-    held = [0] * len(rank)
-    latest: int | None = None
-    for i, key in enumerate(keys[:-1]):
-        unit, grown = rank.get(key[1]), delta[i + 1] - delta[i]
-        if unit is not None and key[0] == "backward":
-            break
-        if unit is not None:
-            held[unit] += grown
-            latest = unit
-        elif latest is not None:
-            held[latest] += max(grown, 0)
-    return held
-
-
-def _active(keys: list[Any], rank: dict[str, int]) -> list[set[int]]:
-    """Return, per segment, the units whose forward is done and whose (last) backward has not ended."""
-    last = {k[1:3]: i for i, k in enumerate(keys) if k[0] == "backward"}
-    open_calls: dict[int, set[int]] = {}
-    result = []
-    for i, key in enumerate(keys):
-        result.append({u for u, calls in open_calls.items() if calls})
-        unit, call = rank.get(key[1]), key[2]
-        if unit is None:
-            continue
-        if key[0] == "forward":
-            open_calls.setdefault(unit, set()).add(call)
-        elif last[key[1:3]] == i:
-            open_calls.get(unit, set()).discard(call)
-    return result
 
 
 def _prune(options: list[OptionFacts]) -> list[OptionFacts]:

@@ -19,6 +19,7 @@ class Explored:
         options: all options found so far, by unit.
         reasons: why a unit does not have an option, by (unit, option).
         captures: one step per option or level, by label; `keep` is the plain step.
+        shown: by (unit, option) the equal unit that ran with the option in its stead.
         unlinked: units that can't be recomputed together with the unit before.
         complete: all options are captured, or are being captured.
     """
@@ -30,6 +31,7 @@ class Explored:
         self.options = {f: tuple(of_unit) for f, of_unit in options.items()}
         self.reasons: dict[tuple[str, str], str] = {}
         self.captures: dict[str, StepCapture] = dict([plain])
+        self.shown: dict[tuple[str, Option], str] = {}
         self.unlinked: frozenset[str] = frozenset()
         self.complete = False
         self._failed: dict[tuple[str, str], bool] = {}  # by unit and option: whether it was tried there itself
@@ -50,6 +52,10 @@ class Explored:
     def keep_capture(self, label: str, capture: StepCapture) -> None:
         """Add a captured step."""
         self.captures[label] = capture
+
+    def show(self, fqns: Iterable[str], option: Option, by: str) -> None:
+        """Note that one unit has run with an option for others that are equal to it."""
+        self.shown |= {(fqn, option): by for fqn in fqns}
 
     def failed(self, fqn: str, option: str) -> bool:
         """Has an option failed on a unit, or on so many units of its class that it is not tried there?"""

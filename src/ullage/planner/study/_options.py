@@ -119,6 +119,9 @@ class StudyExploration:
 
         _capture(self.s, label, assignment)
 
+    def show(self, fqns: Sequence[str], option: Option, by: str) -> None:
+        self.s.explored.show([f for f in fqns if self.has(f, option)], option, by)
+
     def learnt(self, fqn: str) -> tuple[Learnt, Sequence[float]] | None:
         session = self.s.session
         logs = list(session.family.logs_of(session.inst.model.get_submodule(fqn)).values())
