@@ -5,7 +5,6 @@ On a CPU all of it shows as step time. On a CUDA device the host runs ahead of t
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ullage._stats import median
 from ullage._torch import TorchDispatchMode, graph_task
 from ullage.capture._timeline import OpCost
 from ullage.runtime import checkpoint, recomputing_units
@@ -157,7 +157,7 @@ def _medians(ways: tuple[Callable[[Tensor], Any], ...], x: Tensor) -> list[float
             _step(way, x)
             if k >= _WARMUP:  # the first calls learn
                 found.append(time.thread_time() - start)
-    return [statistics.median(t) for t in times]
+    return [median(sorted(t)) for t in times]
 
 
 def _line(ops: list[int], seconds: list[float]) -> tuple[float, float]:
@@ -165,7 +165,7 @@ def _line(ops: list[int], seconds: list[float]) -> tuple[float, float]:
     slope = (seconds[1] - seconds[0]) / (ops[1] - ops[0])
     offset = seconds[0] - slope * ops[0]
     if slope < 0:  # noise: the nearest line that is allowed is level, or goes through the origin
-        return statistics.mean(seconds), 0.0
+        return sum(seconds) / len(seconds), 0.0
     if offset < 0:
         return 0.0, sum(n * s for n, s in zip(ops, seconds, strict=True)) / sum(n * n for n in ops)
     return offset, slope

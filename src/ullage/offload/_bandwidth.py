@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from ullage._bytes import parse_budget
 from ullage._errors import ArgumentError
+from ullage._stats import median
 from ullage.offload._extents import BLOCK, whole_blocks
 from ullage.offload._facts import Bandwidth
 from ullage.offload._host import HostStore, HostTicket
@@ -165,7 +165,7 @@ def _seconds_of_blocks(store: DiskStore, block: torch.Tensor) -> tuple[float, fl
         ticket.get()
         alone.append((time.perf_counter() - began) / 2)
         ticket.drop()
-    return queued, max(statistics.median(alone) - queued, 0.0)
+    return queued, max(median(sorted(alone)) - queued, 0.0)
 
 
 def _read(tickets: Sequence[Ticket]) -> None:
