@@ -60,8 +60,9 @@ def test_the_fastest_is_often_not_the_largest() -> None:
     assert found.fastest == 256 < found.value
     lines = str(found).splitlines()
     assert lines[0] == "fit of batch (multiples of 1) within 400.00 KiB on cpu (costs: roofline)"
-    assert lines[1].startswith(f"  largest  batch={found.value}: ") and lines[2].startswith("  fastest  batch=256: ")
-    assert lines[3] == "  bound by the budget" and len(lines) == 5 + len(found.tried)
+    assert lines[1:5] == str(found.plan.setup).splitlines()
+    assert lines[5].startswith(f"  largest  batch={found.value}: ") and lines[6].startswith("  fastest  batch=256: ")
+    assert lines[7] == "  bound by the budget" and len(lines) == 9 + len(found.tried)
     assert lines[-1].endswith("over the budget")
 
 

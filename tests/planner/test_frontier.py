@@ -221,7 +221,7 @@ def test_points_that_mean_nothing(points: Any) -> None:
 def test_a_table(found: ul.Frontier) -> None:
     lines = str(found).splitlines()
     assert lines[0].startswith("frontier for cpu, ") and lines[0].endswith("(costs: roofline)")
-    assert len(lines) == 2 + len(found.points) + 1 + len(POLICIES)
+    assert len(lines) == 2 + 4 + 1 + len(found.points) + 1 + len(POLICIES)
     assert lines[-5].split() == ["29.71", "MiB", "45.41", "ms", "+0.0%", "none"]
 
 

@@ -71,6 +71,7 @@ def timeline_of(s: Study, steps: Steps, plan: Plan | None = None) -> Timeline:
     seconds = _seconds(s, steps, first, later)
     return Timeline(
         version=VERSION,
+        setup=s.setup,
         device=s.device.name,
         estimate=s.device.estimate,
         costs=s.costs_mode,

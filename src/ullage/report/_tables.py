@@ -45,9 +45,7 @@ def frontier_rows(f: Frontier) -> list[FrontierRow]:
     fastest = f.points[-1].step_seconds
     slower = [p.step_seconds / fastest - 1 if fastest else 0.0 for p in f.points]
     rows = [
-        FrontierRow(
-            "plan", p.peak_bytes, p.step_seconds, share, ", ".join(f"{n} x {a}" for a, n in p.plan.counts().items())
-        )
+        FrontierRow("plan", p.peak_bytes, p.step_seconds, share, p.plan.kinds)
         for p, share in zip(f.points, slower, strict=True)
     ]
     for q in f.policies:

@@ -17,6 +17,7 @@ from ullage._files import write_whole
 from ullage._writers import write
 from ullage.planner import Holding
 from ullage.planner.explain._peak import holding_rows
+from ullage.planner.study._setup import Setup
 from ullage.report._records import (
     CATEGORIES,
     INSIDE,
@@ -68,6 +69,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         allocations: columns with an entry per storage.
         notes: sentences for the reader of the timeline.
         transfers: of offloaded tensors, out and back, in order; empty without offloading.
+        setup: the facts that these numbers depend on; None in a file of an older version.
     """
 
     version: int
@@ -95,6 +97,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allocations: Allocations
     notes: list[str]
     transfers: list[Transfer] = []
+    setup: Setup | None = None
 
     def __len__(self) -> int:
         return len(self.events.phase.values)
@@ -234,6 +237,7 @@ class Timeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         at = self.peak
         lines = [
             f"timeline of the {what} on {self.device}{label}",
+            *([str(self.setup)] if self.setup is not None else []),
             f"  peak {format_bytes(self.peak_bytes)} in the {at.step} step, event {at.index} of {len(self)}",
             f"    {where(at)}",
             *([f"    {at.source}"] if at.source else []),

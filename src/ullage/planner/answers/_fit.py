@@ -90,6 +90,7 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         lines = [
             f"fit of {self.axis} (multiples of {self.step}) within {format_bytes(self.budget_bytes)} on {self.device}{label} "
             f"(costs: {self.costs})",
+            *([str(self.plan.setup)] if self.plan.setup is not None else []),
             f"  largest  {self._said(self.value, self.throughput, self.plan)}",
             f"  fastest  {self._said(self.fastest, self.fastest_throughput, self.fastest_plan)}",
             f"  bound by {self.bound_by}",
@@ -103,9 +104,9 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return "\n".join(lines)
 
     def _said(self, value: int, throughput: float, plan: Plan) -> str:
-        p, counts = plan.predicted, ", ".join(f"{n} x {a}" for a, n in plan.counts().items())
+        p = plan.predicted
         time = format_seconds(p.step_seconds)
-        return f"{self.axis}={value}: {throughput:,.1f} {self.unit}, peak {format_bytes(p.peak_bytes)}, step {time}, {counts}"
+        return f"{self.axis}={value}: {throughput:,.1f} {self.unit}, peak {format_bytes(p.peak_bytes)}, step {time}, {plan.kinds}"
 
 
 class _Search:

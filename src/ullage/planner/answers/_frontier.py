@@ -127,13 +127,18 @@ class Frontier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         label = ", an ESTIMATE: this device is not here" if self.estimate else ""
         memory = "" if self.memory_bytes is None else f", {format_bytes(self.memory_bytes)} of memory"
         fastest = self.points[-1].step_seconds
+        setup = self.points[0].plan.setup
+        plain = next((q.peak_bytes for q in self.policies if q.policy == "none"), None)
+        fits = [f"  fits       plain: {setup.fits(plain)}"] if setup is not None and plain is not None else []
         lines = [
             f"frontier for {self.device}{label}{memory} (costs: {self.costs})",
+            *([str(setup)] if setup is not None else []),
+            *fits,
             f"  {'peak':>12}  {'step time':>10}  {'slower':>8}  decisions",
         ]
         for p in self.points:
             row = _row(p.peak_bytes, p.step_seconds, fastest)
-            lines.append(f"  {row}  {', '.join(f'{n} x {a}' for a, n in p.plan.counts().items())}")
+            lines.append(f"  {row}  {p.plan.kinds}")
         lines.append("  named policies")
         for q in self.policies:
             ran = q.peak_bytes is not None and q.step_seconds is not None

@@ -10,6 +10,7 @@ from ullage.planner.explain._peak_facts import Lever, PeakFacts
 from ullage.planner.study._choices import Choices
 from ullage.planner.study._executed import Steps
 from ullage.planner.study._liveness import LiveTensor, by_category, live_tensors, moment, peak_op
+from ullage.planner.study._setup import Setup
 from ullage.planner.study._study import Study
 
 MOST_TENSORS, MOST_HOLDINGS = 20, 64  # listed in a plan's file, which a person reads
@@ -44,6 +45,7 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         holdings: the same by category and unit, the largest 64.
         tensors: the largest 20.
         levers: the one that leaves the lowest peak first.
+        setup: the facts that these numbers depend on; None in a file of an older version.
     """
 
     peak_bytes: int
@@ -57,6 +59,7 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     holdings: list[Holding]
     tensors: list[LiveTensor]
     levers: list[Lever]
+    setup: Setup | None = None
 
     @property
     def where(self) -> str:
@@ -67,6 +70,8 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         label = ", an ESTIMATE: this device is not here" if self.estimate else ""
         place = f" ({self.source})" if self.source else ""
         lines = [f"peak {format_bytes(self.peak_bytes)} in the {self.step} step: {self.where}{place}{label}"]
+        if self.setup is not None:
+            lines += [str(self.setup), f"  fits       {self.setup.fits(self.peak_bytes)}"]
         lines.append("  alive then")
         for category, nbytes in self.by_category.items():
             lines.append(f"    {category:<22} {format_bytes(nbytes):>11}  {nbytes / max(self.peak_bytes, 1):6.1%}")
@@ -158,6 +163,7 @@ def bounds_of(s: Study, choices: Choices, steps: Steps, runs: int = 1) -> Bounds
         holdings=_holdings(s, live),
         tensors=sorted(live, key=lambda t: -t.nbytes)[:MOST_TENSORS],
         levers=levers(facts, runs),
+        setup=s.setup,
     )
 
 

@@ -247,6 +247,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Return the number of units per action."""
         return dict(Counter(d.action for d in self.decisions).most_common())
 
+    @property
+    def kinds(self) -> str:
+        """How many units have which kind of action: "11 x select, 1 x keep"."""
+        found = Counter(d.action.partition(":")[0] for d in self.decisions)
+        return ", ".join(f"{n} x {kind}" for kind, n in found.most_common())
+
     def check_model(self, model: nn.Module) -> None:
         """Raise PlanMismatch, naming what differs, unless the model is the one that was planned."""
         now = fingerprint(model)
