@@ -249,7 +249,7 @@ def through_a_global_object(model: nn.Module, batch: Tensor) -> None:
     trainer.step(model, batch)
 
 
-MEAN = torch.zeros(8)
+MEAN, UNUSED = torch.zeros(8), torch.eye(8).to_sparse()
 
 
 class Centred(nn.Module):
@@ -260,7 +260,7 @@ class Centred(nn.Module):
         self.body = model()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x - MEAN)
+        return self.body(x - MEAN if len(x) > 1 else UNUSED @ x)
 
 
 PLACES: dict[str, Callable[[], ul.Workload]] = {
