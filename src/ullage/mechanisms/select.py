@@ -116,7 +116,8 @@ def _classes(found: Mapping[str, Levels]) -> list[tuple[Levels, list[str]]]:
     """Return the units that have the same levels because their op logs are the same, in forward order."""
     classes: dict[int, tuple[Levels, list[str]]] = {}
     for fqn, levels in found.items():
-        classes.setdefault(id(levels), (levels, []))[1].append(fqn)
+        if levels.options:  # none, if keeping some tensors of a unit is never better
+            classes.setdefault(id(levels), (levels, []))[1].append(fqn)
     return list(classes.values())
 
 
