@@ -215,3 +215,37 @@ def test_a_saved_tensor_that_a_forward_writes_where_no_version_tells(how: str, k
             (y * (2 + torch.arange(4))).sum().backward()
             found += [x.grad, model.linear.weight.grad]
     assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
+
+
+class _Gates(nn.Module):
+    """Chunks of one storage, each with a version of its own, written in place in turn: as torch's GRU has its gates."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.linear, self.again = nn.Linear(4, 12), again
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = torch.unsafe_chunk(self.linear(x.sin()), 3, 1)
+        a, b, c = (g.sigmoid_() for g in gates)
+        if self.again:
+            a.data[:, 1:2].mul_(0.5)
+        return a * b + c.exp()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_chunks_of_one_storage_are_written_by_themselves(again: bool) -> None:
+    """A write to one chunk is none to another that autograd has saved; one to the same chunk is."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model, said = _Gates(again), list[str]()
+        for step in range(3):
+            x = torch.linspace(0, 1, 8).add(step).reshape(2, 4).requires_grad_()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                y = ul.checkpoint(model, x, keep="sin[0]") if checkpointed else model(x)
+            said += [str(w.message) for w in warned if issubclass(w.category, ul.UllageWarning)]
+            (y * (2 + torch.arange(4))).sum().backward()
+            found.append(x.grad)
+        assert ["through `.data` or another alias" in s for s in said] == ([True] if again and checkpointed else [])
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ullage._source import source_line
 from ullage._torch import FakeTensor, OpOverload, StorageWeakRef, TorchDispatchMode, tree_flatten
 from ullage.runtime.ambient._local import local
-from ullage.runtime.ops._writes import FILLS, parameters_in, written
+from ullage.runtime.ops._writes import FILLS, overlap, parameters_in, written
 from ullage.runtime.tensors import _sparse as sparse
 from ullage.runtime.tensors._memory import storage_of
 from ullage.runtime.tensors._notes import lazy_bits, meta_of
@@ -83,6 +83,7 @@ class Op:
         writes: storages it writes to.
         must_run: a replay never skips it: it draws, returns a value to Python, or is not one of torch's own.
         source: the model's own line.
+        written: values that it writes to.
     """
 
     func: Any
@@ -93,6 +94,7 @@ class Op:
     writes: set[int]
     must_run: bool
     source: str = ""
+    written: list[Value] = field(default_factory=list)
 
 
 @dataclass
@@ -178,8 +180,9 @@ class Recorder(TorchDispatchMode):
                 returns.append(-1)
         self._refuse_unknown([*tensors, *leaves], func)
         self.log.dynamic |= DATA_DEPENDENT in func.tags
-        op = Op(func, inputs, outputs, spec, returns, self._written(func, args, kwargs), _must_run(func, args))
-        op.source = source_line()
+        values = [self.value(t) for t in written(func, args, kwargs)]
+        op = Op(func, inputs, outputs, spec, returns, {v[0] for v in values}, _must_run(func, args))
+        op.source, op.written = source_line(), values
         self.log.ops.append(op)
 
     def _refuse_unknown(self, tensors: list[Any], func: Any) -> None:
@@ -189,9 +192,6 @@ class Recorder(TorchDispatchMode):
             elif isinstance(t, Tensor) and t.layout != torch.strided:
                 self.log.refusal = f"{func} has a tensor that is not strided"
 
-    def _written(self, func: Any, args: Any, kwargs: Any) -> set[int]:
-        return {self.value(t)[0] for t in written(func, args, kwargs)}
-
     def parameters_written(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters among some tensors that an op has written to; see `Writes`, which does the same without a log."""
         numbers = set[int]().union(*(op.writes for op in self.log.ops))
@@ -200,9 +200,15 @@ class Recorder(TorchDispatchMode):
 
     def behind(self, saved: Mapping[int, tuple[Any, int]]) -> list[int]:
         """Return which saved tensors an op wrote to after autograd had saved them, without moving their version; see `Writes`."""
-        last = {n: at for at, op in enumerate(self.log.ops) if op.func._schema.name not in FILLS for n in op.writes}
+        writing = [(at, op) for at, op in enumerate(self.log.ops) if op.writes and op.func._schema.name not in FILLS]
         same = [i for i, (t, version) in saved.items() if isinstance(t, Tensor) and t._version == version]
-        return [i for i in same if last.get(self.log.saved[i][0], -1) >= self.log.saved_at[i]]
+        return [i for i in same if self._written_after(i, writing)]
+
+    def _written_after(self, i: int, writing: list[tuple[int, Op]]) -> bool:
+        value, saved_at = self.log.saved[i], self.log.saved_at[i]
+        later = (op for at, op in writing if at >= saved_at and value[0] in op.writes)
+        # the storage alone does not tell: the chunks of a GRU's gates share one, and each is written by itself
+        return any(overlap(value, given) for op in later for given in op.written if given[0] == value[0])
 
     def value(self, t: Tensor, given: set[int] | None = None) -> Value:
         """Return a tensor's value; `given`: storages of the arguments of the op that just made it, which it may share."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -55,6 +56,33 @@ def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 def parameters_in(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the parameters among some tensors, and other leaves of autograd's graph."""
     return [t for t in tensors if isinstance(t, nn.Parameter) or kind_of(t) == LEAF]
+
+
+def overlap(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Do two values (`_log.Value`) of one storage have memory in common? True where that is too hard to tell."""
+    try:
+        return bool(np.shares_memory(_Layout(a), _Layout(b), max_work=_MOST_WORK))  # type: ignore[arg-type]  # any number
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Layout:
+    """A value as numpy sees an array: where its elements lie, of memory that is not there and not read."""
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        _, offset, shape, stride, dtype, _ = value
+        size = dtype.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (_ANYWHERE + offset * size, True),
+            "shape": tuple(shape),
+            "strides": tuple(s * size for s in stride),
+        }
+
+
+_ANYWHERE = 1 << 20  # not zero, which numpy takes for no memory
+_MOST_WORK = 10_000  # a whole decision takes some hundred; the problem is as hard as any in its worst case
 
 
 class Writes(TorchFunctionMode):
