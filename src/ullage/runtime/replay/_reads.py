@@ -19,6 +19,7 @@ from ullage.runtime.tensors._digest import digest
 from ullage.runtime.tensors._memory import (
     Back,
     Memory,
+    alias,
     fits_in,
     has_memory,
     kind_of,
@@ -48,7 +49,7 @@ class Around:
         self.tensor, self.version = ref(t), t._version
         self.kind = kind_of(t)
         with quiet(), torch.no_grad():
-            self.memory = t.detach()
+            self.memory = alias(t)
             self.values = _copy(t)
 
     def moved(self) -> Tensor | None:
@@ -258,7 +259,7 @@ class Before:
         reads = frame.reads
         self._reads = reads if reads is None or reads.held else Reads(frame)
         with quiet():
-            self._around = [(t, t.detach()) for a in frame.around if (t := a.tensor()) is not None]
+            self._around = [(t, alias(t)) for a in frame.around if (t := a.tensor()) is not None]
 
     def put_back(self, frame: Call) -> str:
         """Put back what the replay has replaced; return the name of one such tensor, or of one that it has written to, or ""."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ullage._torch import FakeTensor, is_wrapped, is_zero_tensor, no_dispatch
+from ullage._torch import DisableTorchDispatch, FakeTensor, count_modes, is_wrapped, is_zero_tensor, no_dispatch
 from ullage._torch import fits_in as _fits_in
 from ullage.runtime.tensors._notes import Check, guard_of, meta_of
 
@@ -37,6 +37,14 @@ def storage_of(t: Tensor) -> int:
     """Return a key that tells living storages apart; 0 for a tensor that has none."""
     found = storage(t)
     return int(found._cdata) if found is not None else 0
+
+
+def alias(t: Tensor) -> Tensor:
+    """Return a tensor's memory under another name, as it is: a fake mode would make a fake tensor of a real one that a step reads."""
+    if type(t) in OWN and count_modes():
+        with DisableTorchDispatch():
+            return t.detach()
+    return t.detach()
 
 
 def same_storage(a: Any, b: Any) -> bool:
