@@ -63,7 +63,7 @@ def shared_by(obj: Any) -> Iterator[tuple[Any, str, Any]]:
     for fn in dict.fromkeys([*functions, *more]):
         yield from _loaded_past(fn, fn is not obj)
     for cls in classes:
-        yield from ((cls, name, value) for name, value in ClassFields(cls).read().items() if _is_followed(value))
+        yield from ((cls, name, value) for name, value in ClassFields(cls).read().items() if not is_opaque(value))
 
 
 def _is_users_class(cls: type) -> bool:
@@ -92,8 +92,6 @@ def _loaded_past(fn: types.FunctionType, is_method: bool) -> Iterator[tuple[Any,
 
 
 def _is_followed(value: Any) -> bool:
-    if isinstance(value, Tensor) and value.layout is not torch.strided:
-        return False  # refused where an op uses it
     library = isinstance(value, types.FunctionType) and is_library(value.__code__.co_filename)
     return not is_opaque(value) and (not library or "__wrapped__" in value.__dict__)
 
