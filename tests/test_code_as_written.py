@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import ullage as ul
-
-written = sys.modules[__name__]  # as a script has a module that it imports
 
 
 def model() -> nn.Sequential:
@@ -204,96 +201,3 @@ def test_a_generator_of_ones_own_is_copied() -> None:
     work = ul.Workload(noisy, X, loss=square)
     assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
     assert torch.equal(noisy.generator.get_state(), before)
-
-
-class Registry:
-    """Everything the step needs is an attribute of a class; `unread` is in memory, too."""
-
-    net = model()
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    unread = torch.ones(7)
-
-
-def of_a_class(_: nn.Module, batch: Tensor) -> None:
-    Registry.net(batch).square().mean().backward()
-    Registry.opt.step()
-    Registry.opt.zero_grad()
-
-
-teacher = model()
-
-
-class Trainer:
-    """Its methods load globals, and attributes of its class through the object."""
-
-    weights = torch.linspace(0, 1, 8)
-
-    def __init__(self) -> None:
-        self.model, self.seen = net, 0
-
-    def target(self, batch: Tensor) -> Tensor:
-        with torch.no_grad():
-            return teacher(batch) * self.weights
-
-    def step(self, _: nn.Module, batch: Tensor) -> None:
-        self.seen += 1
-        (self.model(batch) - self.target(batch)).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
-
-
-trainer = Trainer()
-
-
-def through_a_global_object(model: nn.Module, batch: Tensor) -> None:
-    trainer.step(model, batch)
-
-
-MEAN = torch.zeros(8)
-
-
-class Centred(nn.Module):
-    """Its forward reads a global tensor, as perceptual losses do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = model()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x - MEAN)
-
-
-PLACES: dict[str, Callable[[], ul.Workload]] = {
-    "attributes of a class": lambda: ul.Workload(Registry.net, X, step=of_a_class),
-    "globals of methods": lambda: ul.Workload(net, X, step=trainer.step),
-    "a global object": lambda: ul.Workload(net, X, step=through_a_global_object),
-    "attributes of an imported module": lambda: ul.Workload(net, X, step=written.through_this_module),
-    "a global of a forward": lambda: ul.Workload(Centred(), X, loss=square),
-}
-
-
-def through_this_module(model: nn.Module, batch: Tensor) -> None:
-    written.net(batch).square().mean().backward()
-    written.opt.step()
-    written.opt.zero_grad()
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_what_code_loads_is_copied_and_put_back(name: str) -> None:
-    held = [Registry.net, Registry.opt, Registry.unread, Trainer.weights, teacher, opt, trainer, net, MEAN]
-    before = [p.detach().clone() for m in (Registry.net, net, teacher) for p in m.parameters()]
-    assert_planned(PLACES[name]())
-    now = [Registry.net, Registry.opt, Registry.unread, Trainer.weights, teacher, opt, trainer, net, MEAN]
-    assert all(a is b for a, b in zip(held, now, strict=True)) and trainer.seen == 0 and not opt.state
-    after = [p for m in (Registry.net, net, teacher) for p in m.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_a_step_that_fails_leaves_these_places() -> None:
-    def fails(_: nn.Module, batch: Tensor) -> None:
-        (Registry.net(batch) @ torch.zeros(63, 63)).mean().backward()
-
-    mine = Registry.net
-    with pytest.raises(ul.CaptureError, match="the step itself raises"):
-        ul.profile(ul.Workload(Registry.net, X, step=fails), costs="roofline")
-    assert Registry.net is mine

@@ -42,7 +42,7 @@ from ullage.capture._values import Values
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, telling_of_skips, unit_of
-from ullage.workload import Instance, Workload, in_place, run_step, tensors_of
+from ullage.workload import Instance, Workload, run_step, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ class Session:
             install(self._unit(fqn, module), module)
         try:
             self._apart.enter()
-            with in_place(self.inst.places), self._active(), self._hooks(), warnings.catch_warnings():
+            with self._active(), self._hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 host = host_rng()
                 if settled and any(self._site(f, m).learns(self._settings[f].runtime_options) for f, m in modules):

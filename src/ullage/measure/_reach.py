@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ullage.runtime.state._traverse import hooks_of, traverse, with_classes
-from ullage.workload import Instance, Workload, copied_parts, in_place, shared_by
+from ullage.workload import Instance, Workload, copied_parts
 
 MOST_NODES = 2_000_000  # a walk goes through data in memory, too; a bound against one that never ends
 
@@ -23,11 +23,8 @@ def _roots(inst: Instance | Workload) -> list[Any]:
 
 
 def _with_attributes(obj: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield the children of an object with its class, the hooks that backward runs, attributes of modules and of tensors."""
+    """Yield the children of an object with its class, the hooks that backward runs, and attributes that the user set on a tensor."""
     yield from with_classes(obj)
-    if not isinstance(obj, type):
-        for _, name, value in shared_by(obj):
-            yield None, name, value
     yield from hooks_of(obj)
     if isinstance(obj, Tensor):
         for name, value in vars(obj).items():
@@ -41,8 +38,7 @@ def all_a_step_reaches(inst: Instance) -> Iterator[Any]:
 
 def copied_with(inst: Instance | Workload) -> list[Any]:
     """Parts of a workload: they are copied where it is captured, and counted where it is measured."""
-    with in_place(getattr(inst, "places", [])):
-        return [obj for obj, _ in traverse(_roots(inst), {}, copied_parts, most=MOST_NODES)]
+    return [obj for obj, _ in traverse(_roots(inst), {}, copied_parts, most=MOST_NODES)]
 
 
 def copied_tensors(inst: Instance | Workload) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ullage._errors import UllageError, WorkloadError
 from ullage._torch import FakeCopyMode, FakeTensor, FakeTensorMode
 from ullage.workload._batch import check_batch, tensors_of
-from ullage.workload._copy import Copier, Place
+from ullage.workload._copy import Copier
 from ullage.workload._reads import Reads
 
 OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None
@@ -93,7 +93,6 @@ class Instance:
     # fake and real tensors, until the values are known
     twins: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     inputs: Callable[[Any], Any] | None = None
-    places: list[Place] = field(default_factory=list, repr=False)  # these have copies while a step of a copy runs
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +259,6 @@ class Workload:
             step,
             copied.weakly_held,
             inputs=inputs,
-            places=copied.places,
         )
 
 
