@@ -83,7 +83,7 @@ def test_a_plan_is_a_file(tmp_path: Path) -> None:
     assert t is not None
     assert again.endurance == ul.offload.endurance_note(t.sent_bytes, 1 / again.predicted.step_seconds)
     assert f"  endurance  offload writes {t.sent_bytes / 2**20:.2f} MiB per step, " in str(again)
-    assert "offload:disk" in str(again) and "hidden" in str(again) and str(tmp_path) in str(again)
+    assert "offloads everything to disk" in str(again) and "hidden" in str(again) and str(tmp_path) in str(again)
 
 
 def test_a_plan_takes_no_more_than_the_file_holds(tmp_path: Path) -> None:
