@@ -154,9 +154,18 @@ def test_factories(kind: str, tmp_path: Path) -> None:
     assert_planned(ul.Workload.from_factory(make))
 
 
-def test_a_compiled_model_is_captured_without_the_compiler() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_captured_without_the_compiler(in_place: bool) -> None:
+    """No setting of the compiler is changed for that: other threads may be compiling."""
+
     def make() -> ul.Workload:
-        return ul.Workload(torch.compile(model(), backend="eager"), X, loss=square)
+        made, compiled = model(), model()
+        compiled.compile(backend="eager") if in_place else None
+        return ul.Workload(compiled if in_place else torch.compile(made, backend="eager"), X, loss=loss)
+
+    def loss(out: Tensor, batch: Tensor) -> Tensor:
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+        return square(out, batch)
 
     profile = ul.profile(ul.Workload.from_factory(make), costs="roofline")
     assert profile.peak_bytes == ul.profile(ul.Workload(model(), X, loss=square), costs="roofline").peak_bytes

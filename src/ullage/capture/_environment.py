@@ -69,9 +69,6 @@ def unnoticed(tracker: Any) -> Iterator[None]:
         _choose_kernels(stack, tracker)
         _read_values(stack, tracker)
         _let_tensors_be_swapped(stack, tracker)
-        # a compiled model runs eagerly: the compiler would follow the capture itself
-        if "_dynamo" in vars(torch):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         hf = sys.modules.get("transformers.utils.import_utils")
         if hf is not None and hasattr(hf, "is_fake_tensor"):  # is_tracing() asks it and then builds masks
             is_fake, mine = hf.is_fake_tensor, _here()

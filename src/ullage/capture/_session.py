@@ -91,6 +91,17 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def _run_eagerly(module: nn.Module) -> None:
+    """Have a capture's own copy of a module run without the compiler, which would follow the capture itself.
+
+    `torch.compiler.set_stance` would do it, but for every thread of the process.
+    """
+    if type(module).__name__ == "OptimizedModule":
+        module.forward = module._orig_mod.__call__  # type: ignore[operator]
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        module._compiled_call_impl = None
+
+
 class _CapturedUnit(Unit):
     """A unit whose replays substitute ops, because function modes are off inside backward, and read what their forward has read."""
 
@@ -166,6 +177,8 @@ class Session:
             self._apart.leave()
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
         compiled = [n or "the model" for n, m in self.inst.model.named_modules() if _is_compiled(m)]
+        for module in list(self.inst.model.modules()):
+            _run_eagerly(module)
         if compiled:
             note = f"{compiled[0]} is compiled and was captured as it runs without the compiler, which may save other tensors: no peak is promised under torch.compile"
             self.values.assumptions[note] = None
