@@ -15,6 +15,7 @@ import pytest
 import ullage as ul
 from tests.report import pages
 from tests.small import blocks, tiny
+from ullage._bytes import format_bytes
 from ullage.report._drawn import drawn_overview, drawn_timeline
 from ullage.report._thin import kept_events
 from ullage.report._tree import tree
@@ -46,7 +47,7 @@ def test_a_budget_is_that_of_plan() -> None:
     assert found.frontier is not None and found.frontier.policies == frontier.policies
     facts = [[(p.peak_bytes, p.step_seconds) for p in f.points] for f in (frontier, found.frontier)]
     assert facts[0] == facts[1]
-    assert f"({plan.predicted.peak_bytes:,} bytes)" in str(found) and found.title == "GPT"
+    assert format_bytes(plan.predicted.peak_bytes) in str(found) and found.title == "GPT"
 
 
 @pytest.mark.slow
