@@ -1,7 +1,7 @@
-"""The parts of `gpu.py`: each returns what it found as JSON, small enough for eight minutes on one GPU in all.
+"""The parts of `gpu.py`: each returns its findings as JSON, small enough for eight minutes on one GPU in all.
 
 A part takes the device and returns {"rows": [...], "failed": [...]}. On a CPU the same code runs on smaller models, so that it can't rot;
-what only a GPU has is left out and named.
+a part names each check that needs a GPU and leaves it out.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def tests(device: str) -> Found:
 
 
 def prediction(device: str) -> Found:
-    """Predicted peaks of steps 1 and 3 against the allocator's, plain and with a plan; on CUDA what it reserves, too."""
+    """Predicted peaks of steps 1 and 3 against the allocator's, plain and with a plan; on CUDA its reserved bytes, too."""
     rows, failed = [], []
     for name, make in small(device).items():
         work = make()
@@ -116,9 +116,10 @@ def promise(device: str) -> Found:
     for name, make in small(device).items():
         work = make()
         plain = ul.profile(work).peak_bytes
-        least = _smallest(work)
+        smallest = ul.plan(work, "smallest")
+        least = smallest.predicted.peak_bytes
         for label, budget in (("smallest", least), ("halfway", (least + plain) // 2), ("plain", plain)):
-            plan = ul.plan(work, budget)
+            plan = smallest if budget == least else ul.plan(work, budget)
             _emptied()
             measured = ul.measure(work, plan, steps=1).peak_bytes
             exact = ul.verify(work, plan).ok
@@ -150,7 +151,7 @@ def frontier(device: str) -> Found:
 
 
 def offload(device: str) -> Found:
-    """Steps that offload to pinned memory and to a file: seconds, and what of the transfers computing hides."""
+    """Steps that offload to pinned memory and to a file: seconds, and the transfer time that computing hides."""
     size = (8, 1024, 4, 1024) if device != "cpu" else (4, 64, 4, 64)
     work = gpt(device, *size)
     rows, failed = [], []
@@ -240,14 +241,6 @@ def generators_and_streams(device: str) -> Found:
     if not all(equal):
         failed.append("gradients or the generator differ")
     return {"rows": rows, "failed": failed, "left out": [] if device != "cpu" else ["a side stream: needs a GPU"]}
-
-
-def _smallest(work: ul.Workload) -> int:
-    try:
-        ul.plan(work, 1)
-    except ul.BudgetInfeasible as error:
-        return error.smallest_bytes
-    raise AssertionError("one byte is enough?")
 
 
 def _emptied() -> None:

@@ -26,7 +26,7 @@ from _machine import machine
 
 
 def run(part: str, device: str) -> dict[str, Any]:
-    """What a part found, in a process of its own."""
+    """A part's findings; it runs in a process of its own."""
     limit = PARTS[part][1] * (1 if device != "cpu" else 8)  # a CPU is slow, and nobody lends it
     began = time.monotonic()
     command = [sys.executable, __file__, "--part", part, "--device", device]

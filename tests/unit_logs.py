@@ -42,7 +42,7 @@ class _Maker:
         choose = self.choose
         kind, inputs = choose(12), [self.pick() for _ in range(1 + choose(3))]
         given = inputs[0]
-        func, writes, draws = _PLAIN[choose(len(_PLAIN))], set[int](), False
+        func, writes, draws = _PLAIN[choose(len(_PLAIN))], list[Value](), False
         if kind < 4:
             made: list[Value | None] = [self.fresh()]
         elif kind < 6:
@@ -51,13 +51,13 @@ class _Maker:
             func, made = aten.view.default, [(given[0], 0, (1, *given[2]), (1, *given[3]), given[4], 0)]
             inputs = [given]
         elif kind == 8:
-            func, made, writes = aten.mul_.Tensor, [given], {given[0]}
+            func, made, writes = aten.mul_.Tensor, [given], [given]
         elif kind == 9:
             func, made, draws = aten.bernoulli.default, [self.fresh()], True
         elif kind == 10:  # something new, a view of what it was given, and a number
             func, made = aten.native_layer_norm.default, [self.fresh(), given, None]
         else:  # something new, and running statistics
-            func, made, writes = aten.native_batch_norm.default, [self.fresh(), self.fresh()], {inputs[-1][0]}
+            func, made, writes = aten.native_batch_norm.default, [self.fresh(), self.fresh()], [inputs[-1]]
         outputs: list[tuple[Value | None, Any]] = [
             (v, (v[2], v[3], v[4], torch.device("cpu")) if v is not None else 3) for v in made
         ]

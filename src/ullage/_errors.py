@@ -120,7 +120,7 @@ class BudgetInfeasible(BudgetError):
 
     @property
     def bounds(self) -> WhatHoldsThePeak | None:
-        """What is alive then."""
+        """The tensors alive at that moment, and the levers that would lower it."""
         return self._facts()[2]
 
 

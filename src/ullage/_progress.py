@@ -1,4 +1,4 @@
-"""Progress on a terminal: after two seconds, one line on stderr says what is being done; it is gone when the result is there."""
+"""Progress on a terminal: after two seconds, one line on stderr names the stage; it is erased when the result is there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shows_progress(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def callback(progress: Progress) -> Callable[[str], None] | None:
-    """What a decorated function was given, as a callback or None."""
+    """Return the argument of a decorated function as a callback or None."""
     return progress if callable(progress) else None
 
 

@@ -243,3 +243,33 @@ def test_calls_that_do_not_run_are_told_by_name() -> None:
     with pytest.warns(ullage.UllageWarning, match=text):
         ullage.checkpoint(_f, x, w, keep="mm[0,2-4]+_scaled_dot_product_flash_attention_for_cpu[0]").sum().backward()
     assert torch.equal(x.grad, torch.autograd.grad(_f(x, w).sum(), x)[0])  # type: ignore[arg-type]
+
+
+def _attends(x: Tensor, w: Tensor) -> Tensor:
+    h = (x @ w).view(1, 2, 8, 8)
+    return nn.functional.scaled_dot_product_attention(h, h.sin(), h).exp()
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"])
+def test_attention_by_its_portable_name_and_by_a_kernels(name: str) -> None:
+    """A rule that was made on another device names the op, an old file a kernel: a replay runs neither again."""
+    kernel, other = (
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+    )
+    rule, portable = OpsRule.from_text(f"{name}[0]"), not name.startswith("_")
+    assert rule(kernel, 0) and not rule(kernel, 1) and kernel in rule.ops
+    assert rule(other, 0) == (rule.kind_of(other) == rule.kind_of(kernel)) == (other in rule.ops) == portable
+    assert rule.not_among([kernel]) == "" and rule.not_among([aten.mm.default]) == f"{name}[0]"
+    truth, counts = gradients(_attends, inputs((16, 8), (8, 8)), plain), []
+    for keep in (None, f"{name}[0]"):
+        seen: list[Any] = []
+
+        def wrap(fn: Any, *args: Any, keep: Any = keep) -> Any:
+            return ullage.checkpoint(fn, *args, keep=keep)
+
+        for _ in range(2):
+            ops = ops_in(lambda wrap=wrap, seen=seen: seen.append(gradients(_attends, inputs((16, 8), (8, 8)), wrap)))  # type: ignore[misc]
+        assert seen == [truth, truth]
+        counts.append(ops[kernel])
+    assert counts == [2, 1]

@@ -54,7 +54,7 @@ class Taking:
     """Where the values of a session come from.
 
     Attributes:
-        reads: what was asked for.
+        reads: the user's choice of `values` and `assume`.
         sizes: whether sizes may be assumed, too.
         mask: the share of elements that a mask is assumed to select.
         recording: values of real steps, taken instead of assumptions.
@@ -69,11 +69,8 @@ class Taking:
 class Assumed:
     """Gives values that a step reads. A plan uses those of `trial` 0, and the captures of the others are compared with it."""
 
-    TRIALS = (
-        1,
-        2,
-        3,
-    )  # the last one only where several values are read: their signs and truth alternate the other way round
+    # the last one only where several values are read: their signs and truth alternate the other way round
+    TRIALS = (1, 2, 3)
 
     def __init__(self, trial: int, notes: dict[str, None], taking: Taking) -> None:
         self.trial, self._notes, self.taking = trial, notes, taking
@@ -109,7 +106,7 @@ class Assumed:
         return [k for k in self.taking.reads.assume if ":" in k and not any(Reads(assume={k: 1}).at(x) for x in lines)]
 
     def recorded(self, what: str, place: Callable[[], str], known: bool) -> Taken | None:
-        """Return what a real step has read at this place; None if there is no recording, or nothing more in it.
+        """Return the values that a real step has read at this place; None if there is no recording, or nothing more in it.
 
         Args:
             what: the op.

@@ -36,7 +36,7 @@ def explained(error: Exception, op: FailedOp | None, module: str, read: dict[str
         module: the fully qualified name of the module that runs, "" outside of every module.
         read: lines that read values which depend on activations, and so were made up.
     """
-    if op is not None and not any(e is op.error for e in _chain(error)):
+    if op is not None and not any(e is op.error for e in chain(error)):
         op = None
     place = (op.place if op is not None else "") or line_of(error)
     within = (op.module if op is not None else "") or module
@@ -45,7 +45,8 @@ def explained(error: Exception, op: FailedOp | None, module: str, read: dict[str
     return CaptureError(head + _cause(error, op) + (_made_up(read) if read else ""))
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and the errors that led to it."""
     seen: set[int] = set()
     todo: BaseException | None = error
     while todo is not None and id(todo) not in seen:

@@ -88,7 +88,7 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class KnownCall:
-    """What is known of calls with one signature. It stands for the signature, whose hash costs as much as a fake kernel's output.
+    """The recipes for calls with one signature. This object stands for the signature, whose hash costs as much as a fake kernel's output.
 
     Attributes:
         func: the op; held, because keys have its id.
@@ -112,7 +112,7 @@ class KnownOutputs:
         self._guard = None if unsafe is None else warn_on_data_ptr if unsafe else throw_on_data_ptr
 
     def call(self, func: Any, args: Any, kwargs: Any) -> KnownCall:
-        """Return what is known of calls with this signature."""
+        """Return the recipes for calls with this signature."""
         # the op by its id, because its own hash runs Python
         key = (id(func), argument_key(args), tuple([(k, argument_key(v)) for k, v in kwargs.items()]))
         known = self._calls.get(key)

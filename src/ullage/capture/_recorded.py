@@ -120,7 +120,7 @@ def _listed(tensor: Tensor) -> Any:
 
 @contextlib.contextmanager
 def recording_one(recording: Recording) -> Iterator[None]:
-    """Write down what the step inside reads."""
+    """Write down the values and sizes that the step inside reads."""
     found: dict[tuple[str, str], list[Taken]] = {}
     recording.steps.append(found)
     ops = _Ops(found)

@@ -86,20 +86,21 @@ class OptionFailed(CaptureError):
         self.fqn, self.option, self.cause, self.linked = fqn, option, cause, linked
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """By `torch.compile(module)`, or by `module.compile()`."""
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _run_eagerly(module: nn.Module) -> None:
-    """Have a capture's own copy of a module run without the compiler, which would follow the capture itself.
+def _uncompiled(model: nn.Module) -> list[str]:
+    """Have a capture's own copy of a model run without the compiler, which would follow the capture; return the modules that it was on.
 
     `torch.compiler.set_stance` would do it, but for every thread of the process.
     """
-    if type(module).__name__ == "OptimizedModule":
-        module.forward = module._orig_mod.__call__  # type: ignore[operator]
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        module._compiled_call_impl = None
+    found = []
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "OptimizedModule":  # of `torch.compile(module)`
+            module.forward = module._orig_mod.__call__
+        elif getattr(module, "_compiled_call_impl", None) is not None:  # of `module.compile()`
+            module._compiled_call_impl = None
+        else:
+            continue
+        found.append(name or "the model")
+    return found
 
 
 class _CapturedUnit(Unit):
@@ -176,9 +177,7 @@ class Session:
         finally:
             self._apart.leave()
         self.names = {id(m): name for name, m in self.inst.model.named_modules()}
-        compiled = [n or "the model" for n, m in self.inst.model.named_modules() if _is_compiled(m)]
-        for module in list(self.inst.model.modules()):
-            _run_eagerly(module)
+        compiled = _uncompiled(self.inst.model)
         if compiled:
             note = f"{compiled[0]} is compiled and was captured as it runs without the compiler, which may save other tensors: no peak is promised under torch.compile"
             self.values.assumptions[note] = None
@@ -330,10 +329,10 @@ class Session:
 
     def _explain(self, error: Exception) -> UllageError:
         """Return the error to raise: in a step with wrapped units the one of a unit's option, because the plain step has run before."""
-        stack = self.tracker.module_stack
-        wrapped = [f for f, s in self._settings.items() if not s.option.is_plain]
         from ullage.capture._checks import raised_on_purpose
 
+        stack = self.tracker.module_stack
+        wrapped = [f for f, s in self._settings.items() if not s.option.is_plain]
         self.raised_on_purpose = raised_on_purpose(error)
         ours = error if isinstance(error, UllageError) else None
         if self.fake_mode.beside and not isinstance(ours, CaptureError):  # ops of another thread are the likely cause

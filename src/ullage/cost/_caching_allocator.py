@@ -1,4 +1,4 @@
-"""What torch's CUDA caching allocator reserves for a list of allocations, by its documented rules.
+"""A simulation of torch's CUDA caching allocator: the bytes it reserves for a list of allocations.
 
 Idea: the allocator takes segments from the driver and cuts blocks out of them, so that it holds more than tensors do. Which segments it
 takes follows from the order of allocations and frees alone, so it can be replayed without a device.
@@ -18,7 +18,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 ROUND = 512
-SMALL = 1 << 20  # the largest small block; what is left of a large block is split off if it is larger
+SMALL = 1 << 20  # the largest small block; the rest of a large block is split off if it is larger
 SMALL_SEGMENT = 2 << 20
 LARGE_SEGMENT = 20 << 20
 LEAST_OWN_SEGMENT = 10 << 20
@@ -40,12 +40,10 @@ class CachingAllocator:
 
     Attributes:
         reserved_bytes: bytes of all segments.
-        allocated_bytes: bytes of blocks in use.
-        peak_allocated_bytes: the most that these were.
     """
 
     def __init__(self) -> None:
-        self.reserved_bytes = self.allocated_bytes = self.peak_allocated_bytes = 0
+        self.reserved_bytes = 0
         # free blocks of each pool by (size, address), which is the order in which the allocator prefers them
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         self._at: dict[int, _Block] = {}  # by address
@@ -64,16 +62,13 @@ class CachingAllocator:
         else:
             block = self._segment(size, small)
         self._split(block, size)
-        self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block.address
 
     def free(self, address: int) -> None:
-        """Free what was allocated at an address."""
+        """Free the block at an address."""
         if address < 0:
             return
         block = self._at[address]
-        self.allocated_bytes -= block.size
         if block.before is not None and block.before.free:
             block = self._merged(block.before, block, block.before)
         if block.after is not None and block.after.free:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from ullage._portable import PortableRule, portable_name
 from ullage.levels._graph import Graph, Group, OpNode, SavedNode, StorageNode, ValueNode
-from ullage.runtime.ops._keep import OpsRule, Rule
+from ullage.runtime.ops._keep import OpsRule, Rule, portable_name
 from ullage.runtime.ops._log import Log, Op, Value
 from ullage.runtime.ops._select import Flow, selection_of
 
@@ -32,7 +31,7 @@ def graph_of(log: Log, seconds: Sequence[float], round_bytes: int = 1, base: Rul
 
 def rule_for(graph: Graph, kept: Collection[int], routing: bool = False) -> OpsRule:
     """Return the rule by which the runtime keeps exactly these groups, and routing outputs if asked to."""
-    return PortableRule(frozenset(graph.groups[g].call for g in kept), routing)
+    return OpsRule(frozenset(graph.groups[g].call for g in kept), routing)
 
 
 class _Maker:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ullage._portable import rule_named
 from ullage.levels import graph_of, levels, rule_for
 from ullage.mechanisms._mechanism import Exploration, Option, TierView
 from ullage.runtime import Learnt, level_rule
-from ullage.runtime.ops._keep import OpsRule
+from ullage.runtime.ops._keep import OpsRule, named_rule
 from ullage.runtime.unit._tier import LEAST_BYTES
 
 # Levels per unit. Each costs a captured step, so a plan's time grows with it; the gaps between levels that remain are the smallest in
@@ -63,7 +62,7 @@ def _levels_of(learnt: Learnt, seconds: Sequence[float], round_bytes: int, routi
 
 def sent(levels: Levels, tier: TierView, which: Callable[[Calls], Calls], action: str) -> list[Option]:
     """Return these levels with the outputs of the calls that `which` names offloaded; a level without such calls is left out."""
-    rules = [rule_named(o.level, False) for o in levels.options]
+    rules = [named_rule(o.level, False) for o in levels.options]
     found = [r.sent(tier.name, leaving) for r in rules if isinstance(r, OpsRule) and (leaving := which(r.calls))]
     return [Option(action, r.text) for r in found]
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ullage._portable import rule_named
 from ullage.mechanisms._mechanism import (
     Exploration,
     HostTimes,
@@ -20,10 +19,15 @@ from ullage.mechanisms._mechanism import (
 )
 from ullage.mechanisms.recompute import RECOMPUTE
 from ullage.runtime import ATTENTION, MATMUL, Rule
-from ullage.runtime.ops._keep import kind_of
+from ullage.runtime.ops._keep import kind_of, named_rule
 
 if TYPE_CHECKING:
     from ullage.mechanisms._levels import Levels
+
+
+# Equal units that a level needs, if all levels are to run in one step: one in the middle, whose neighbours have the same level, and
+# one on either side. A model with fewer has each level run in a step of its own.
+EQUAL_PER_LEVEL = 3
 
 
 class Select(Mechanism):
@@ -45,7 +49,7 @@ class Select(Mechanism):
         """Read a level's name, or single calls of ops."""
         if not level:
             raise ValueError
-        rule_named(level)
+        named_rule(level)
         return Option(self.action, level)
 
     def offers(self, unit: UnitView, tier: TierView | None) -> Offer:
@@ -59,7 +63,7 @@ class Select(Mechanism):
 
     def admits(self, unit: UnitView, option: Option) -> bool:
         """Admit any level that would keep something."""
-        rule, counts = rule_named(option.level, False), Counter[Any]()
+        rule, counts = named_rule(option.level, False), Counter[Any]()
         for op in unit.ops:
             kind = kind_of(op.func, rule)
             if rule(op.func, counts[kind]):
@@ -109,7 +113,7 @@ class Select(Mechanism):
 
     def rule(self, option: Option, keeps_routing: bool) -> Rule | None:
         """Return the level's rule."""
-        return rule_named(option.level, keeps_routing)
+        return named_rule(option.level, keeps_routing)
 
 
 def _classes(found: Mapping[str, Levels]) -> list[tuple[Levels, list[str]]]:
@@ -139,10 +143,6 @@ def _rung(x: Exploration, options: Sequence[Option], k: int, fqn: str) -> Option
     left = [o for o in options if x.has(fqn, o)]
     return left[min(k, len(left) - 1)] if left else None
 
-
-# Equal units that a level needs, if all levels are to run in one step: one in the middle, whose neighbours have the same level, and
-# one on either side. A model with fewer has each level run in a step of its own.
-EQUAL_PER_LEVEL = 3
 
 register(Select())
 SELECTIVE = Option(Select.action, "matmul_attention")

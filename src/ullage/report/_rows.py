@@ -9,7 +9,7 @@ import msgspec
 
 from ullage._bytes import format_bytes
 from ullage.planner import Decision, Holding
-from ullage.planner.plan._grouped import template, together
+from ullage.planner.plan._grouped import equal_units, together
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,20 +65,19 @@ class UnitRow:
 
 def unit_rows(decisions: Iterable[Decision]) -> list[UnitRow]:
     """A row per group of equal units."""
-    groups: dict[tuple[str, str, str, str], list[Decision]] = {}
-    for d in decisions:
-        groups.setdefault((template(d.unit), d.words or d.label, d.label, d.reason), []).append(d)
-    return [
-        UnitRow(
-            together([d.unit for d in alike]),
-            words,
-            label if ":" in label and label != words else "",
-            sum(d.bytes_freed for d in alike),
-            sum(d.seconds_added for d in alike),
-            reason,
-        )
-        for (_, words, label, reason), alike in groups.items()
-    ]
+    return [_unit_row(alike) for alike in equal_units(decisions)]
+
+
+def _unit_row(alike: Sequence[Decision]) -> UnitRow:
+    words, label = alike[0].words or alike[0].label, alike[0].label
+    return UnitRow(
+        together([d.unit for d in alike]),
+        words,
+        label if ":" in label and label != words else "",
+        sum(d.bytes_freed for d in alike),
+        sum(d.seconds_added for d in alike),
+        alike[0].reason,
+    )
 
 
 def grouped(named: Iterable[tuple[str, str]]) -> list[str]:

@@ -47,7 +47,7 @@ def workload_from_config(
 ) -> Workload:
     """A factory workload; what can be checked without building the model is checked at once.
 
-    Its `notes` name the defaults that were taken, and what of the config is not heeded.
+    Its `notes` name the defaults that were taken, and the fields of the config that are not heeded.
 
     Raises:
         WorkloadError: not a config, of an unknown class, or one whose inputs are not known.
@@ -124,7 +124,7 @@ def _read(path: Path, target: str) -> dict[str, Any]:
 
 
 def _classes(raw: dict[str, Any], target: str) -> tuple[Any, Any, list[str]]:
-    """The model class, the config object, and sentences about what is not as in the file."""
+    """The model class, the config object, and sentences about fields that were changed."""
     try:
         import transformers
     except ImportError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """In and out features of a linear layer, also of transformers' Conv1D; None of another module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if re.fullmatch(r"Conv1D", type(module).__name__) and hasattr(module, "nx"):
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):
         return int(module.nx), int(module.nf)  # type: ignore[arg-type]
     return None
 

@@ -6,6 +6,7 @@ A stand-in has the state of the library that it stands for, to the byte; its tem
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,11 +20,8 @@ SMALL = 4096  # tensors with fewer elements keep their state in float32, as in b
 CHUNK = 1 << 22  # elements that are updated at once: 16 MiB in float32
 
 
-class _Adam(torch.optim.Optimizer):
-    """AdamW's update in float32, whatever the parameters' dtype; subclasses say where the state lies."""
-
-    def __init__(self, params: Params, lr: float = 1e-4, weight_decay: float = 1e-2) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
+class _Optimizer(torch.optim.Optimizer, ABC):
+    """The part of `step` that optimizers share: the closure."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -32,21 +30,37 @@ class _Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._updates()
+        return loss
+
+    @abstractmethod
+    def _updates(self) -> None: ...
+
+
+class _OneByOne(_Optimizer):
+    """Updates one parameter after the other; subclasses make a parameter's state and update it."""
+
+    def _updates(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state[p]
                     if not state:
                         self._start(p, state)
-                    state["step"] += 1
                     self._update(p, p.grad, state, group)
-        return loss
 
-    def _start(self, p: Tensor, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self, p: Tensor, state: dict[str, Any]) -> None: ...
 
-    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None: ...
+
+
+class _Adam(_OneByOne):
+    """AdamW's update in float32, whatever the parameters' dtype; subclasses say where the state lies."""
+
+    def __init__(self, params: Params, lr: float = 1e-4, weight_decay: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
 
 
 def _adamw_(p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: int, group: dict[str, Any]) -> None:
@@ -69,6 +83,7 @@ class MasterAdamW(_Adam):
             state["master"] = p.detach().to(torch.float32)
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] += 1
         master = state.get("master", p)
         _adamw_(master, grad.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
         if master is not p:
@@ -90,6 +105,7 @@ class AdamW8bit(_Adam):
             state[f"{name}_scale"] = torch.zeros(scales, dtype=torch.float32, device=p.device)
 
     def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        state["step"] += 1
         if p.numel() < SMALL:
             new = p.float() if p.dtype != torch.float32 else p
             _adamw_(new, grad.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
@@ -114,7 +130,7 @@ class AdamW8bit(_Adam):
 
 
 def _blocks(values: Tensor) -> list[tuple[slice, slice]]:
-    """Whole blocks, and what is left of one: (elements, scales)."""
+    """Whole blocks, and the part of one at the end: (elements, scales)."""
     whole = values.numel() // BLOCK
     found = [(slice(0, whole * BLOCK), slice(0, whole))] if whole else []
     return found + ([(slice(whole * BLOCK, None), slice(whole, None))] if values.numel() % BLOCK else [])
@@ -141,35 +157,24 @@ def _write(values: Tensor, codes: Tensor, scales: Tensor, most: int) -> None:
     codes.copy_(values.abs_().sqrt_().sqrt_().mul_(most).ceil_().clamp_(max=most).mul_(signs))
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(_OneByOne):
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of a momentum, which is its only state."""
 
     def __init__(self, params: Params, lr: float = 1e-5, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            first, second = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                update = state["exp_avg"].lerp(p.grad, 1 - first).sign_()
-                p.add_(update, alpha=-group["lr"])
-                state["exp_avg"].lerp_(p.grad, 1 - second)
-        return loss
+    def _start(self, p: Tensor, state: dict[str, Any]) -> None:
+        state["exp_avg"] = torch.zeros_like(p)
+
+    def _update(self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        first, second = group["betas"]
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        update = state["exp_avg"].lerp(grad, 1 - first).sign_()
+        p.add_(update, alpha=-group["lr"])
+        state["exp_avg"].lerp_(grad, 1 - second)
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(_Optimizer):
     """Muon for the matrices inside a model, AdamW for the rest: embeddings, head, norms and biases, as its author has it."""
 
     def __init__(self, matrices: list[Any], others: list[Any], lr: float = 2e-3) -> None:
@@ -180,16 +185,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.state = self.state
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _updates(self) -> None:
         for part in self.parts:
             part.step()
-        return loss
 
 
 def _muon(model: nn.Module) -> torch.optim.Optimizer:

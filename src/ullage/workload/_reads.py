@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field
 
 from ullage._errors import ArgumentError
 
-W = TypeVar("W")
-
 CHOICES = ("auto", "assumed", "run")
-SHARES = (
-    "mask",
-    "unique",
-)  # what may be assumed everywhere: shares of the elements that a mask selects, or that are distinct
+# May be assumed everywhere: shares of the elements that a mask selects, or that are distinct
+SHARES = ("mask", "unique")
 _LINE = re.compile(r".+:\d+")
 
 
@@ -49,13 +44,5 @@ class Reads:
             raise ArgumentError("assume: values='run' takes the values of a real step, so that nothing is assumed")
 
     def at(self, line: str) -> float | None:
-        """What is to be taken at `folder/file.py:line`, if that line was named."""
+        """The number given for `folder/file.py:line`, if that line was named."""
         return next((n for k, n in self.assume.items() if line == k or line.endswith(f"/{k}")), None)
-
-
-def reading(work: W, values: str, assume: Mapping[str, float] | None) -> W:
-    """Return a `Workload` with its values found so, unless both are left at their defaults."""
-    asked = Reads(values, assume or {})
-    if asked == Reads() or not is_dataclass(work):  # what is no workload is refused by who uses it
-        return work
-    return replace(work, reads=asked)  # type: ignore[type-var]

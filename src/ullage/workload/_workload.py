@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -262,23 +262,18 @@ class Workload:
         )
 
 
+def reading(work: Workload, values: str, assume: Mapping[str, float] | None) -> Workload:
+    """Return a workload with its values found so, unless both are left at their defaults."""
+    asked = Reads(values, assume or {})
+    if asked == Reads() or not isinstance(work, Workload):  # whoever uses the workload refuses another object
+        return work
+    return replace(work, reads=asked)
+
+
 def _on_fake_tensors(built: Instance, mode: FakeTensorMode) -> Instance:
     """A factory's instance with fake twins of its real tensors: a batch from outside, weights that a library read past torch (safetensors does)."""
     with FakeCopyMode(mode):
         copied = Copier({})
-        parts = [
-            copied(part) for part in (built.model, built.batch, built.loss, built.optimizer, built.step, built.inputs)
-        ]
-    model, batch, loss, optimizer, step, inputs = parts
-    return Instance(
-        model,
-        batch,
-        loss,
-        optimizer,
-        built.autocast,
-        built.accumulate,
-        step,
-        copied.weakly_held,
-        copied.twins(),
-        inputs,
-    )
+        names = ("model", "batch", "loss", "optimizer", "step", "inputs")
+        parts = {name: copied(getattr(built, name)) for name in names}
+    return replace(built, **parts, held=copied.weakly_held, twins=copied.twins())

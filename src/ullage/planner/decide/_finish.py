@@ -24,7 +24,7 @@ from ullage.workload import note_of
 
 
 def forecast(steps: Steps, reserved: int | None = None) -> Forecast:
-    """Return the predictions of an executed first and later step; `reserved`: what the caching allocator would hold."""
+    """Return the predictions of an executed first and later step; `reserved`: bytes that the caching allocator would hold."""
     moved, (phase, module, op) = steps.later.overlap, steps.worst.moment
     return Forecast(
         peak_bytes=steps.peak_bytes,

@@ -12,7 +12,7 @@ from ullage.planner.study._study import Study
 
 
 def floor_of(s: Study) -> int:
-    """A peak that no plan goes below: that of the optimizer's update, and what is there before a step."""
+    """A peak that no plan goes below: the optimizer's update, or the bytes alive before a step, whichever is more."""
     start = int(s.timeline(s.plain_session).before[s.plain[1].ops.start])
     return max(s.update_peak_bytes, start)
 

@@ -16,32 +16,9 @@ from ullage.runtime import ATTENTION, MATMUL
 from ullage.runtime.ops._keep import Rule, kind_of, op_name
 
 MOST = 6  # things that one list names
-_VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "t",
-        "transpose.int",
-        "permute",
-        "expand",
-        "slice.Tensor",
-        "select.int",
-        "split.Tensor",
-        "split_with_sizes",
-        "unbind.int",
-        "squeeze",
-        "squeeze.dim",
-        "unsqueeze",
-        "alias",
-        "detach",
-        "as_strided",
-        "lift_fresh",
-        "_to_copy",
-        "clone",
-        "_reshape_alias",
-    ]
-)
+_COPIES = frozenset(
+    ["_unsafe_view", "reshape", "lift_fresh", "_to_copy", "clone", "_reshape_alias"]
+)  # named no more than views
 _SUMS, _PRODUCTS = ("add.Tensor", "add_.Tensor"), ("mul.Tensor", "mul_.Tensor")
 _GATES = {"silu": "SwiGLU", "gelu": "GeGLU", "relu": "ReGLU", "sigmoid": "GLU"}
 _ACTIVATIONS = {"silu": "SiLU", "gelu": "GELU", "relu": "ReLU", "sigmoid": "sigmoid", "tanh": "tanh"}
@@ -76,9 +53,9 @@ class Vocabulary:
         return found
 
     def name(self, op: Any, at: str) -> str:
-        """A short name of what an op computes; "" for a view."""
+        """A short name of what an op computes; "" for a view or a copy."""
         what = op_name(op)
-        if what in _VIEWS:
+        if op.is_view or what in _COPIES:
             return ""
         module = self.model.get_submodule(at)
         kind, own = type(module).__name__, at.rpartition(".")[2] if at != self.fqn else ""

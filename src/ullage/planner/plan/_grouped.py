@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ullage._bytes import format_bytes, format_seconds
+from ullage.runtime.ops._keep import consecutive
 
 WIDTH = 76  # of 80 columns, less the indentation
 
@@ -29,14 +30,23 @@ class Decided(Protocol):
     def seconds_added(self) -> float: ...
 
 
+D = TypeVar("D", bound=Decided)
+
+
+def equal_units(decisions: Iterable[D], by_label: bool = True) -> list[list[D]]:
+    """Decisions of one template, action and reason together, in the order of the first of each; `by_label`: and of the same ops."""
+    groups: dict[tuple[str, ...], list[D]] = {}
+    for d in decisions:
+        key = template(d.unit), d.words or d.label, d.reason, d.label if by_label else ""
+        groups.setdefault(key, []).append(d)
+    return list(groups.values())
+
+
 def rows_of(decisions: Iterable[Decided], verbose: bool = False) -> list[str]:
     """The decisions as lines: which units, what is done, what that frees and adds in all, and why."""
-    groups: dict[tuple[str, str, str, str], list[Decided]] = {}
-    for d in decisions:
-        key = template(d.unit), d.words or d.label, d.reason, d.label if verbose else ""
-        groups.setdefault(key, []).append(d)
     lines = []
-    for (_, words, reason, raw), alike in groups.items():
+    for alike in equal_units(decisions, verbose):
+        words, reason, raw = alike[0].words or alike[0].label, alike[0].reason, alike[0].label if verbose else ""
         freed, added = sum(d.bytes_freed for d in alike), sum(d.seconds_added for d in alike)
         total = " in all" if len(alike) > 1 else ""
         effect = f"frees {format_bytes(freed)}, adds {format_seconds(added)}{total}; " if freed or added else ""
@@ -84,12 +94,6 @@ def together(names: Sequence[str]) -> str:
     differ = [k for k in range(len(parts[0])) if len({p[k] for p in parts}) > 1]
     if len(differ) != 1:
         return f"{names[0]} .. {names[-1]} ({len(names)})"
-    numbers = sorted(int(p[differ[0]]) for p in parts)
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
+    runs = consecutive(sorted(int(p[differ[0]]) for p in parts))
     parts[0][differ[0]] = ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
     return f"{'.'.join(parts[0])} ({len(names)})"

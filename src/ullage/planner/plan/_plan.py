@@ -322,7 +322,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def _reserved(planned: int | None, plain: int | None) -> list[str]:
-    """Return the row about what the caching allocator holds, if that was simulated."""
+    """Return the row about reserved bytes, if they were simulated."""
     if planned is None or plain is None:
         return []
     return [f"  reserved   {format_bytes(planned)}   plain {format_bytes(plain)}   (torch's allocator, simulated)"]

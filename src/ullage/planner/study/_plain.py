@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ullage._errors import ArgumentError, CaptureError, WorkloadError
 from ullage._told import out_of_memory, tells_of
 from ullage.apply._existing import refuse_existing
 from ullage.capture import Session
 from ullage.capture._assumed import Taking, steers
+from ullage.capture._explain import chain
 from ullage.capture._kernels import NeedsValues
 from ullage.capture._recorded import Recording, recording_one
 from ullage.measure._measure import resident_bytes
@@ -41,7 +41,7 @@ def plain_session(work: Workload, choice: DeviceChoice, say: Callable[[str], Non
             session, lambda k: Session(work, choice.round_bytes, choice.as_cuda, like=session, trial=k), STEPS
         )
     except CaptureError as error:
-        if not may_run or not (session.values.assumed.read or any(isinstance(e, NeedsValues) for e in _causes(error))):
+        if not may_run or not (session.values.assumed.read or any(isinstance(e, NeedsValues) for e in chain(error))):
             raise
         steered = True
     else:
@@ -58,21 +58,21 @@ def _new(work: Workload, choice: DeviceChoice, taking: Taking) -> Session:
 
 
 def _run_for_real(work: Workload, choice: DeviceChoice, say: Callable[[str], None]) -> Session:
-    taking = _recorded(work, say)
-    session = _new(work, choice, taking)
+    recording = _recorded(work, say)
+    session = _new(work, choice, Taking(work.reads, recording=recording))
     session.run(steps=STEPS)
-    grows = taking.recording.grows if taking.recording is not None else 0
-    if grows > 0:
+    if recording.grows > 0:
         session.values.assumptions[
-            f"the second step leaves {grows:,} more bytes behind than the first: what the step holds grows, as an L-BFGS history does, and the "
+            f"the second step leaves {recording.grows:,} more bytes behind than the first: what the step holds grows, as an L-BFGS history does, and the "
             "promise is for the first two steps"
         ] = None
     return session
 
 
-def _recorded(work: Workload, say: Callable[[str], None]) -> Taking:
+def _recorded(work: Workload, say: Callable[[str], None]) -> Recording:
     try:
-        return Taking(work.reads, recording=record(work, say))
+        found: Recording = record(work, say)
+        return found
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -102,11 +102,7 @@ def _share_of_masks(work: Workload) -> float:
     masks = [
         t for t in (() if work.factory is not None else tensors_of(work.batch)) if t.dtype is torch.bool and t.numel()
     ]
-    return sum(_true(t) for t in masks) / sum(t.numel() for t in masks) if masks else 1.0
-
-
-def _true(mask: Tensor) -> int:
-    return int(mask.sum())
+    return sum(int(t.sum()) for t in masks) / sum(t.numel() for t in masks) if masks else 1.0
 
 
 def _check_lines(session: Session) -> None:
@@ -116,10 +112,3 @@ def _check_lines(session: Session) -> None:
         raise ArgumentError(
             f"assume: nothing that depends on activations is read at {', '.join(unused)}; lines that do: {read}"
         )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__

@@ -1,4 +1,4 @@
-"""What torch's CUDA caching allocator would reserve for a captured trace."""
+"""The bytes that torch's CUDA caching allocator would reserve for a captured trace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ullage.planner.study._study import Study
 def reserved_bytes(s: Study, last: StepCapture) -> int | None:
     """Return the bytes reserved when a captured step and all steps before it have run; None on a device without a caching allocator.
 
-    What a kernel allocates inside itself is known as a sum, and counts as one block. A library's workspace (cuBLAS) is allocated
+    Of a kernel's inner allocations only their sum is known, so they count as one block. A library's workspace (cuBLAS) is allocated
     before the step.
     """
     if s.device.facts.kind != "cuda":

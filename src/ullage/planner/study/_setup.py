@@ -1,4 +1,4 @@
-"""What a step is, in the facts that its numbers depend on: model, batch, dtypes, optimizer and device."""
+"""The facts of a step that its bytes and seconds depend on: model, batch, dtypes, optimizer and device."""
 
 from __future__ import annotations
 

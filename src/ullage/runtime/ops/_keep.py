@@ -25,6 +25,9 @@ _names = (
     "_efficient_attention_forward"
 )
 ATTENTION = {getattr(aten, n).default for n in _names.split() if hasattr(aten, n)}
+# The kernel depends on the device: a rule that was made on a CPU names this op, and means any of them.
+SDPA = "scaled_dot_product_attention"
+_SDPA_KERNELS = frozenset(op for op in ATTENTION if op._schema.name.startswith("aten::_scaled_dot_product_"))
 MATMUL = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 MATMUL |= {op.default for n in ("_grouped_mm", "_scaled_mm") if (op := getattr(aten, n, None)) is not None}
 # Kept at every level of a plan: an index that came out differently would send a token to another expert than in the forward. They are
@@ -89,7 +92,8 @@ class OpsRule:
     """Names single calls of ops, such as `gelu[0]+mm[0,2,5-7]@disk`: the first call of gelu, and five calls of mm.
 
     Attributes:
-        calls: (name, n): see `op_name`; n counts the calls of this very overload, from 0.
+        calls: (name, n): see `op_name` and `portable_name`; n counts the calls of this very overload, those of the kernels of
+            `scaled_dot_product_attention` together, from 0.
         routing: keep routing outputs too, as at a level.
         leaving: the calls whose outputs are offloaded (`@host`, `@disk`).
         tier: where they are offloaded to.
@@ -153,23 +157,27 @@ class OpsRule:
     @property
     def ops(self) -> list[Any]:
         """The overloads that the rule names and torch knows now."""
-        found = [_find_op(name) for name in sorted({name for name, _ in self.calls})]
-        return [op for op in found if op is not None]
+        names = {name for name, _ in self.calls}
+        found = [_find_op(name) for name in sorted(names)]
+        kernels = sorted(_SDPA_KERNELS, key=str) if SDPA in names else []
+        return [*(op for op in found if op is not None), *kernels]
 
     def not_among(self, ran: Iterable[Any]) -> str:
         """Return, as text, the calls that the rule names and that did not run; "" if all did. `ran`: ops in the order of their calls."""
         counts: dict[str, int] = {}
         for op in ran:
-            counts[op_name(op)] = counts.get(op_name(op), 0) + 1
+            for name in {op_name(op), portable_name(op)}:
+                counts[name] = counts.get(name, 0) + 1
         return OpsRule(frozenset((name, n) for name, n in self.calls if n >= counts.get(name, 0))).text
 
     def __call__(self, op: Any, n: int) -> bool:
         """See `Rule`."""
-        return (op_name(op), n) in self.calls or (self.routing and op in ROUTING)
+        named = (op_name(op), n) in self.calls or (portable_name(op), n) in self.calls
+        return named or (self.routing and op in ROUTING)
 
     def kind_of(self, op: Any) -> Any:
-        """Count each op by itself, matmuls too."""
-        return op
+        """Count each op by itself, matmuls too; the kernels of attention together, if the rule names them so."""
+        return SDPA if op in _SDPA_KERNELS and any(name == SDPA for name, _ in self.calls) else op
 
 
 TIERS = "host", "disk"  # where tensors may be offloaded to
@@ -180,15 +188,20 @@ _CALLS = re.compile(
 _TORCHS = ("aten", "prims")
 
 
-def _runs(numbers: list[int]) -> str:
-    """Write ascending numbers; three or more in a row as `first-last`."""
+def consecutive(numbers: Iterable[int]) -> list[list[int]]:
+    """Split ascending numbers into runs without a gap."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)
+    return runs
+
+
+def _runs(numbers: list[int]) -> str:
+    """Write ascending numbers; three or more in a row as `first-last`."""
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in consecutive(numbers))
 
 
 @functools.cache
@@ -196,6 +209,11 @@ def op_name(op: Any) -> str:
     """Return an op's short name: `mm`, `max.dim`, `library::op.overload`. Aten and the default overload are left out."""
     name = op._schema.name.removeprefix("aten::")
     return name if op._overloadname == "default" else f"{name}.{op._overloadname}"
+
+
+def portable_name(op: Any) -> str:
+    """Return an op's short name; of a kernel that `scaled_dot_product_attention` may run, that name."""
+    return SDPA if op in _SDPA_KERNELS else op_name(op)
 
 
 def _find_op(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,10 +81,9 @@ class Op:
         outputs: per leaf of its result: (value, meta) of a tensor, (None, constant) of anything else.
         spec: the result's structure.
         returns: per leaf of the result, which tensor argument it is (in-place ops), or -1.
-        writes: storages it writes to.
+        written: values that it writes to.
         must_run: a replay never skips it: it draws, returns a value to Python, or is not one of torch's own.
         source: the model's own line.
-        written: values that it writes to.
     """
 
     func: Any
@@ -91,10 +91,14 @@ class Op:
     outputs: list[tuple[Value | None, Any]]
     spec: Any
     returns: list[int]
-    writes: set[int]
+    written: list[Value]
     must_run: bool
     source: str = ""
-    written: list[Value] = field(default_factory=list)
+
+    @cached_property
+    def writes(self) -> set[int]:
+        """Storages that it writes to."""
+        return {value[0] for value in self.written}
 
 
 @dataclass
@@ -161,7 +165,7 @@ class Recorder(TorchDispatchMode):
         try:
             out = sparse.run(func, args, kwargs)
         except Exception:  # the unit may catch it, so a replay must run this op and raise as well
-            self.log.ops.append(Op(func, inputs, [], tree_flatten(())[1], [], set(), True, source_line()))
+            self.log.ops.append(Op(func, inputs, [], tree_flatten(())[1], [], [], True, source_line()))
             raise
         self._note(func, args, kwargs, tensors, inputs, out)
         return out
@@ -181,8 +185,7 @@ class Recorder(TorchDispatchMode):
         self._refuse_unknown([*tensors, *leaves], func)
         self.log.dynamic |= DATA_DEPENDENT in func.tags
         values = [self.value(t) for t in written(func, args, kwargs)]
-        op = Op(func, inputs, outputs, spec, returns, {v[0] for v in values}, _must_run(func, args))
-        op.source, op.written = source_line(), values
+        op = Op(func, inputs, outputs, spec, returns, values, _must_run(func, args), source_line())
         self.log.ops.append(op)
 
     def _refuse_unknown(self, tensors: list[Any], func: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors ops write to, and what a forward writes where no version counter sees it."""
+"""Which tensors ops write to, and writes of a forward that no version counter sees."""
 
 from __future__ import annotations
 
@@ -103,9 +103,8 @@ class Writes(TorchFunctionMode):
         self._saved = saved
         # weak, because a forward may make many; by address, because tensors have no equality that a dict could use
         self._aliases: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-        self._last: dict[
-            int, int
-        ] = {}  # of each storage that was written to: how many tensors were saved at the last write
+        # of each storage that was written to: how many tensors were saved at the last write
+        self._last: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +119,7 @@ class Writes(TorchFunctionMode):
         return out
 
     def _follow(self, given: list[Tensor], versions: list[int], out: Any) -> None:
-        """Note what an op wrote through aliases, and its outputs that are aliases in turn."""
+        """Note the storages that an op wrote through aliases, and its outputs that are aliases in turn."""
         for t, version in zip(given, versions, strict=True):
             if t._version != version:
                 self._last[storage_of(t)] = self._saved()
