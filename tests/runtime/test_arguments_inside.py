@@ -51,6 +51,22 @@ def test_a_unit_writes_to_what_it_gave_a_unit_in_it(twice: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads(block, plain, twice), grads(block, unit, twice), strict=True))
 
 
+@pytest.mark.parametrize("view", [lambda x: x[:, :2], lambda x: x[:, ::2], lambda x: x[1:, 1:].t()])
+def test_a_copy_of_such_an_argument_lies_in_memory_as_it_does(view: Callable[[Tensor], Tensor]) -> None:
+    """The outer unit's replay compares strides: a contiguous copy of a view with gaps would be refused."""
+
+    def block(call: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def outer(x: Tensor, r: Tensor) -> Tensor:
+            given = view(x.exp() + 1)
+            y = call(lambda t: (t + 1).sin() * 2, given)
+            given.mul_(3)
+            return (y + given).sin()  # so that the replay doesn't stop before the write
+
+        return outer
+
+    assert all(torch.equal(a, b) for a, b in zip(grads(block, plain), grads(block, unit), strict=True))
+
+
 def test_of_two_arguments_each_is_as_it_was_at_its_call() -> None:
     def block(call: Any) -> Callable[[Tensor, Tensor], Tensor]:
         def outer(x: Tensor, r: Tensor) -> Tensor:

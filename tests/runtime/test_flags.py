@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.runtime.steps import Wrap, inputs, ours, selective
 from ullage.runtime import Apart
@@ -186,3 +186,40 @@ def test_settings_of_accelerators_are_read_and_set() -> None:
         put(*value) if isinstance(value, tuple) else put(value)
         assert get() == value
         hash(value)
+
+
+class Moded(nn.Module):
+    """Its forward hangs on the modes of a module below it, of a module in a list and of itself; the last it flips and puts back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.listed = nn.Dropout(0.25), [nn.Dropout(0.5)]
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        was = self.training
+        self.eval() if was else self.train()
+        h = (x @ w).sin() * (2.0 if self.training else 0.5)
+        self.train(was)
+        return self.listed[0](self.below(h.exp()).cos()) * h
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wrap", [ours, selective], ids=["full", "selective"])
+def test_modes_of_modules_change_between_forward_and_backward(wrap: Wrap, training: bool) -> None:
+    def step(wrap: Wrap) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, (x, w), found = Moded().train(training), inputs((4, 4), (4, 4)), []
+        for turned in (False, True, True):
+            out = wrap(model, x, w).sum()
+            modes = [model, model.below, model.listed[0]]
+            for m in modes:
+                m.training = m.training is not turned
+            now = [m.training for m in modes]
+            out.backward()
+            assert [m.training for m in modes] == now
+            for m in modes:
+                m.training = m.training is not turned
+            found += [x.grad.clone(), w.grad.clone()]
+        return found
+
+    assert all(torch.equal(a, b) for a, b in zip(step(wrap), step(lambda f, *a: f(*a)), strict=True))

@@ -38,7 +38,7 @@ from ullage.runtime.state._state import State, Unreachable, describe
 from ullage.runtime.tensors._digest import comparable, digest
 from ullage.runtime.tensors._fills import unset
 from ullage.runtime.tensors._jagged import Rows
-from ullage.runtime.tensors._memory import Back, same_memory, storage_of
+from ullage.runtime.tensors._memory import Back, copy_of, same_memory, storage_of
 from ullage.runtime.tensors._notes import Notes
 from ullage.runtime.tensors._sparse import SparseProducts
 from ullage.runtime.unit._call import Call
@@ -227,7 +227,7 @@ class Frame:
         known = {id(o) for o, _ in entry.values}
         self.watched = [(t, t._version) for t in buffers if id(t) not in known]
         with quiet():
-            entry.values += [(t, t.detach().clone()) for t, _ in self.watched if t.numel() <= SMALL]
+            entry.values += [(t, copy_of(t)) for t, _ in self.watched if t.numel() <= SMALL]
         if entry.values:
             self.entry = entry
 

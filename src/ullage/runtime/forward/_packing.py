@@ -16,6 +16,7 @@ from ullage.runtime.ambient._local import local, quiet
 from ullage.runtime.tensors._digest import comparable, digest
 from ullage.runtime.tensors._fills import is_fresh
 from ullage.runtime.tensors._jagged import is_jagged, rows_of
+from ullage.runtime.tensors._memory import copy_of
 from ullage.runtime.tensors._notes import Notes, meta_of
 from ullage.runtime.unit._call import Call
 
@@ -107,7 +108,7 @@ def packer_of_all(frame: Call, saved: Callable[[Tensor], None] | None = None) ->
             if x.grad_fn is None:
                 given[i] = x
             if local.holding:
-                held[i] = x.detach().clone()
+                held[i] = copy_of(x)
         if saved is not None:
             saved(x)
         return i

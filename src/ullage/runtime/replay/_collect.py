@@ -16,6 +16,7 @@ from ullage.runtime.ops._watch import Watch
 from ullage.runtime.replay._skip import Placeholder, Stale
 from ullage.runtime.tensors._fills import may_be_unfilled
 from ullage.runtime.tensors._jagged import with_rows
+from ullage.runtime.tensors._memory import copy_of
 from ullage.runtime.tensors._notes import Check, meta_of
 from ullage.runtime.unit._call import Call
 from ullage.runtime.unit._modified import Modified
@@ -77,7 +78,7 @@ class Collector:
     def _copying(self, pack: Any, watch: Watch | None) -> Any:
         def copying(x: Tensor) -> int:
             if local.holding and (watch is None or watch.name(x) is None):
-                x = x.detach().clone()  # `watch` sees the copy as it sees any new tensor
+                x = copy_of(x)  # `watch` sees the copy as it sees any new tensor
             return pack(x)  # type: ignore[no-any-return]
 
         return copying

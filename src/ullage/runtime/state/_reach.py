@@ -253,6 +253,14 @@ class Reached:
                 except (AttributeError, KeyError, TypeError):  # the attribute does not exist at the moment
                     continue
 
+    def set_training(self) -> None:
+        """Set each module's `training` flag as it was when these objects were looked up."""
+        was = iter(self.training)
+        for module, standing in zip(self.modules, self.standing, strict=True):
+            for m in (module, *standing):
+                if m is not None and m.training is not (training := next(was)):
+                    m.training = training
+
     def identity(self, without: nn.Module | None = None) -> tuple[Hashable, ...]:
         """Return a key that tells units of one function apart: modules by number, functions by code, other objects by type."""
         return (*[_number(m) for m in self.modules if m is not without], *dict.fromkeys(self._code))

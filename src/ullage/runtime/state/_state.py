@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ullage._torch import set_versions
 from ullage.runtime.state._content import content_of, put_content, put_random_state, random_state
 from ullage.runtime.state._walk import MODULE_FIELDS, MOST_NODES, children, follow, is_opaque, is_part, places
-from ullage.runtime.tensors._memory import same_memory
+from ullage.runtime.tensors._memory import copy_of, same_memory
 
 _MISSING = object()
 Path = tuple[Any, ...]  # (index of the root, then steps of `_walk`)
@@ -115,7 +115,7 @@ class State:
     def _of(containers: Sequence[Any], values: Sequence[Any], generators: Sequence[Any]) -> State:
         return State(
             [(o, content_of(o)) for o in containers],
-            [(o, o.detach().clone() if isinstance(o, Tensor) else o.copy()) for o in values],
+            [(o, copy_of(o) if isinstance(o, Tensor) else o.copy()) for o in values],
             [(g, random_state(g)) for g in generators],
         )
 
@@ -150,7 +150,7 @@ class State:
                     if (obj.shape, obj.dtype) == (value.shape, value.dtype):
                         obj.data.copy_(value)
                     else:  # `.data =` has given it other memory since
-                        obj.data = value.clone()
+                        obj.data = copy_of(value)
             else:
                 obj[...] = value
         for generator, state in self.generators:

@@ -47,6 +47,18 @@ def alias(t: Tensor) -> Tensor:
     return t.detach()
 
 
+def copy_of(t: Tensor) -> Tensor:
+    """Return a detached copy that lies in its memory as the tensor does: `clone` gives a view with gaps or overlaps other strides."""
+    copy = t.detach().clone()
+    if (type(t) not in OWN and type(t) is not FakeTensor) or t.layout != torch.strided or t.is_nested:
+        return copy
+    shape, stride = t.shape, t.stride()
+    if copy.stride() == stride or not t.numel():
+        return copy
+    span = t.detach().as_strided((_end(shape, stride, 0),), (1,), t.storage_offset())
+    return span.clone().as_strided(shape, stride)
+
+
 def same_storage(a: Any, b: Any) -> bool:
     """Are two storages the same, or both None?"""
     return a is b or (a is not None and b is not None and int(a._cdata) == int(b._cdata))
