@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ullage as ul
+from ullage.apply import Handle
 
 
 class Inner(nn.Module):
@@ -100,11 +101,42 @@ def test_each_module_in_another_mode_is_named_once_at_run_time(change: str) -> N
     before, after, said = CHANGES[change]
     model = Model()
     before(model)
-    with _plan(model).apply(model):
+    with _applied(model):
         after(model)
         heard = _said(model, steps=2)
     assert [a.startswith(b) for a, b in zip(heard, said, strict=True)] == [True] * len(said), heard
     assert all("results stay exact, but the planned peak is at risk: call model." in h for h in heard)
+
+
+def _applied(model: nn.Module) -> Handle:
+    """The plan made in the model's mode; applying it while both are in evaluation mode warns, from the line that applies."""
+    if model.training:
+        return _plan(model).apply(model)
+    with pytest.warns(
+        ul.UllageWarning, match=r"^blocks.0.0, .* and 4 more modules: in evaluation mode, as planned"
+    ) as said:
+        handle = _plan(model).apply(model)
+    assert [w.filename for w in said] == [__file__]
+    return handle
+
+
+def test_a_plan_in_evaluation_mode_is_applied_to_a_model_that_trains() -> None:
+    """They are named when it is applied, and not again at the first forward."""
+    plan, model = _planned(False), Model()
+    with pytest.warns(ul.UllageWarning, match=r"^blocks.0.0, .*: in training mode, but planned in evaluation") as said:
+        handle = plan.apply(model)
+    assert [w.filename for w in said] == [__file__]
+    with handle:
+        assert _said(model) == []
+
+
+def test_layers_that_are_frozen_in_evaluation_mode_are_no_risk() -> None:
+    model = Model()
+    model.get_submodule("blocks.0.1").eval()
+    plan = ul.plan(ul.Workload(model, X), policy="every_block", costs="roofline")
+    assert plan.evaluation == ["blocks.0.1"]
+    with plan.apply(model):
+        assert _said(model) == []
 
 
 def test_no_word_where_no_graph_is_built() -> None:

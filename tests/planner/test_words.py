@@ -15,8 +15,7 @@ import ullage as ul
 from tests.small import blocks
 from ullage import _progress
 from ullage.planner.plan._grouped import rows_of, template, together
-from ullage.planner.study._setup import Setup
-from ullage.workload import load_target
+from ullage.workload import Setup, load_target
 
 ROOFLINE: dict[str, Any] = {"costs": "roofline"}
 
@@ -57,6 +56,24 @@ def test_a_profile_groups_equal_layers(llama: ul.Workload) -> None:
     assert "    model.layers.0-2 (3): LlamaDecoderLayer\n" in said and "select:" not in said
     assert all(not u.options for u in profile.units)
     assert profile.setup is not None and profile.setup.shapes == ["input_ids 2 x 64 int64", "labels 2 x 64 int64"]
+
+
+def test_what_is_verified_measured_and_checked_says_what_it_is_of() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    work = ul.Workload(model, torch.ones(2, 4), loss=lambda y, x: y.sum(), optimizer=torch.optim.Adam)
+    plan = ul.plan(work, policy="every_block", **ROOFLINE)
+    lines = [
+        "  model      Sequential, 20 parameters in float32",
+        "  batch      2, autocast off",
+        "  optimizer  Adam, 8.80 bytes of state per trained parameter",  # 8 a number, and two steps of 4 bytes, one per tensor
+    ]
+    for found in (
+        ul.verify(work, plan, steps=1),
+        ul.measure(work, steps=1),
+        ul.check(work, max_peak=10**6, costs="roofline"),
+    ):
+        said = str(found).splitlines()
+        assert [line for line in said if line in lines] == lines and "  device     cpu" in "\n".join(said)
 
 
 def test_whether_it_fits() -> None:

@@ -13,7 +13,7 @@ from ullage.workload import named, reads_mode
 
 
 class Modes:
-    """Compares, at each planned forward, the modes of a unit's modules with the planned ones.
+    """Compares, when a plan is applied and at each planned forward, the modes of a unit's modules with the planned ones.
 
     Modules outside all units are looked at with the first unit. They are known weakly, like a unit's own module.
 
@@ -54,12 +54,35 @@ class Modes:
         if self.refuses:
             text, remedy = _told([n for n, a in differ if a == differ[0][1]], training=differ[0][1])
             raise PlanMismatch(f"{text}, so the bytes are not those of the plan; {remedy}")
-        training = [n for n, a in differ if a and n not in self._said]
-        if training:
-            self._said.update(training)
-            text, remedy = _told(training, training=True)
+        self._warn([n for n, a in differ if a], stacklevel=5)
+
+    def look_at_all(self, model: nn.Module) -> None:
+        """Called when a plan is applied to train: warn of modules that train already, or of a model that is still in evaluation mode."""
+        modes = [
+            (n, module.training, planned)
+            for unit, names in self._names.items()
+            for n, r, planned in zip(names, self._modules[unit], self._planned[unit], strict=True)
+            if (module := r()) is not None
+        ]
+        self._warn([n for n, now, planned in modes if now and not planned], stacklevel=4)
+        still = [n for n, now, planned in modes if not now and not planned]
+        if still and not model.training:
             warnings.warn(
-                f"{text}; results stay exact, but {self._promised} is at risk: {remedy}", UllageWarning, stacklevel=4
+                f"{named(still)}: in evaluation mode, as planned; if they train in training mode, {self._promised} is at risk: "
+                "call model.train() before planning",
+                UllageWarning,
+                stacklevel=3,
+            )
+
+    def _warn(self, training: list[str], stacklevel: int) -> None:
+        new = [n for n in training if n not in self._said]
+        if new:
+            self._said.update(new)
+            text, remedy = _told(new, training=True)
+            warnings.warn(
+                f"{text}; results stay exact, but {self._promised} is at risk: {remedy}",
+                UllageWarning,
+                stacklevel=stacklevel,
             )
 
 

@@ -18,13 +18,13 @@ from ullage._errors import ApplyError, ArgumentError, WorkloadError
 from ullage._stats import at_share, median
 from ullage._told import out_of_memory, tells_of
 from ullage._torch import tree_flatten
-from ullage.apply import Handle
+from ullage.apply import Handle, apply_plan
 from ullage.apply._protocols import PlanToApply, is_plan
 from ullage.measure._allocator import Resident, record_steps
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.measure._snapshot import Snapshot
 from ullage.measure._state import leaves_rng, preserved
-from ullage.workload import Instance, Workload, run_step, tensors_of
+from ullage.workload import Instance, Setup, Workload, run_step, setup_of, tensors_of
 
 
 class PlanToMeasure(PlanToApply, Protocol):
@@ -56,6 +56,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         other_bytes: bytes that the CUDA driver counts beyond these; 0 on a CPU.
         step_times: seconds of the timed steps, in order; empty in files of older versions.
         plan_digest: of the plan, "" of the plain step; None in files of older versions.
+        setup: the facts that these numbers depend on; None in files of older versions.
     """
 
     peak_bytes: int
@@ -70,6 +71,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     other_bytes: int
     step_times: list[float] = []
     plan_digest: str | None = None
+    setup: Setup | None = None
 
     def __str__(self) -> str:
         extra = (
@@ -77,9 +79,10 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             if self.reserved_bytes
             else ""
         )
+        facts = f"\n{self.setup}" if self.setup is not None else ""
         return (
             f"peak {format_bytes(self.peak_bytes)}{extra}; step {format_seconds(self.step_seconds)} (p90 {format_seconds(self.p90)}, "
-            f"p99 {format_seconds(self.p99)}), {self.samples_per_second:.1f} samples/s over {self.steps} steps"
+            f"p99 {format_seconds(self.p99)}), {self.samples_per_second:.1f} samples/s over {self.steps} steps{facts}"
         )
 
 
@@ -135,6 +138,7 @@ def measure(
             times = _times(inst, steps, say)
         finally:
             hand_back_pages()
+        setup = _setup(inst, work.notes)
     ordered = sorted(times)
     middle = median(ordered)
     samples = inst.samples * inst.accumulate
@@ -151,7 +155,15 @@ def measure(
         other_bytes=other,
         step_times=times,
         plan_digest=plan.digest if plan is not None else "",
+        setup=setup,
     )
+
+
+def _setup(inst: Instance, defaults: Sequence[str]) -> Setup:
+    if inst.device.type != "cuda":
+        return setup_of(inst, inst.device.type, None, defaults)
+    properties = torch.cuda.get_device_properties(inst.device)
+    return setup_of(inst, properties.name, properties.total_memory, defaults)
 
 
 @tells_of(WorkloadError, but=out_of_memory)
@@ -181,7 +193,7 @@ def planned_bytes(plan: PlanToMeasure | None, model: nn.Module) -> contextlib.Ab
     """Apply a plan for steps whose bytes are recorded: a module in another mode than planned is refused, not warned of."""
     if plan is None:
         return contextlib.nullcontext()
-    handle = plan.apply(model)
+    handle = apply_plan(plan, model)
     handle.modes.refuses = True
     return handle
 

@@ -24,7 +24,7 @@ from ullage.planner.study._study import Study
 from ullage.report._baseline import VERSION, Baseline, StepFacts, UnitState
 from ullage.report._make import plain_timeline_of, planned_timeline_of
 from ullage.report._rows import Row, by_module, grouped, rows, signed
-from ullage.workload import Workload
+from ullage.workload import Setup, Workload
 
 _ROWS = 8
 
@@ -44,6 +44,7 @@ class CheckResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         by_holding: the same by unit and category.
         units: how each unit changed, in words.
         notes: what was not judged, and why.
+        setup: the facts that these numbers depend on.
     """
 
     ok: bool
@@ -57,6 +58,7 @@ class CheckResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     by_holding: list[Row]
     units: dict[str, str]
     notes: list[str]
+    setup: Setup | None = None
 
     @property
     def slowdown(self) -> float:
@@ -72,6 +74,7 @@ class CheckResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         lines = [
             f"check {'ok' if self.ok else 'FAILED'}: {what} on {self.now.device} peaks at {format_bytes(step.peak_bytes)}{limit}",
             *(f"  FAILED: {failure}" for failure in self.failures),
+            *([str(self.setup), f"  fits       {self.setup.fits(step.peak_bytes)}"] if self.setup is not None else []),
             f"  peak in the {step.step} step: {_moment(step)}",
             f"  step about {format_seconds(step.step_seconds)}{slower} (costs: {self.now.costs})",
         ]
@@ -181,6 +184,7 @@ def check(
         ),
         units=dict(_unit_changes(before.units, now.units)) if before is not None else {},
         notes=notes,
+        setup=s.setup,
     )
 
 

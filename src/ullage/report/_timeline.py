@@ -17,7 +17,6 @@ from ullage._files import write_whole
 from ullage._writers import write
 from ullage.planner import Holding
 from ullage.planner.explain._peak import holding_rows
-from ullage.planner.study._setup import Setup
 from ullage.report._records import (
     CATEGORIES,
     INSIDE,
@@ -32,6 +31,7 @@ from ullage.report._records import (
     Transfer,
     where,
 )
+from ullage.workload import Setup
 
 VERSION = 1
 _ROWS = 12

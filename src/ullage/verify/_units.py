@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ullage._torch import tree_flatten, tree_map
+from ullage.apply import apply_plan
 from ullage.measure._state import preserved
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.planner import Plan
@@ -50,7 +51,7 @@ def verify_units(inst: Instance, plan: Plan, say: Callable[[str], None] = lambda
     results = UnitResults()
     planned = {d.unit: d.settings() for d in plan.decisions if not d.settings().option.is_plain}
     say("running a planned step for the inputs of its units")
-    with plan.apply(inst.model), preserved(inst), _entries(inst, list(planned)) as entries:
+    with apply_plan(plan, inst.model), preserved(inst), _entries(inst, list(planned)) as entries:
         run_step(inst)
     for fqn, settings in planned.items():
         say(f"comparing {fqn}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ullage._errors import ArgumentError, VerifyError
 from ullage._told import out_of_memory, planned_step, said_by, tells_of
-from ullage.apply import Handle
+from ullage.apply import Handle, apply_plan
 from ullage.measure._measure import check_arguments, resident_bytes
 from ullage.measure._reach import optimizers_of
 from ullage.measure._snapshot import available_bytes
@@ -20,7 +20,7 @@ from ullage.measure._state import leaves_rng, preserved
 from ullage.planner import Plan
 from ullage.verify._compare import compare
 from ullage.verify._units import verify_units
-from ullage.workload import Instance, Workload, run_step
+from ullage.workload import Instance, Setup, Workload, run_step
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -41,6 +41,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
         replays: replays of units that happened while verifying.
         differences: tensors the plan changed.
         unstable: tensors in which two plain runs differ from each other; the plan is not blamed for these.
+        setup: the facts of the planned step; None for a plan of an older version.
     """
 
     ok: bool
@@ -50,6 +51,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     replays: int
     differences: list[Difference]
     unstable: list[Difference]
+    setup: Setup | None = None
 
     def raise_if_failed(self) -> None:
         """Raise VerifyError, naming the tensors, if the check failed."""
@@ -72,6 +74,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
         lines = [
             f"{state} ({stable} of {self.compared} tensors, over {self.steps} steps, by {self.scope}; {self.replays} replays)"
         ]
+        lines += [str(self.setup)] if self.setup is not None else []
         lines += [f"  differs: {d.name}, max abs {d.max_abs:.3g}" for d in self.differences[:20]]
         lines += [f"  unstable without any plan: {d.name}, max abs {d.max_abs:.3g}" for d in self.unstable[:20]]
         return "\n".join(lines)
@@ -107,7 +110,7 @@ def verify(
     say = progress or (lambda _: None)
     say("building the model")
     inst = work.instance()
-    plan.apply(inst.model).remove()  # refuse it now, not after the plain steps
+    apply_plan(plan, inst.model).remove()  # refuse it now, not after the plain steps
     if scope == "step" or (scope == "auto" and _plain_fits(inst, plan)):
         try:
             return _by_step(inst, plan, steps, say)
@@ -131,6 +134,7 @@ def verify(
         replays=found.replays,
         differences=rows,
         unstable=unstable,
+        setup=plan.setup,
     )
 
 
@@ -168,13 +172,14 @@ def _by_step(inst: Instance, plan: Plan, steps: int, say: Callable[[str], None])
         replays=replays,
         differences=differences,
         unstable=unstable,
+        setup=plan.setup,
     )
 
 
 def _run(inst: Instance, plan: Plan | None, steps: int) -> tuple[dict[str, Tensor], Handle | None]:
     """Every tensor a step leaves or makes, copied to host memory."""
     seen: dict[str, Tensor] = {}
-    handle = plan.apply(inst.model) if plan is not None else None
+    handle = apply_plan(plan, inst.model) if plan is not None else None
     with handle or contextlib.nullcontext(), preserved(inst), _gradients(inst, seen) as label:
         for k in range(steps):
             label["step"] = f"step {k + 1}"

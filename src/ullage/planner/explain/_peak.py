@@ -10,8 +10,8 @@ from ullage.planner.explain._peak_facts import Lever, PeakFacts
 from ullage.planner.study._choices import Choices
 from ullage.planner.study._executed import Steps
 from ullage.planner.study._liveness import LiveTensor, by_category, live_tensors, moment, peak_op
-from ullage.planner.study._setup import Setup
 from ullage.planner.study._study import Study
+from ullage.workload import Setup
 
 MOST_TENSORS, MOST_HOLDINGS = 20, 64  # listed in a plan's file, which a person reads
 _ROWS = 12  # of each table as text, which fits a screen

@@ -23,9 +23,9 @@ from ullage.offload import endurance_note
 from ullage.planner.explain._peak import Bounds
 from ullage.planner.plan._grouped import rows_of, wrapped
 from ullage.planner.plan._overrides import PinCost, describe
-from ullage.planner.study._setup import Setup
 from ullage.planner.study._tiers import Disk, Host, OffloadTier, Traffic
 from ullage.runtime import Place
+from ullage.workload import Setup
 
 if TYPE_CHECKING:
     from ullage.apply import Handle
@@ -282,10 +282,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             )
 
     def apply(self, model: nn.Module) -> Handle:
-        """Apply in place; see `ullage.apply.apply_plan`."""
+        """Apply in place; see `ullage.apply.apply_plan`. Warns if the plan, or the model now, is in evaluation mode."""
         from ullage.apply import apply_plan
 
-        return apply_plan(self, model)
+        handle = apply_plan(self, model)
+        handle.modes.look_at_all(model)
+        return handle
 
     def describe(self, verbose: bool = False) -> str:
         """The plan in words, at most 80 columns wide where names allow it; `verbose` adds the ops of each action."""

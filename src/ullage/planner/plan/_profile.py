@@ -20,10 +20,9 @@ from ullage.planner.study._executed import StepCapture
 from ullage.planner.study._liveness import LiveTensor, by_category, innermost, live_tensors, peak_op, totals
 from ullage.planner.study._prepare import study
 from ullage.planner.study._reserved import reserved_bytes
-from ullage.planner.study._setup import Setup
 from ullage.planner.study._study import Study
 from ullage.solver._instance import StepModel
-from ullage.workload import Workload, note_of, reading
+from ullage.workload import Setup, Workload, note_of, reading
 
 _ROWS = 12
 

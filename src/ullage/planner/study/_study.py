@@ -29,10 +29,9 @@ from ullage.planner.study._executed import Executed, Key, StepCapture, Steps, ke
 from ullage.planner.study._explored import Explored
 from ullage.planner.study._liveness import Ledger, moment, peak_op
 from ullage.planner.study._nodes import book_nodes, upper_bound
-from ullage.planner.study._setup import Setup, setup_of
 from ullage.planner.study._tiers import OffloadTier
 from ullage.planner.study._transfers import events_of, largest_sent, offloaded_bytes, senders_of, transfers_of
-from ullage.workload import Workload
+from ullage.workload import Setup, Workload, setup_of
 
 # Models kept per study. One question (a plan, its pins, a frontier) asks for a few sets of choices in turn; a composed model is
 # small beside a trace.
@@ -86,7 +85,7 @@ class Study:
     @cached_property
     def setup(self) -> Setup:
         """The facts that the step's numbers depend on."""
-        return setup_of(self.plain_session.inst, self.device, self.work.notes)
+        return setup_of(self.plain_session.inst, self.device.name, self.device.memory_bytes, self.work.notes)
 
     @property
     def session(self) -> Session:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ullage._bytes import format_bytes
-from ullage.planner.study._device import DeviceChoice
-from ullage.workload import Instance, tensors_of
+from ullage.workload._batch import tensors_of
+from ullage.workload._workload import Instance
 
 _SHOWN = 4  # tensors of the batch that are named
 
@@ -82,8 +82,8 @@ class Setup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return "\n".join(f"  {name:<10} {text}" for name, text in self.lines)
 
 
-def setup_of(inst: Instance, device: DeviceChoice, defaults: Iterable[str]) -> Setup:
-    """The facts of an instance that has run a step."""
+def setup_of(inst: Instance, device: str, memory_bytes: int | None, defaults: Iterable[str]) -> Setup:
+    """The facts of an instance that has run a step, on a device of this name with this memory."""
     parameters = list(inst.model.parameters())
     sizes: Counter[str] = Counter()
     for p in parameters:
@@ -102,8 +102,8 @@ def setup_of(inst: Instance, device: DeviceChoice, defaults: Iterable[str]) -> S
         autocast=_dtype(inst.autocast) if inst.autocast is not None else "",
         optimizer=type(inst.optimizer).__name__ if inst.optimizer is not None else "in the step" if inst.step else "",
         optimizer_bytes=_state_bytes(inst.optimizer),
-        device=device.name,
-        memory_bytes=device.memory_bytes,
+        device=device,
+        memory_bytes=memory_bytes,
         defaults=list(defaults),
     )
 
