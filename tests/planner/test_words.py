@@ -65,7 +65,7 @@ def test_what_is_verified_measured_and_checked_says_what_it_is_of() -> None:
     lines = [
         "  model      Sequential, 20 parameters in float32",
         "  batch      2, autocast off",
-        "  optimizer  Adam, 8.80 bytes of state per trained parameter",  # 8 a number, and two steps of 4 bytes, one per tensor
+        "  optimizer  Adam, 8.40 bytes of state per trained parameter",  # 8 a number, 4 for the count of each tensor
     ]
     for found in (
         ul.verify(work, plan, steps=1),
