@@ -196,6 +196,46 @@ def test_weights_that_a_library_reads_past_torch() -> None:
     assert all(p.grad is None for p in weights)
 
 
+SHARED, UNUSED = torch.Generator(), torch.Generator()
+
+
+class Masked(nn.Module):
+    """Draws twice, from a generator of its own, of the module's globals or torch's; what it could draw from is read at every call."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.up, self.down, self.source, self.own = nn.Linear(64, 64), nn.Linear(64, 64), source, None
+        if source == "own":
+            self.own = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        generator = {"own": self.own, "shared": SHARED, "unused": None}[self.source]
+        if generator is UNUSED:
+            raise AssertionError
+        noise = torch.rand(x.shape, generator=generator)
+        mask = torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+        return self.down((self.up(x) * noise).relu() * mask) + x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("source", ["own", "shared", "unused"])
+def test_units_that_draw_from_generators_are_planned(source: str) -> None:
+    """Their states, 5,056 bytes each, are kept per call, and counted."""
+    torch.manual_seed(0)
+    work = ul.Workload(
+        nn.Sequential(*(Masked(source) for _ in range(3))),
+        torch.randn(32, 64),
+        loss=square,
+        optimizer=lambda p: torch.optim.Adam(p),
+    )
+    before = [g.get_state() for g in (SHARED, UNUSED)]
+    for policy in ("every_block", "selective"):
+        plan = ul.plan(work, policy=policy, costs="roofline")
+        assert "keep" not in {d.action for d in plan.decisions}
+        assert ul.verify(work, plan).ok
+        assert ul.measure(work, plan, steps=1).peak_bytes == plan.predicted.peak_bytes
+    assert all(torch.equal(g.get_state(), b) for g, b in zip((SHARED, UNUSED), before, strict=True))
+
+
 def test_a_generator_of_ones_own_is_copied() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:

@@ -86,17 +86,17 @@ class _Default:
         self._real, self._tracker, self._mine = torch.default_generator, tracker, _here()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tracker.generator if self._mine() else self._real, name)
+        return getattr(self._tracker.generators.default if self._mine() else self._real, name)
 
     def get_state(self) -> Tensor:
         if not self._mine():
             return self._real.get_state()
-        state: Tensor = self._tracker.generator.get_state()
-        self._tracker.adopt_between_ops(state)  # checkpointing keeps this state per unit in a real step, too: it counts
+        state: Tensor = self._tracker.generators.default.get_state()
+        self._tracker.adopt_between_ops(state)
         return state
 
     def manual_seed(self, seed: int) -> torch.Generator:
-        (self._tracker.generator if self._mine() else self._real).manual_seed(seed)
+        (self._tracker.generators.default if self._mine() else self._real).manual_seed(seed)
         return self._real  # as torch does: `generator=torch.manual_seed(0)` passes the default generator
 
 
@@ -105,19 +105,16 @@ def _fix_generators(stack: contextlib.ExitStack, tracker: Any) -> None:
 
     Fake kernels draw nothing. Python code of this thread draws from generators of its own instead of torch's, Python's and numpy's.
     """
-
-    def put_back() -> None:
-        while tracker.moved_generators:
-            generator, state = tracker.moved_generators.popitem()
-            generator.set_state(state)
-
-    stack.callback(put_back)
+    stack.callback(tracker.generators.put_back)
     stack.enter_context(unless_seeded())
     stack.enter_context(own_host_rng(0))
-    tracker.generator.manual_seed(0)
+    tracker.generators.default.manual_seed(0)
     default = _Default(tracker)
     stack.enter_context(_patched(torch.random, "default_generator", default))
-    stack.enter_context(rng_states_from(default.get_state, tracker.generator.set_state))
+    # checkpointing keeps generators' states per unit in a real step, too: they count
+    stack.enter_context(
+        rng_states_from(default.get_state, tracker.generators.default.set_state, tracker.adopt_between_ops)
+    )
 
 
 def _watch_optimizers(stack: contextlib.ExitStack, tracker: Any) -> None:

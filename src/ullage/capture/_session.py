@@ -171,6 +171,7 @@ class Session:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.inst: Instance = work.fake_instance(self.fake_mode, self._active)
+            self.tracker.generators.model = self.inst.model
             check_tensors(self.inst)
             self._apart.built(self.inst)
             self._adopt(work)

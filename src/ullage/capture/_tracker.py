@@ -37,6 +37,7 @@ from ullage._torch import (
 )
 from ullage.capture._explain import FailedOp
 from ullage.capture._fake_mode import StepMode
+from ullage.capture._generators import Generators
 from ullage.capture._kernels import FakeKernels
 from ullage.capture._layouts import NO_NESTED
 from ullage.capture._nodes import NodeRuns
@@ -75,16 +76,13 @@ class Tracker(TorchDispatchMode):
         self.signatures: list[Signature] = []
         self.stacks: list[tuple[str, ...]] = [()]
         self.phase = "forward"
-        # the step's own generators, with their states before it
-        self.moved_generators: dict[torch.Generator, Tensor] = {}
-        self.generator = values.generator  # stands for torch's default one, which other threads may draw from
+        self.generators = Generators(values.generator)
         self.module_stack: list[str] = []
         self.replay_depth = 0  # number of modules on the stack that a replay runs
         self.real_parameters: dict[int, Tensor] = {}  # by id; held, because the id of a freed object is used again
         self.resident_names: dict[int, str] = {}  # names of buffers and parameters, by storage
         # by name of a resident tensor that a forward writes, the modules that run then
         self.writes: dict[str, set[str]] = {}
-        self.own_generators: set[str] = set()  # modules that draw from a generator that is not torch's default
         self._signature_ids: dict[int, int] = {}  # by the id of a `KnownCall`, which `kernels` holds
         self._ops: dict[int, _Op] = {}  # by id, because an op's own hash runs Python; each entry holds its op
         self._stack_ids: dict[tuple[str, ...], int] = {(): 0}
@@ -197,23 +195,13 @@ class Tracker(TorchDispatchMode):
                 self.failed = FailedOp(error, func, self.place(), next(iter(self.module_stack[-1:]), ""))
             raise
         if op.may_draw and draws(func, args):
-            self._advance(kwargs.get("generator"))
+            self.generators.draw(kwargs.get("generator"), self.module_stack)
         self._record(known, op, args, kwargs, out, in_engine, fresh)
         return out
 
     def _op(self, func: Any) -> _Op:
         """Return the facts about an op."""
         return self._ops.setdefault(id(func), _Op(func))
-
-    def _advance(self, generator: torch.Generator | None) -> None:
-        """Move a generator as a draw would: a fake kernel draws nothing, but the runtime keeps the state of a generator that moved.
-
-        The new state depends on the old one only, so that a replay "draws" the same as the forward.
-        """
-        own = self.generator if generator is None or generator is torch.default_generator else generator
-        if own is not self.generator:
-            self.moved_generators.setdefault(own, own.get_state())
-        own.manual_seed((own.initial_seed() + 1) % 2**64)
 
     def _accumulates(self, args: Any, kwargs: Any) -> bool:
         """Is this op the engine's own add to a gradient buffer?
@@ -326,8 +314,6 @@ class Tracker(TorchDispatchMode):
                 storage.position = position
                 if func is _ZEROS:
                     storage.booked = 0
-        if kwargs:
-            self._note_generator(kwargs)
         if op.may_write and not in_engine:
             self._note_mutation(func, args, kwargs)
         index = self._signature_ids.get(id(known))
@@ -396,10 +382,6 @@ class Tracker(TorchDispatchMode):
             name = self.resident_names.get(key)
             if name is not None and self.module_stack:
                 self.writes.setdefault(name, set()).update(self.module_stack)
-
-    def _note_generator(self, kwargs: Any) -> None:
-        if kwargs.get("generator") not in (None, torch.default_generator):
-            self.own_generators.update(self.module_stack)
 
 
 # `torch.tensor(...)` passes a new real tensor to these

@@ -114,8 +114,11 @@ def _changes(session: Session, fqn: str, in_every_step: set[str]) -> tuple[tuple
         reason = "not every step calls it"
     elif other:
         reason = f"its forward writes {other[0]}, which is not a buffer of its own"
-    elif fqn in tracker.own_generators:
-        reason = "it draws from a torch.Generator of its own, which a replay would advance again"
+    elif fqn in tracker.generators.lost:
+        reason = (
+            "it draws from a torch.Generator that nothing in it leads to (made in the call, or given as an argument), "
+            "which a replay would advance again; make it an attribute of the module"
+        )
     else:
         reason = ""
     return tuple(n.removeprefix(below) for n in written if n in own_buffers), reason

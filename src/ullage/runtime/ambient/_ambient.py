@@ -139,14 +139,30 @@ _stand_in = threading.local()
 
 
 @contextlib.contextmanager
-def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any]) -> Iterator[None]:
-    """In this thread, use these instead of torch's generators: a capture must not disturb the draws of other threads."""
-    before = getattr(_stand_in, "sources", None)
-    _stand_in.sources = ((get, put),)
+def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any], seen: Callable[[Tensor], Any]) -> Iterator[None]:
+    """In this thread, use these instead of torch's generators: a capture must not disturb the draws of other threads.
+
+    Args:
+        get: returns the state of what stands for the default generator.
+        put: sets it.
+        seen: called with each state of another generator, which `own_state` has read.
+    """
+    before = vars(_stand_in).copy()
+    _stand_in.sources, _stand_in.seen = ((get, put),), seen
     try:
         yield
     finally:
-        _stand_in.sources = before
+        vars(_stand_in).clear()
+        vars(_stand_in).update(before)
+
+
+def own_state(generator: torch.Generator) -> Tensor:
+    """Return the state of a generator that is not a default one; a capture follows the memory of what is returned."""
+    state: Tensor = generator.get_state()
+    seen = getattr(_stand_in, "seen", None)
+    if seen is not None:
+        seen(state)
+    return state
 
 
 def sources_for(args: Sequence[Any]) -> Sequence[Source]:

@@ -8,6 +8,9 @@ from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
 import numpy as np
+import torch
+
+from ullage.runtime.ambient._ambient import own_state
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -166,6 +169,8 @@ def random_state(generator: Any) -> Any:
         return generator.bit_generator.state
     if isinstance(generator, np.random.BitGenerator):
         return generator.state
+    if isinstance(generator, torch.Generator):
+        return own_state(generator)
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 

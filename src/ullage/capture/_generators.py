@@ -1,0 +1,61 @@
+"""Move generators as a step's draws would, and note which modules draw from one that a replay could not put back.
+
+A fake kernel draws nothing, but the runtime keeps the state of a generator that moved. A new state depends on the old one only, so
+that a replay "draws" the same as the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ullage.runtime.state._traverse import traverse
+
+
+class Generators:
+    """The generators of one capture.
+
+    Args:
+        default: stands for torch's default generator, which other threads may draw from.
+
+    Attributes:
+        default: the same.
+        model: the captured model, once it is made.
+        lost: names of modules that draw from a generator which nothing in them leads to.
+    """
+
+    def __init__(self, default: torch.Generator) -> None:
+        self.default = default
+        self.model: nn.Module | None = None
+        self.lost: set[str] = set()
+        self._moved: list[tuple[torch.Generator, Tensor]] = []  # the step's own ones, with their states before it
+        self._reached: dict[str, list[torch.Generator]] = {}
+
+    def draw(self, generator: torch.Generator | None, modules: Sequence[str]) -> None:
+        """Move the generator that an op draws from, or the default one; `modules` are those whose forward runs."""
+        if generator is None or generator is torch.default_generator:
+            _move(self.default)
+            return
+        self._moved.append((generator, generator.get_state()))
+        # the dispatcher gives each op a new Python object for the same generator: which one it is shows by what moves with it
+        seeds = {name: [g.initial_seed() for g in self._below(name)] for name in modules if name not in self.lost}
+        _move(generator)
+        self.lost.update(name for name, was in seeds.items() if [g.initial_seed() for g in self._below(name)] == was)
+
+    def put_back(self) -> None:
+        """Give the step's own generators the states that they had before it."""
+        while self._moved:
+            generator, state = self._moved.pop()
+            generator.set_state(state)
+
+    def _below(self, name: str) -> list[torch.Generator]:
+        if name not in self._reached:
+            module = self.model.get_submodule(name) if self.model is not None else None
+            self._reached[name] = [g for g, _ in traverse([module], {}) if isinstance(g, torch.Generator)]
+        return self._reached[name]
+
+
+def _move(generator: torch.Generator) -> None:
+    generator.manual_seed((generator.initial_seed() + 1) % 2**64)
