@@ -1,6 +1,6 @@
 """The promise: at three budgets per family the measured peak is within the budget, and not by playing safe.
 
-`python benchmarks/promise.py [--only FAMILY ...]` writes results/promise.json and the table results/promise.md.
+`python benchmarks/promise.py [--only FAMILY ...] [--jobs N]` writes results/promise.json and the table results/promise.md.
 
 Per family: the smallest feasible budget, halfway to the plain peak, and the plain peak. Asked of each:
 - the measured peak (the allocator's record, largest of steps 1 to 3) is within the budget;
@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -103,19 +104,26 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_a_process(family: str) -> list[dict[str, object]]:
+    run = subprocess.run([sys.executable, __file__, "--rows", family], stdout=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        return [{"family": family, "error": "did not finish"}]
+    rows: list[dict[str, object]] = json.loads(run.stdout)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="FAMILY", help="these families; no files")
+    parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     parser.add_argument("--rows", choices=NAMES, help=argparse.SUPPRESS)  # one family, its rows on stdout
     options = parser.parse_args()
     if options.rows:
         warnings.simplefilter("ignore")
         print(json.dumps(rows_of(options.rows)))
         return 0
-    rows: list[dict[str, object]] = []
-    for family in options.only or NAMES:  # each in a process of its own
-        run = subprocess.run([sys.executable, __file__, "--rows", family], stdout=subprocess.PIPE, text=True)
-        rows += json.loads(run.stdout) if run.returncode == 0 else [{"family": family, "error": "did not finish"}]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = [row for found in pool.map(in_a_process, options.only or NAMES) for row in found]
     if not options.only:
         results = HERE / "results"
         results.mkdir(exist_ok=True)
