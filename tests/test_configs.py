@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import ullage as ul
 from ullage.cost import device_name
 from ullage.workload import load_target
+from ullage.workload._four_bit import Linear4bit
 from ullage.workload._optimizers import OPTIMIZERS
 
 _TEXT: dict[str, Any] = dict(
@@ -213,3 +216,38 @@ def test_the_device_table_cuts_no_name(capsys: pytest.CaptureFixture[str]) -> No
     assert max(map(len, lines)) <= 80
     assert lines[0] == "name               memory   bandwidth      bf16, dense  margin"
     assert "b200           178.81 GiB  8,000 GB/s  2,250.0 TFLOP/s      8%" in lines
+
+
+def test_a_base_in_four_bits(tmp_path: Path) -> None:
+    """Predicted to the byte; each frozen weight takes 0.516 bytes; gradients are those of the unpacked weights."""
+    target = _written(tmp_path, _LLAMA)
+    work = load_target(target, seq=8, lora="r=4,targets=q_proj", base="4bit")
+    assert "linear layers but for the head hold theirs in 4 bits (NF4, 0.516 bytes each)" in work.notes[-1]
+    inst = work.build()
+    layers = {n: m for n, m in inst.model.named_modules() if isinstance(m, Linear4bit)}
+    assert len(layers) == 7 and all(m.weight.dtype == torch.uint8 for m in layers.values())
+    plan = ul.plan(work, policy="every_block", costs="roofline")
+    assert ul.verify(inst, plan).ok
+    assert ul.measure(inst, plan, steps=1).peak_bytes == plan.predicted.peak_bytes
+    for options, match in (({"base": "4bit"}, "give --lora"), ({"base": "8bit", "lora": "r=4"}, "expected 4bit")):
+        with pytest.raises(ul.WorkloadError, match=match):
+            load_target(target, **options)
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (48, 100), (3, 5)])
+def test_four_bits_hold_a_normal_weight_to_a_tenth(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0])
+    packed = Linear4bit(layer, layer.weight)
+    weight = packed.dense(torch.float32)
+    assert weight.shape == layer.weight.shape and (weight - layer.weight).norm() < 0.12 * layer.weight.norm()
+    x = torch.randn(7, shape[1], requires_grad=True)
+    wanted = torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), x)
+    assert torch.equal(torch.autograd.grad(packed(x).square().sum(), x)[0], wanted[0])
+
+
+def test_four_bits_at_scale() -> None:
+    """2 ** 20 weights: half a byte each, 1 / 64 for the scales and 4 / (64 * 256) for their steps, and 68 bytes."""
+    layer = nn.Linear(1024, 1024, bias=False)
+    held = Linear4bit(layer, layer.weight)
+    assert sum(t.numel() * t.element_size() for t in (*held.parameters(), *held.buffers())) == 2**19 + 2**14 + 2**8 + 68

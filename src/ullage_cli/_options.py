@@ -41,6 +41,9 @@ _TARGET = [
         metavar="SPEC",
         help="Adapters on a frozen model: 'r=16,targets=all-linear' or 'r=8,alpha=16,targets=q_proj+v_proj'.",
     ),
+    click.option(
+        "--base", type=click.Choice(["4bit"]), help="With --lora: frozen linear layers in 4 bits, as in QLoRA."
+    ),
 ]
 _COSTS = click.option(
     "--costs",

@@ -44,6 +44,7 @@ def workload_from_config(
     autocast: str | None,
     accumulate: int | None,
     lora: str | None = None,
+    base: str | None = None,
 ) -> Workload:
     """A factory workload; what can be checked without building the model is checked at once.
 
@@ -62,7 +63,9 @@ def workload_from_config(
         raise WorkloadError(f"optimizer={name!r}: expected one of {', '.join(OPTIMIZERS)}")
     kind, notes = _dtype(raw, dtype)
     computed = dtype_named("autocast", autocast) if autocast is not None else None
-    adapters = Lora(lora) if lora is not None else None
+    if base is not None and lora is None:
+        raise WorkloadError(f"base={base!r}: weights in 4 bits don't train; give --lora (lora=) too")
+    adapters = Lora(lora, base) if lora is not None else None
     cls, config, said = _classes(raw, target)
     asked = Asked(config, cls, batch or 1, seq, kind, target)
     make_inputs, make_optimizer = inputs_of(asked), OPTIMIZERS[name]
@@ -72,7 +75,7 @@ def workload_from_config(
     if optimizer is None:
         notes.append("optimizer adamw is a default: --optimizer (optimizer=) sets it")
     if adapters is not None:
-        notes.append(f"{adapters}: adapters are float32, all other parameters are frozen")
+        notes.append(str(adapters))
 
     def build() -> Workload:
         import transformers

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ullage._errors import WorkloadError
+from ullage.workload._four_bit import Linear4bit
 
 ALL = "all-linear"
 _EXPECTED = "expected such as 'r=16', 'r=16,alpha=32,targets=all-linear' or 'r=8,targets=q_proj+v_proj'"
@@ -19,9 +20,13 @@ class Lora:
 
     Args:
         text: such as "r=16,targets=all-linear"; also alpha (default: r) and dropout (default: 0).
+        base: None, or "4bit": how the frozen linear layers hold their weights.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, base: str | None = None) -> None:
+        if base not in (None, "4bit"):
+            raise WorkloadError(f"base={base!r}: expected 4bit")
+        self.four_bit = base is not None
         parts = {name: value for name, _, value in (p.partition("=") for p in text.replace(" ", "").split(","))}
         unknown = sorted(set(parts) - {"r", "alpha", "dropout", "targets"})
         if unknown or "r" not in parts:
@@ -48,16 +53,23 @@ class Lora:
             raise WorkloadError(
                 f"lora: no linear layer is named {'+'.join(self.targets)}; there are {', '.join(known)}"
             )
-        for name, module in chosen.items():
+        for name, module in linear.items():
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, LoraLinear(module, self))
+            base = packed(module) if self.four_bit else module
+            setattr(model.get_submodule(parent), own, LoraLinear(base, module, self) if name in chosen else base)
         return model
 
     def _names(self, fqn: str) -> bool:
         return any(fqn == t or fqn.endswith(f".{t}") for t in self.targets)
 
     def __str__(self) -> str:
-        return f"LoRA of rank {self.rank} on {' and '.join(self.targets)}"
+        said = f"LoRA of rank {self.rank} on {' and '.join(self.targets)}: adapters are float32, all other parameters are frozen"
+        if not self.four_bit:
+            return said
+        return (
+            f"{said}; linear layers but for the head hold theirs in 4 bits (NF4, 0.516 bytes each), unpacked by torch's ops: while one is used, that takes about "
+            "twice the bytes of bitsandbytes' kernel"
+        )
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -69,12 +81,24 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer and a trained update of low rank. Adapters are float32, also where the base is not, as in peft."""
+def packed(module: nn.Module) -> Linear4bit:
+    """Return a linear layer with its weight in 4 bits."""
+    weight: Any = module.weight
+    return Linear4bit(module, weight if isinstance(module, nn.Linear) else weight.t())
 
-    def __init__(self, base: nn.Module, lora: Lora) -> None:
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and a trained update of low rank. Adapters are float32, also where the base is not, as in peft.
+
+    Args:
+        base: the layer that is called.
+        layer: the layer that it stands for, which tells the sizes.
+        lora: rank, scale and dropout.
+    """
+
+    def __init__(self, base: nn.Module, layer: nn.Module, lora: Lora) -> None:
         super().__init__()
-        sizes: Any = _sizes(base)
+        sizes: Any = _sizes(layer)
         self.base_layer, self.scale, self.dropout = base, lora.alpha / lora.rank, lora.dropout
         self.lora_A = nn.Linear(sizes[0], lora.rank, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(lora.rank, sizes[1], bias=False, dtype=torch.float32)

@@ -29,6 +29,7 @@ def load_target(
     autocast: str | None = None,
     accumulate: int | None = None,
     lora: str | None = None,
+    base: str | None = None,
 ) -> Workload:
     """Return a workload for a target: `path/file.py:factory`, `package.module:factory`, or a Hugging Face `config.json`.
 
@@ -45,14 +46,15 @@ def load_target(
         autocast: None, or a dtype as above.
         accumulate: micro-batches per step.
         lora: None, or adapters on a frozen model: "r=16,targets=all-linear", "r=8,alpha=16,targets=q_proj+v_proj".
+        base: with `lora`: None, or "4bit" for frozen linear layers in NF4, as QLoRA has them.
 
     Raises:
         WorkloadError: the target can't be found, imported or understood.
     """
     if target.endswith(".json"):
-        return workload_from_config(target, batch, seq, dtype, optimizer, autocast, accumulate, lora)
+        return workload_from_config(target, batch, seq, dtype, optimizer, autocast, accumulate, lora, base)
     given = {"batch": batch, "seq": seq, "dtype": dtype, "optimizer": optimizer, "autocast": autocast}
-    check_factory_options(target, **given, accumulate=accumulate, lora=lora)
+    check_factory_options(target, **given, accumulate=accumulate, lora=lora, base=base)
     return Workload.from_factory(find_factory(target))
 
 
