@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ullage as ul
@@ -250,3 +251,60 @@ def test_a_generator_of_ones_own_is_copied() -> None:
     work = ul.Workload(noisy, X, loss=square)
     assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
     assert torch.equal(noisy.generator.get_state(), before)
+
+
+class Constants:
+    weights = torch.ones(4)
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(8, 4)
+
+    def step(self, model: nn.Module, x: Tensor) -> None:
+        F.cross_entropy(self.model(x), torch.zeros(32, dtype=torch.int64), weight=self.weights).backward()
+
+
+def test_a_class_attribute_is_counted_where_it_is_measured_too() -> None:
+    run = Constants()
+    work = ul.Workload(run.model, X, step=run.step)
+    assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
+
+
+TEACHER = nn.Linear(8, 8).requires_grad_(False)
+
+
+class Holder:
+    """Of a class that the step reads by name."""
+
+    teacher = TEACHER
+
+
+def test_a_tensor_that_is_reached_by_its_name_and_another_way_is_counted_once() -> None:
+    """The global is copied with the step; through the class the step reaches the real one."""
+    model = nn.Linear(8, 8)
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        (model(x) - TEACHER(x).detach() - Holder.teacher(x).detach()).square().sum().backward()
+
+    work = ul.Workload(model, X, step=step)
+    assert ul.profile(work, costs="roofline").peak_bytes == ul.measure(work, steps=1).peak_bytes
+
+
+def test_the_update_of_a_step_that_has_a_graph_then_is_no_floor() -> None:
+    """A GAN's critic is updated while the generator's activations are alive, which a plan can free."""
+    make = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(4)))
+    critic = nn.Linear(16, 16)
+    own, other = torch.optim.AdamW(make.parameters()), torch.optim.AdamW(critic.parameters())
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        made = model(x)
+        critic(made.detach()).square().mean().backward()
+        other.step()
+        other.zero_grad()
+        critic(made).mean().backward()
+        own.step()
+        own.zero_grad()
+
+    work = ul.Workload(make, torch.randn(256, 16), step=step)
+    plan = ul.plan(work, budget="smallest", costs="roofline")
+    again = ul.plan(work, plan.predicted.peak_bytes, costs="roofline")
+    assert ul.measure(work, again, steps=1).peak_bytes <= plan.predicted.peak_bytes < again.baseline.peak_bytes

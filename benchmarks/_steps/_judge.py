@@ -51,6 +51,7 @@ def _judge(work: ul.Workload, row: Row) -> None:
     row["units"] = [u.fqn for u in profile.units if len(u.options) > 1]
     row["notes"] = [str(n) for n in profile.notes]
     row["bound"] = any("upper bound" in n for n in row["notes"])
+    row["promised"] = not any("no peak is promised" in n for n in row["notes"])
     row["stage"] = "measure"
     wrong = []
     plain = ul.measure(work, steps=1).step_peaks

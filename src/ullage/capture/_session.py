@@ -213,7 +213,9 @@ class Session:
             if isinstance(t, FakeTensor) and t.is_leaf:
                 tracker.adopt(t, "other")
         for fake, real in inst.twins:
-            self.values.seed([fake], [real])
+            tracker.know(real, fake)
+            if work.factory is not None:
+                self.values.seed([fake], [real])
         inst.twins.clear()
         if work.factory is None:
             self.values.seed(tensors_of(inst.batch), tensors_of(work.batch))

@@ -263,6 +263,11 @@ class Tracker(TorchDispatchMode):
             for a in args
         )
 
+    def know(self, real: Tensor, fake: Tensor) -> None:
+        """Let a fake tensor of the step stand for a real one also where code reaches the real one its own way."""
+        if not real.requires_grad:
+            self._guests[real] = fake
+
     def _guest(self, func: Any, real: Tensor) -> Tensor:
         """Return the fake twin of a tensor from outside, which counts as alive since before the step.
 

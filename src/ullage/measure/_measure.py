@@ -21,7 +21,7 @@ from ullage._torch import tree_flatten
 from ullage.apply import Handle, apply_plan
 from ullage.apply._protocols import PlanToApply, is_plan
 from ullage.measure._allocator import Resident, record_steps
-from ullage.measure._reach import copied_tensors, optimizers_of
+from ullage.measure._reach import copied_tensors, optimizers_of, shared_tensors
 from ullage.measure._snapshot import Snapshot
 from ullage.measure._state import leaves_rng, preserved
 from ullage.workload import Instance, Setup, Workload, run_step, setup_of, tensors_of
@@ -89,7 +89,12 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 def resident(inst: Instance, held: Sequence[Tensor] = ()) -> Resident:
     """Everything a step can reach (model, gradients, batch, optimizer state, a teacher in the loss) and `held`."""
     # A tensor that a step leaves behind (a feature that a hook noted) is freed in the next one, whose record does not show it
-    tensors = [*(t for t in copied_tensors(inst) if t.is_leaf), *tensors_of(inst.batch), *held]
+    tensors = [
+        *(t for t in copied_tensors(inst) if t.is_leaf),
+        *shared_tensors(inst),
+        *tensors_of(inst.batch),
+        *held,
+    ]
     tensors += [t.grad for t in tensors if isinstance(t, Tensor) and t.is_leaf and t.grad is not None]
     for optimizer in optimizers_of(inst):
         tensors += tree_flatten([list(s.values()) for s in optimizer.state.values()])[0]

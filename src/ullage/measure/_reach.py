@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ullage.runtime.state._classes import classes_in
 from ullage.runtime.state._traverse import hooks_of, traverse, with_classes
 from ullage.workload import Instance, Workload, copied_parts
 
@@ -44,6 +45,13 @@ def copied_with(inst: Instance | Workload) -> list[Any]:
 def copied_tensors(inst: Instance | Workload) -> list[Tensor]:
     """Its tensors: a teacher in the loss's closure, class weights."""
     return [obj for obj in copied_with(inst) if isinstance(obj, Tensor)]
+
+
+def shared_tensors(inst: Instance) -> list[Tensor]:
+    """Tensors that are attributes of the classes of what a workload copies: constants of a trainer's class."""
+    classes = {cls for obj in copied_with(inst) if not isinstance(obj, Tensor) for cls in classes_in(obj)}
+    found = [v for cls in classes for part in cls.__mro__ for v in vars(part).values() if isinstance(v, Tensor)]
+    return list({id(t): t for t in found}.values())
 
 
 def optimizers_of(inst: Instance | Workload) -> list[torch.optim.Optimizer]:

@@ -90,7 +90,7 @@ class Instance:
     accumulate: int
     step: Callable[[nn.Module, Any], None] | None
     held: list[Any] = field(default_factory=list, repr=False)  # what only weak references of a copy lead to
-    # fake and real tensors, until the values are known
+    # fake tensors and those that they stand for, until a capture knows them
     twins: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
     inputs: Callable[[Any], Any] | None = None
 
@@ -258,7 +258,8 @@ class Workload:
             self.accumulate,
             step,
             copied.weakly_held,
-            inputs=inputs,
+            copied.twins(),
+            inputs,
         )
 
 

@@ -27,7 +27,7 @@ from ullage.mechanisms import KEEP, Option, UnitSettings
 from ullage.planner.study._device import DeviceChoice
 from ullage.planner.study._executed import Executed, Key, StepCapture, Steps, key_of
 from ullage.planner.study._explored import Explored
-from ullage.planner.study._liveness import Ledger, moment, peak_op
+from ullage.planner.study._liveness import Ledger, categories, moment, peak_op
 from ullage.planner.study._nodes import book_nodes, upper_bound
 from ullage.planner.study._tiers import OffloadTier
 from ullage.planner.study._transfers import events_of, largest_sent, offloaded_bytes, senders_of, transfers_of
@@ -149,10 +149,17 @@ class Study:
 
     @cached_property
     def update_peak_bytes(self) -> int:
-        """The peak while the optimizer runs, over both steps: the first one makes its state."""
-        t, trace = self.timeline(self.plain_session), self.plain_session.trace
+        """What no plan changes of the peak while an optimizer runs, over both steps: the first one makes its state.
+
+        A step of the user's own may run one while a graph is alive (a GAN's critic): a plan can free that.
+        """
+        session = self.plain_session
+        peak, trace = self.timeline(session).peak, session.trace
         ops = [i for c in self.plain for i in range(c.ops.start, c.ops.stop) if trace.phase[i] == "optimizer"]
-        return max((int(t.peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
+        if ops and session.inst.step is not None:
+            freed = np.array([c == "activation" for c in categories(trace)], np.bool_)
+            peak = peak - self.ledger(session).alive_bytes(freed)
+        return max((int(peak[i]) for i in ops), default=0) + self.device.facts.blas_workspace_bytes
 
     @property
     def plain_session(self) -> Session:
