@@ -125,7 +125,7 @@ def test_an_optimizer_with_attributes(fails: bool) -> None:
 
 def test_lbfgs_is_planned_by_the_values_of_real_steps() -> None:
     model = nn.Linear(8, 8)
-    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=2, history_size=1)
 
     def closed(m: nn.Module, batch: Tensor) -> None:
         def closure() -> Tensor:

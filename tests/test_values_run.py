@@ -200,9 +200,11 @@ def test_a_step_that_only_logs_is_not_run() -> None:
     assert "Tensor" not in ran
 
 
-def test_what_grows_with_every_step_is_said() -> None:
+@pytest.mark.parametrize("history_size", [2, 4, 8])
+def test_a_history_that_grows_is_counted_as_full(history_size: int) -> None:
+    """Per iteration that it holds: two differences of 68 floats, and two numbers."""
     model = nn.Linear(16, 4)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, history_size=history_size)
 
     def step(m: nn.Module, x: Tensor) -> None:
         def closure() -> Tensor:
@@ -215,9 +217,30 @@ def test_what_grows_with_every_step_is_said() -> None:
 
     work = ul.Workload(model, torch.randn(8, 16), step=step)
     found, measured = ul.profile(work), ul.measure(work, steps=1)
-    assert found.first_step_peak_bytes == measured.step_peaks[0]
-    assert found.later_step_peak_bytes == measured.step_peaks[1]
-    assert any("more bytes behind than the first" in n for n in found.notes)
+    for _ in range(2):
+        step(model, work.batch)
+    state = optimizer.state[model.weight]
+    more = history_size - len(state["old_dirs"])
+    missing = more * (2 * 68 + 1) * 4 + (2 * 68 * 4 if more else 0)
+    missing += sum(a is None for a in state["al"]) * 4
+    assert found.later_step_peak_bytes == measured.step_peaks[1] + missing
+    assert found.peak_bytes >= max(measured.step_peaks)
+    said = [n for n in found.notes if "history of LBFGS is counted as full" in n]
+    assert len(said) == (1 if missing else 0) and not any("more bytes behind" in n for n in found.notes)
+
+
+def test_what_grows_with_every_step_is_said() -> None:
+    model, kept = nn.Linear(16, 4), list[Tensor]()
+
+    def step(m: nn.Module, x: Tensor) -> None:
+        loss = m(x).square().mean()
+        if loss > 0:
+            loss = loss * 2
+        loss.backward()
+        kept.append(x.detach() * 2)
+
+    found = ul.profile(ul.Workload(model, torch.randn(8, 16), step=step), values="run")
+    assert any("leaves 512 more bytes behind than the first" in n for n in found.notes)
 
 
 def test_an_average_and_its_counter_are_no_activations() -> None:

@@ -122,9 +122,8 @@ class Assumed:
         taken = self.taking.recording.find(self._step, key, at)
         where = place()
         if taken is None:
-            self._notes[
-                f"{where}: the real steps read {'nothing' if at == 0 else f'only {at} values'} there, so the rest is assumed"
-            ] = None
+            read = len(self.taking.recording.read(self._step, key))
+            self._notes[f"{where}: a real step read {read or 'no'} values there, so the rest is assumed"] = None
             return None
         if taken.shown:
             self._show(where, what, taken.shown, "run")

@@ -60,8 +60,12 @@ class Recording:
 
     def find(self, step: int, key: tuple[str, str], at: int) -> Taken | None:
         """Return the read of this step with this number; steps beyond the last are like it."""
-        found = self.steps[min(max(step, 0), len(self.steps) - 1)].get(key, ())
+        found = self.read(step, key)
         return found[at] if at < len(found) else None
+
+    def read(self, step: int, key: tuple[str, str]) -> list[Taken]:
+        """Return what this step has read there."""
+        return self.steps[min(max(step, 0), len(self.steps) - 1)].get(key, [])
 
 
 def _taken(func: Any, args: Any, out: Any) -> Taken:

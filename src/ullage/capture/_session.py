@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ullage._bytes import format_bytes
 from ullage._errors import AlreadyCheckpointed, CaptureError, ReplayError, UllageError
 from ullage._torch import FakeTensor, graph_task, notes, sequence_number, tree_flatten
 from ullage.apply._wrap import Unit, install, uninstall
@@ -36,13 +37,13 @@ from ullage.capture._layouts import check_tensors
 from ullage.capture._outside import KeptApart
 from ullage.capture._store import CapturedStore
 from ullage.capture._substitutions import as_on_cuda
-from ullage.capture._trace import Signature, Trace, has_storage, unwrapped
+from ullage.capture._trace import Signature, Storage, Trace, has_storage, unwrapped
 from ullage.capture._tracker import Tracker
 from ullage.capture._values import Values
 from ullage.measure._reach import copied_tensors, optimizers_of
 from ullage.mechanisms import Sites, UnitSettings
 from ullage.runtime import Site, Tier, host_rng, host_rng_moved, is_recomputing, telling_of_skips, unit_of
-from ullage.workload import Instance, Workload, run_step, tensors_of
+from ullage.workload import Instance, Workload, missing_history, run_step, tensors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class Session:
         self.calls: list[Call] = []
         self.training: dict[str, bool] = {}  # by module, its mode at its first call that builds a graph
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
+        self._to_come: Storage | None = None  # what the optimizer's history lacks until it is full
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
@@ -280,6 +282,7 @@ class Session:
                 for _ in range(steps):
                     self.trace.marks.append(self.tracker.clock)
                     self._one_step(self.inst if update else replace(self.inst, optimizer=None))
+                self._fill_histories()
                 if host_rng_moved(host, host_rng()):
                     note = "the step draws from Python's or numpy's generator; if that steers it, it was captured for one draw"
                     self.values.assumptions[note] = None
@@ -329,6 +332,15 @@ class Session:
             for t in tree_flatten([list(s.values()) for s in inst.optimizer.state.values()])[0]:
                 if isinstance(t, Tensor):
                     self.tracker.adopt(t, "optimizer state")
+
+    def _fill_histories(self) -> None:
+        """Count what an optimizer's history will hold once it is full: an upper bound until then, and no bound without it."""
+        missing = sum(missing_history(o, self.tracker.round_bytes) for o in optimizers_of(self.inst))
+        if self._to_come is None and missing:
+            self._to_come = Storage(missing, -1, category="optimizer state")
+            self.trace.storages.append(self._to_come)
+            note = f"the history of LBFGS is counted as full, {format_bytes(missing)} more than after these steps: until then the peak is an upper bound"
+            self.values.assumptions[note] = None
 
     def _explain(self, error: Exception) -> UllageError:
         """Return the error to raise: in a step with wrapped units the one of a unit's option, because the plain step has run before."""

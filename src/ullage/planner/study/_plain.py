@@ -15,9 +15,10 @@ from ullage.capture._explain import chain
 from ullage.capture._kernels import NeedsValues
 from ullage.capture._recorded import Recording, recording_one
 from ullage.measure._measure import resident_bytes
+from ullage.measure._reach import optimizers_of
 from ullage.measure._state import preserved
 from ullage.planner.study._device import DeviceChoice
-from ullage.workload import Workload, run_step, tensors_of
+from ullage.workload import Workload, history, run_step, tensors_of
 
 STEPS = 2  # a first one, in which the optimizer makes its state, and a later one
 
@@ -63,7 +64,7 @@ def _run_for_real(work: Workload, choice: DeviceChoice, say: Callable[[str], Non
     session.run(steps=STEPS)
     if recording.grows > 0:
         session.values.assumptions[
-            f"the second step leaves {recording.grows:,} more bytes behind than the first: what the step holds grows, as an L-BFGS history does, and the "
+            f"the second step leaves {recording.grows:,} more bytes behind than the first: what the step holds grows, and the "
             "promise is for the first two steps"
         ] = None
     return session
@@ -92,7 +93,8 @@ def record(work: Workload, say: Callable[[str], None]) -> Recording:
         for _ in range(STEPS):
             with recording_one(recording):
                 run_step(inst)
-            left.append(resident_bytes(inst))
+            of_history = [t for o in optimizers_of(inst) for t in history(o)]  # counted as full, see `Session`
+            left.append(resident_bytes(inst) - sum(t.numel() * t.element_size() for t in of_history))
         recording.grows = left[-1] - left[0]
     return recording
 
