@@ -174,5 +174,35 @@ def test_a_view_that_no_op_may_use_is_handed_on(parts: str, keep: str | None, ho
         step(ours, True)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("keep", [None, "cos[0]"])
+@pytest.mark.parametrize("parts", ["chunk", "split", "unbind"])
+def test_a_view_that_no_op_may_use_is_given_back(parts: str, keep: str | None, nested: bool) -> None:
+    """A unit may return one, too; nobody needs to use it."""
+
+    def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.nn.functional.rrelu(x.cos(), training=True) + 1
+        first, *_ = h.unbind(0) if parts == "unbind" else getattr(h, parts)(2)
+        h.mul_(2.0)
+        return h.exp(), first
+
+    def step(call: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        found: list[Tensor] = []
+        for _ in range(3):
+            x = torch.arange(12.0).reshape(4, 3).requires_grad_()
+            y, _part = call(lambda x: call(unit, x), x) if nested else call(unit, x)
+            y.sum().backward()
+            assert x.grad is not None
+            found.append(x.grad)
+        return found
+
+    def ours(unit: Any, *args: Tensor) -> Any:
+        return ul.checkpoint(unit, *args, keep=keep)
+
+    wanted, found = step(lambda unit, *args: unit(*args)), step(ours)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
 def _same(t: Tensor) -> Tensor:
     return t

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ullage._torch import all_schemas, node_classes, sequence_number, tree_flatten
+from ullage.runtime.tensors._memory import hides_graph
 
 _STATISTICS = ("running_mean", "running_var")
 _SAVED = "_raw_saved_"
@@ -64,7 +65,9 @@ def late_kernels(out: Any, since: int) -> dict[str, bool]:
     """Return the `late_nodes` among the nodes that made a unit's output since the mark."""
     found = {}
     late = late_nodes()
-    todo = [t.grad_fn for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    # a view that torch refuses to look at is handed on by its caller; what its base was computed from can be looked at
+    outs = [t._base if hides_graph(t) else t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    todo = [t.grad_fn for t in outs if t is not None]
     seen: set[Any] = set()
     while todo:
         node = todo.pop()
