@@ -165,6 +165,16 @@ def watching(found: dict[int, tuple[Site, bool]], asked: set[int]) -> Iterator[N
         _learn._selection, _replay._usable = selection, usable
 
 
+def _saved(t: Tensor) -> tuple[Tensor | None, int, Tensor]:
+    return t if t.is_leaf else None, t._version, t.detach().clone()
+
+
+def _given(saved: tuple[Tensor | None, int, Tensor]) -> Tensor:
+    """A copy, as if nobody had written to it; a tensor without a graph is itself, unless that has been: writes through `.data` are seen."""
+    leaf, version, copy = saved
+    return leaf if leaf is not None and leaf._version == version else copy
+
+
 def judge(program: Program) -> Verdict:
     """Run a program three ways."""
     found: dict[int, tuple[Site, bool]] = {}
@@ -177,7 +187,7 @@ def judge(program: Program) -> Verdict:
     verdict = _verdict(plain, by_torch, by_ullage)
     if verdict.kind == "silent":
         # `allow_mutation_on_saved_tensors` does the same, but not for tensors without a storage
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(_saved, _given):
             meant, _ = run(program, "plain", model)
         if meant.error is None and not difference(meant, by_ullage):
             verdict.kind = "lenient"
