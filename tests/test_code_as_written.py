@@ -210,7 +210,7 @@ class Masked(nn.Module):
             self.own = torch.Generator().manual_seed(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        generator = {"own": self.own, "shared": SHARED, "unused": None}[self.source]
+        generator = {"own": self.own, "shared": SHARED, "unused": None, "default": torch.default_generator}[self.source]
         if generator is UNUSED:
             raise AssertionError
         noise = torch.rand(x.shape, generator=generator)
@@ -218,7 +218,7 @@ class Masked(nn.Module):
         return self.down((self.up(x) * noise).relu() * mask) + x  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("source", ["own", "shared", "unused"])
+@pytest.mark.parametrize("source", ["own", "shared", "unused", "default"])
 def test_units_that_draw_from_generators_are_planned(source: str) -> None:
     """Their states, 5,056 bytes each, are kept per call, and counted."""
     torch.manual_seed(0)

@@ -31,18 +31,17 @@ class Generators:
         self.model: nn.Module | None = None
         self.lost: set[str] = set()
         self._moved: list[tuple[torch.Generator, Tensor]] = []  # the step's own ones, with their states before it
-        self._reached: dict[str, list[torch.Generator]] = {}
+        self._reached: dict[str, set[int]] = {}
+        self._held: list[torch.Generator] = []
 
     def draw(self, generator: torch.Generator | None, modules: Sequence[str]) -> None:
         """Move the generator that an op draws from, or the default one; `modules` are those whose forward runs."""
-        if generator is None or generator is torch.default_generator:
+        if generator is None or _key(generator) == _key(torch.default_generator):
             _move(self.default)
             return
         self._moved.append((generator, generator.get_state()))
-        # the dispatcher gives each op a new Python object for the same generator: which one it is shows by what moves with it
-        seeds = {name: [g.initial_seed() for g in self._below(name)] for name in modules if name not in self.lost}
         _move(generator)
-        self.lost.update(name for name, was in seeds.items() if [g.initial_seed() for g in self._below(name)] == was)
+        self.lost.update(name for name in modules if _key(generator) not in self._below(name))
 
     def put_back(self) -> None:
         """Give the step's own generators the states that they had before it."""
@@ -50,11 +49,18 @@ class Generators:
             generator, state = self._moved.pop()
             generator.set_state(state)
 
-    def _below(self, name: str) -> list[torch.Generator]:
+    def _below(self, name: str) -> set[int]:
         if name not in self._reached:
             module = self.model.get_submodule(name) if self.model is not None else None
-            self._reached[name] = [g for g, _ in traverse([module], {}) if isinstance(g, torch.Generator)]
+            found = [g for g, _ in traverse([module], {}) if isinstance(g, torch.Generator)]
+            self._reached[name] = {_key(g) for g in found}
+            self._held += found  # so that no other gets the key of one of them
         return self._reached[name]
+
+
+def _key(generator: torch.Generator) -> int:
+    # the dispatcher gives each op a new Python object for the same generator
+    return int(getattr(generator, "_cdata", id(generator)))
 
 
 def _move(generator: torch.Generator) -> None:
