@@ -157,7 +157,7 @@ class Session:
         self.calls: list[Call] = []
         self.training: dict[str, bool] = {}  # by module, its mode at its first call that builds a graph
         self.changed_arguments: dict[str, str] = {}  # modules that change a container they are given, and its class
-        self._to_come: Storage | None = None  # what the optimizer's history lacks until it is full
+        self._to_come: Storage | None = None  # the part of LBFGS's history that later steps add
         self._settings: dict[str, UnitSettings] = {}
         self._sites: dict[tuple[str, UnitSettings], Site] = {}
         here = "cpu" if work.factory is not None else work.instance_device().type
@@ -334,7 +334,7 @@ class Session:
                     self.tracker.adopt(t, "optimizer state")
 
     def _fill_histories(self) -> None:
-        """Count what an optimizer's history will hold once it is full: an upper bound until then, and no bound without it."""
+        """Count the history of an LBFGS optimizer as full: the peak is an upper bound until it is, and without this it would be no bound."""
         missing = sum(missing_history(o, self.tracker.round_bytes) for o in optimizers_of(self.inst))
         if self._to_come is None and missing:
             self._to_come = Storage(missing, -1, category="optimizer state")

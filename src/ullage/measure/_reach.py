@@ -48,7 +48,7 @@ def copied_tensors(inst: Instance | Workload) -> list[Tensor]:
 
 
 def shared_tensors(inst: Instance) -> list[Tensor]:
-    """Tensors that are attributes of the classes of what a workload copies: constants of a trainer's class."""
+    """Return tensors that are class attributes of the objects copied with a workload: constants of a trainer's class."""
     classes = {cls for obj in copied_with(inst) if not isinstance(obj, Tensor) for cls in classes_in(obj)}
     found = [v for cls in classes for part in cls.__mro__ for v in vars(part).values() if isinstance(v, Tensor)]
     return list({id(t): t for t in found}.values())

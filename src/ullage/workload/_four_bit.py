@@ -1,8 +1,8 @@
 """Frozen linear layers whose weights are held in 4 bits, as QLoRA holds its base.
 
 The format is that of Dettmers et al., QLoRA (2023, arXiv 2305.14314): NF4 in blocks of 64, a scale per block, and the scales in 8 bits in
-blocks of 256: 0.516 bytes per weight. A weight is unpacked where it is used, in forward and in backward, and autograd saves only what is
-packed, as in bitsandbytes. What is unpacked is made by torch's own ops here; the kernel of bitsandbytes needs no indices beside it.
+blocks of 256: 0.516 bytes per weight. A weight is unpacked where it is used, in forward and in backward, and autograd saves only the
+packed weight, as in bitsandbytes. torch's own ops unpack it here, with a tensor of indices that the kernel of bitsandbytes does not need.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Executed:
         offloaded_bytes: the most bytes that the tier holds at any moment, in whole blocks.
         largest_sent: bytes of the largest tensor that is offloaded.
         library_bytes: bytes that a library of the device (cuBLAS) holds all the time.
-        update_bytes: the peak while the optimizer runs, which no assignment changes.
+        update_bytes: the peak while the optimizer runs without activations, which no assignment changes.
         tier: where tensors are offloaded to, with its window; None if none are.
         events: computing and transfers in their order; two for each transfer and one for the rest.
         senders: by ticket, the unit that offloaded it.

@@ -149,7 +149,7 @@ class Study:
 
     @cached_property
     def update_peak_bytes(self) -> int:
-        """What no plan changes of the peak while an optimizer runs, over both steps: the first one makes its state.
+        """The peak while an optimizer runs, over both steps (the first one makes its state), without activations that a plan can free.
 
         A step of the user's own may run one while a graph is alive (a GAN's critic): a plan can free that.
         """

@@ -157,7 +157,7 @@ def rng_states_from(get: Callable[[], Any], put: Callable[[Any], Any], seen: Cal
 
 
 def own_state(generator: torch.Generator) -> Tensor:
-    """Return the state of a generator that is not a default one; a capture follows the memory of what is returned."""
+    """Return the state of a generator that is not a default one; a capture counts the memory of that state."""
     state: Tensor = generator.get_state()
     seen = getattr(_stand_in, "seen", None)
     if seen is not None:

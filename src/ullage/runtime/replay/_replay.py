@@ -228,7 +228,7 @@ def _attempt(
         # before the flags are set: asking for arguments may start replays of outer units, and those must not share an autocast
         # cache with this one
         (args, kwargs), copied = _arguments(frame, watch)
-        frame.reached.set_training()  # `left` puts back what it changes
+        frame.reached.set_training()  # `left` puts the present flags back
         for source, state in frame.rng:
             source[1](state)
         if frame.entry is None and frame.back is None and frame.flags == now:
